@@ -1,0 +1,87 @@
+"""Facts about a compile as values: what each pass applied, what it refused and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = ["PassReport", "Reason", "Refusal"]
+
+
+class Reason(Enum):
+    """Why a match was found and left alone; the value is the sentence that users read."""
+
+    SHARED = "another node reads it"
+    NOT_CONSTANT = "the statistic is not constant"
+    ONLINE = "its statistics are taken from the current input"
+    ZERO_PADDING = "zero padding does not commute with the shift"
+    NONLINEAR_READER = "a reader is not linear"
+    STREAM_READER = "its output is the residual stream"
+    GRAPH_OUTPUT = "it is an output of the model"
+    AXIS = "its axis is not the axis of the linear map beside it"
+    NO_LINEAR = "no linear map stands beside it"
+    TRANSPOSED = "every output position of a transposed convolution sees other taps"
+    SHARED_WEIGHT = "the weight has another reader"
+    PLACED_BEFORE_QUANTIZER = "the quantizer after it reads the equalized tensor"
+    PROGRESSION = "its progressive replacement has not ended"
+    UNSUPPORTED_TYPE = "its type cannot be quantized"
+    NOT_STATIC = "its shape is not static"
+    NO_RANGE = "no range was observed"
+    TOO_SMALL = "it is too small for quantization to pay"
+    UNKNOWN_OPERATOR = "normfuse does not know the operator, so it stays float"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A match that was found and left alone.
+
+    ``node`` is the graph's name, ``layer`` the user's module path.
+    """
+
+    node: str
+    reason: Reason
+    detail: str = ""
+    layer: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the refusal for JSON."""
+        return {
+            "node": self.node,
+            "layer": self.layer,
+            "reason": self.reason.name.lower(),
+            "because": self.reason.value,
+            "detail": self.detail,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassReport:
+    """What one run of one pass did: counts per rule, refusals, details per site, seconds."""
+
+    name: str
+    applied: Mapping[str, int] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
+    sites: tuple[Mapping[str, str], ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def changed(self) -> bool:
+        """Whether the graph is different now."""
+        return any(self.applied.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report for JSON."""
+        return {
+            "name": self.name,
+            "applied": dict(self.applied),
+            "refused": [refusal.as_dict() for refusal in self.refused],
+            "sites": [dict(site) for site in self.sites],
+            "seconds": round(self.seconds, 3),
+        }
+
+    @staticmethod
+    def count(rules: Iterable[str]) -> dict[str, int]:
+        """Return how often each rule was applied."""
+        return dict(Counter(rules))
