@@ -1,0 +1,160 @@
+"""The only writing: new nodes, replaced nodes, new constants, dead code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from normfuse.errors import InternalError
+from normfuse.graph import annotations
+from normfuse.graph.capture import set_attribute
+from normfuse.graph.graph import Graph
+
+__all__ = ["Editor", "converted", "refresh_values"]
+
+OPERATORS_WITH_DTYPE: Final = ("dtype",)
+
+
+class Editor:
+    """Changes one graph; every new node gets a fake value and the provenance of the node it stands for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def constant(self, tensor: Tensor, name: str, *, like: fx.Node | None = None) -> fx.Node:
+        """Add a constant under ``name`` (made unique) and return its node; nothing is overwritten.
+
+        ``like`` gives the provenance. The node stands before all computation.
+        """
+        path = self._free_path(name)
+        set_attribute(self.graph.module, path, tensor.detach().contiguous())
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.module.graph.inserting_before(first):
+            node = self.graph.module.graph.create_node("get_attr", path, name=_node_name(path))
+        node.meta["val"] = fake_mode(self.graph).from_tensor(tensor.detach(), static_shapes=True)
+        node.meta.update(annotations.provenance(like) if like is not None else {})
+        return node
+
+    def call(self, target: Any, *args: Any, at: fx.Node, name: str = "", after: bool = False, **kwargs: Any) -> fx.Node:
+        """Add a call before (or after) ``at`` and return its node."""
+        graph = self.graph.module.graph
+        place = graph.inserting_after(at) if after else graph.inserting_before(at)
+        with place:
+            node = graph.create_node("call_function", target, args, kwargs, name=name or None)
+        node.meta["val"] = compute_value(self.graph, node)
+        node.meta.update(annotations.provenance(at))
+        return node
+
+    def replace(self, node: fx.Node, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        """Put a new call in the place of ``node``; all its readers read the new one."""
+        new = self.call(target, *args, at=node, name=name or f"{node.name}_", **kwargs)
+        self.redirect(node, new)
+        return new
+
+    def redirect(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> None:
+        """Let the readers of ``old`` (all, or those that ``only`` accepts) read ``new``."""
+        kept = dict(new.meta)
+        old.replace_all_uses_with(new, delete_user_cb=only or (lambda reader: reader is not new))
+        new.meta = kept
+        if not old.users and old.op == "call_function":
+            self.graph.module.graph.erase_node(old)
+
+    def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
+        """Change one positional argument of a call and refresh its fake value."""
+        args = list(node.args) + [None] * (index + 1 - len(node.args))
+        args[index] = value
+        node.args = tuple(args)
+        node.meta["val"] = compute_value(self.graph, node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nobody reads."""
+        self.graph.module.graph.erase_node(node)
+
+    def finish(self) -> None:
+        """Remove dead code and dead constants, and recompile."""
+        graph = self.graph.module.graph
+        for node in reversed(list(graph.nodes)):
+            if not node.users and node.op in ("call_function", "get_attr"):
+                graph.erase_node(node)
+        _drop_unread_constants(self.graph)
+        self.graph.module.recompile()
+
+    def _free_path(self, name: str) -> str:
+        taken = {path for path, _ in self.graph.module.named_buffers()}
+        taken |= {path for path, _ in self.graph.module.named_modules()}
+        candidates: Iterator[str] = (name if index == 0 else f"{name}_{index}" for index in range(len(taken) + 2))
+        return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _node_name(path: str) -> str:
+    return re.sub(r"\W", "_", path)
+
+
+def _drop_unread_constants(graph: Graph) -> None:
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for path, _ in list(graph.module.named_buffers(remove_duplicate=False)):
+        if path not in read:
+            owner, _, leaf = path.rpartition(".")
+            delattr(graph.module.get_submodule(owner), leaf)
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """Return the mode that the graph's fake values belong to."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    raise InternalError("the graph has no fake values")
+
+
+def compute_value(graph: Graph, node: fx.Node) -> Any:
+    """Return the fake value of a call from those of its arguments."""
+
+    def value_of(argument: fx.Node) -> Any:
+        return argument.meta["val"]
+
+    args = fx.map_arg(node.args, value_of)
+    kwargs = fx.map_arg(node.kwargs, value_of)
+    with fake_mode(graph), torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def refresh_values(graph: Graph) -> None:
+    """Recompute the fake value of every call (after constants or arguments changed their type)."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta["val"] = compute_value(graph, node)
+
+
+def converted(graph: Graph, dtype: torch.dtype) -> Graph:
+    """Return a copy that computes in ``dtype``: floating-point constants, inputs and casts follow it."""
+    copy = graph.copy()
+    mode = fake_mode(copy)
+    for path, tensor in list(copy.module.named_buffers()):
+        if tensor.is_floating_point():
+            set_attribute(copy.module, path, tensor.to(dtype))
+    for node in copy.nodes:
+        value = node.meta.get("val")
+        if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point():
+            with mode:
+                node.meta["val"] = value.to(dtype)
+        for key in OPERATORS_WITH_DTYPE:
+            if key in node.kwargs and getattr(node.kwargs[key], "is_floating_point", False):
+                node.kwargs = {**node.kwargs, key: dtype}
+    refresh_values(copy)
+    copy.module.recompile()
+    return copy
+
+
+@contextmanager
+def editing(graph: Graph) -> Iterator[Editor]:
+    """Edit ``graph`` and clean up behind: ``with editing(graph) as edit: ...``."""
+    editor = Editor(graph)
+    yield editor
+    editor.finish()
