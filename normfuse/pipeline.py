@@ -115,7 +115,7 @@ class Pipeline:
             if not isinstance(error, InternalError):
                 raise
             raise _located(error, step, phase, done, before) from error
-        except Exception as error:  # noqa: BLE001 - located here, chained, shown at the edge
+        except Exception as error:
             raise _located(error, step, phase, done, before) from error
         log.info("%s: %s, %d left", step.name, dict(report.applied), len(report.refused))
         if self.dump is not None:
@@ -123,9 +123,7 @@ class Pipeline:
         return replace(report, seconds=time.perf_counter() - started)
 
 
-def _located(
-    error: Exception, step: Pass, phase: Phase, done: Sequence[PassReport], before: str
-) -> InternalError:
+def _located(error: Exception, step: Pass, phase: Phase, done: Sequence[PassReport], before: str) -> InternalError:
     place = f"pass {step.name}, phase {phase.name}, after {', '.join(report.name for report in done) or 'nothing'}"
     detail = getattr(error, "where", "")
     located = InternalError(f"a pass failed: {error}", where=f"{place}{'; ' if detail else ''}{detail}")

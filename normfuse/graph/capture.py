@@ -7,7 +7,6 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,7 +64,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     try:
         with _quiet():
             return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; all mean the same to users
+    except Exception as error:
         raise UnsupportedModel(
             f"torch.export cannot capture the model: {_first_line(error)}",
             where=type(model).__name__,
@@ -84,7 +83,7 @@ def _from_torchscript(model: torch.jit.ScriptModule, inputs: tuple[Tensor, ...])
             return _export(program.module(check_guards=False), inputs)
     except UnsupportedModel:
         raise
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         raise UnsupportedModel(
             f"the TorchScript model cannot be converted: {_first_line(error)}",
             expected="a scripted or traced model of standard operators",
@@ -141,7 +140,11 @@ def _refuse_unknown(node: fx.Node) -> None:
             raise UnsupportedModel("an input is no tensor", where=node.name, expected="tensors as inputs")
         return
     target = node.target
-    is_builtin = target is operator.getitem or getattr(target, "__module__", "") in ("_operator", "math", "torch")
+    is_builtin = target is operator.getitem or getattr(target, "__module__", "") in (
+        "_operator",
+        "math",
+        "torch",
+    )
     if node.op == "call_function" and (isinstance(target, torch._ops.OpOverload) or is_builtin):
         return
     raise UnsupportedModel(
@@ -170,10 +173,7 @@ def _user_outputs(program: ExportedProgram) -> list[fx.Node]:
 
 def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
     """Return the keys of a dict or dataclass output, ``output`` for a single tensor, else numbers."""
-    if count == 1:
-        names = ["output"]
-    else:
-        names = [f"output_{index}" for index in range(count)]
+    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
     spec = program.call_spec.out_spec
     if spec is None:
         return tuple(names)

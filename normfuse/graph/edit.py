@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfuse.errors import InternalError
-from normfuse.graph import annotations
+from normfuse.graph import metadata
 from normfuse.graph.capture import set_attribute
 from normfuse.graph.graph import Graph
 
@@ -38,7 +38,7 @@ class Editor:
         with self.graph.module.graph.inserting_before(first):
             node = self.graph.module.graph.create_node("get_attr", path, name=_node_name(path))
         node.meta["val"] = fake_mode(self.graph).from_tensor(tensor.detach(), static_shapes=True)
-        node.meta.update(annotations.provenance(like) if like is not None else {})
+        node.meta.update(metadata.provenance(like) if like is not None else {})
         return node
 
     def call(self, target: Any, *args: Any, at: fx.Node, name: str = "", after: bool = False, **kwargs: Any) -> fx.Node:
@@ -48,7 +48,7 @@ class Editor:
         with place:
             node = graph.create_node("call_function", target, args, kwargs, name=name or None)
         node.meta["val"] = compute_value(self.graph, node)
-        node.meta.update(annotations.provenance(at))
+        node.meta.update(metadata.provenance(at))
         return node
 
     def replace(self, node: fx.Node, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
@@ -71,6 +71,20 @@ class Editor:
         args[index] = value
         node.args = tuple(args)
         node.meta["val"] = compute_value(self.graph, node)
+
+    def set_constant(self, node: fx.Node, index: int, tensor: Tensor, name: str) -> None:
+        """Let a call read ``tensor`` at one position; the old constant keeps its tensor and its other readers.
+
+        A constant that only this call read gives its name to the new one; else ``name`` is used.
+        """
+        old = node.args[index] if index < len(node.args) else None
+        is_own = isinstance(old, fx.Node) and old.op == "get_attr" and list(old.users) == [node]
+        if isinstance(old, fx.Node) and is_own and list(node.all_input_nodes).count(old) == 1:
+            set_attribute(self.graph.module, str(old.target), tensor.detach().contiguous())
+            old.meta["val"] = fake_mode(self.graph).from_tensor(tensor.detach(), static_shapes=True)
+            node.meta["val"] = compute_value(self.graph, node)
+            return
+        self.set_argument(node, index, self.constant(tensor, name, like=node))
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nobody reads."""

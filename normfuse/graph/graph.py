@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import annotations, text
+from normfuse.graph import metadata, text
 
 __all__ = ["Graph", "TensorSpec"]
 
@@ -72,7 +72,7 @@ class Graph:
     def constant_bytes(self) -> int:
         """Return the size of all constants that some node reads, in bytes."""
         names = {str(node.target) for node in self.nodes if node.op == "get_attr"}
-        tensors = [annotations.attribute(self.module, name) for name in sorted(names)]
+        tensors = [metadata.attribute(self.module, name) for name in sorted(names)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -87,10 +87,8 @@ class Graph:
 
     def copy(self) -> Graph:
         """Return an independent graph that shares no nodes; constants are shared until replaced."""
-        memo = {
-            id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())
-        }
-        module = copy.deepcopy(self.module, memo)  # type: ignore[arg-type]
+        memo = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        module = copy.deepcopy(self.module, memo)
         return Graph(module, self.input_names, self.output_names, self.notes)
 
     def text(self) -> str:
@@ -109,6 +107,6 @@ class _Watched(fx.Interpreter):
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:
-    value = annotations.value_of(node)
+    value = metadata.value_of(node)
     shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     return TensorSpec(name, shape, value.dtype)

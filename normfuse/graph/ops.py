@@ -31,6 +31,7 @@ LAYER_NORM: Final = ATEN.layer_norm.default
 SOFTMAX: Final = ATEN.softmax.int
 ATTENTION: Final = ATEN.scaled_dot_product_attention.default
 GELU: Final = ATEN.gelu.default
+MEAN: Final = ATEN.mean.dim
 RELU: Final = ATEN.relu.default
 PERMUTE: Final = ATEN.permute.default
 TRANSPOSE: Final = ATEN.transpose.int

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.annotations import attribute, layer_of, source_line, value_of
 from normfuse.graph.graph import Graph
+from normfuse.graph.metadata import attribute, layer_of, source_line, value_of
 
 __all__ = [
     "argument",

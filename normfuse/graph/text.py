@@ -88,6 +88,4 @@ def _tensor(value: Any, symbols: dict[str, str]) -> str:
 
 def _sizes(shape: Iterable[Any], symbols: dict[str, str]) -> list[str]:
     # Symbol names depend on the session that traced the model; the order of appearance does not.
-    return [
-        str(size) if isinstance(size, int) else symbols.setdefault(str(size), f"s{len(symbols)}") for size in shape
-    ]
+    return [str(size) if isinstance(size, int) else symbols.setdefault(str(size), f"s{len(symbols)}") for size in shape]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from normfuse.errors import InternalError
-from normfuse.graph import annotations
+from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 from normfuse.graph.text import render_node
 
@@ -47,7 +47,7 @@ def _topological(graph: Graph) -> Iterator[Violation]:
 
 def _valued(graph: Graph) -> Iterator[Violation]:
     for node in graph.nodes:
-        if node.op != "output" and not annotations.has_value(node):
+        if node.op != "output" and not metadata.has_value(node):
             yield node, "the node has no fake value"
 
 
@@ -63,7 +63,7 @@ def _owned(graph: Graph) -> Iterator[Violation]:
         if str(node.target) in owners:
             yield node, "two nodes own the constant"
         owners[str(node.target)] = node
-        tensor, value = buffers[str(node.target)], annotations.value_of(node)
+        tensor, value = buffers[str(node.target)], metadata.value_of(node)
         if tuple(tensor.shape) != tuple(value.shape) or tensor.dtype != value.dtype:
             yield node, f"the constant is {tensor.dtype}{list(tensor.shape)}, its node says otherwise"
 

@@ -38,9 +38,7 @@ def apply_rules(graph: Graph, rules: Sequence[Rule[Any]], *, name: str, sweeps: 
         if not names:
             seconds = time.perf_counter() - started
             counts = PassReport.count(applied)
-            return PassReport(
-                name=name, applied=counts, refused=tuple(refused), sites=tuple(sites), seconds=seconds
-            )
+            return PassReport(name=name, applied=counts, refused=tuple(refused), sites=tuple(sites), seconds=seconds)
     raise InternalError(f"{name} does not come to an end", where=f"rules {' and '.join(sorted(set(applied[-2:])))}")
 
 

@@ -1,0 +1,1 @@
+"""One file per pass; ``presets`` holds the one ordered list."""

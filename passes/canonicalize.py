@@ -1,0 +1,74 @@
+"""One spelling per operation: identities out, views as reshape, transposes as permute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.edit import Editor
+from normfuse.pipeline import Fact, Pass
+from normfuse.report import PassReport
+from normfuse.rewrite import Match, Rule, apply_rules, call
+from normfuse.rewrite.views import VIEW_RULES
+
+__all__ = ["Canonicalize"]
+
+ATEN = ops.ATEN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canonicalize(Pass):
+    """Give every operation one spelling.
+
+    1. What returns its input in eval mode (dropout, clone, alias, full slice, cast to its own type) goes.
+    2. view, flatten, unflatten, unsqueeze and squeeze become reshape, so that no view depends on strides.
+    3. transpose and t become permute; permutes merge, reshapes merge, and those that change nothing go.
+    4. A matrix product with a constant 2-D right side, and addmm, become linear.
+
+    Exact: not one arithmetic operation changes (4 keeps the same product).
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+
+    def run(self, graph: Graph) -> PassReport:
+        """Apply the rules to a fixpoint."""
+        return apply_rules(graph, [*VIEW_RULES, ProductIsLinear()], name=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+class ProductIsLinear(Rule[_Linear]):
+    """A product with a constant matrix on the right is a linear map (4)."""
+
+    name: ClassVar[str] = "product-is-linear"
+    pattern = call(ATEN.matmul.default, ATEN.mm.default, ATEN.addmm.default)
+
+    def plan(self, graph: Graph, match: Match) -> _Linear | None:
+        """Return the operands; the product must be floating point and unscaled."""
+        node = match.root
+        bias, x, weight = node.args[:3] if node.target is ATEN.addmm.default else (None, *node.args[:2])
+        if node.kwargs or not query.is_tensor(x) or not query.is_constant(weight):
+            return None
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        is_plain = query.rank(weight) == 2 and query.rank(x) >= 2 and query.dtype(x).is_floating_point
+        if not is_plain or query.is_constant(x):
+            return None
+        if bias is not None and not (query.is_constant(bias) and query.rank(bias) == 1):  # type: ignore[arg-type]
+            return None
+        return _Linear(x, weight, bias)  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: _Linear, edit: Editor) -> None:
+        """Transpose the matrix once and call linear."""
+        matrix = query.constant(edit.graph, plan.weight)
+        weight = edit.constant(matrix.mT, f"{plan.weight.target}_transposed", like=plan.weight)
+        edit.replace(match.root, ops.LINEAR, plan.x, weight, plan.bias)

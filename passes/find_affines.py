@@ -1,0 +1,263 @@
+"""Finds every per-channel affine by what the graph computes and writes it as one ``normfuse::affine``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.affine import AFFINE, IDENTITY, Affine, read_affine, write_affine
+from normfuse.graph.channel import axis_before
+from normfuse.graph.edit import Editor
+from normfuse.pipeline import Fact, Pass
+from normfuse.report import PassReport, Reason, Refusal
+from normfuse.rewrite import Match, Rule, anything, apply_rules, call, constant
+from normfuse.rewrite.views import VIEW_RULES
+
+__all__ = ["FindAffines"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindAffines(Pass):
+    """Write every constant per-channel affine as one node, as near to its producer as it can stand.
+
+    Found: batch norm in eval mode; products, quotients, sums and differences with a constant that varies
+    along one axis at most; gamma and beta of layer norm. Then:
+    1. an affine of an affine is one affine,
+    2. the sum of two affines of the same tensor (x itself among them) is one affine: RepBN's BN(x) + eta x,
+    3. an affine behind a permute or reshape with no other reader moves in front of it.
+
+    Exact in real arithmetic; the constants are float64 (ours).
+    """
+
+    name: ClassVar[str] = "find-affines"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.AFFINES})
+
+    def run(self, graph: Graph) -> PassReport:
+        """Apply the rules to a fixpoint."""
+        rules: list[Rule[Any]] = [
+            BatchNormIsAffine(),
+            LayerNormEndsInAffine(),
+            ScaleIsAffine(),
+            ShiftIsAffine(),
+            AffineOfAffine(),
+            SumOfAffines(),
+            AffineBeforeView(),
+            *VIEW_RULES,  # views meet once the affine between them has moved
+        ]
+        return apply_rules(graph, rules, name=self.name)
+
+
+class BatchNormIsAffine(Rule[Affine]):
+    """gamma * (x - mean) / sqrt(var + eps) + beta along axis 1 (methods: BatchNorm, EstBN, RepBN's half)."""
+
+    name: ClassVar[str] = "batch-norm-is-affine"
+    pattern = call(ops.GETITEM, args=(call(ops.BATCH_NORM, as_="norm"),))
+
+    def plan(self, graph: Graph, match: Match) -> Affine | Refusal:
+        """Return the affine in float64; eps stands inside the root."""
+        _, gamma, beta, mean, variance, _, eps = match["norm"].args
+        given = [node for node in (gamma, beta, mean, variance) if isinstance(node, fx.Node)]
+        if not all(query.is_constant(node) for node in given):
+            return Refusal(match.root.name, Reason.NOT_CONSTANT, layer=query.layer_of(match.root))
+        mean64, variance64 = (query.constant(graph, node).double() for node in given[-2:])
+        scale = torch.rsqrt(variance64 + float(eps))  # type: ignore[arg-type]
+        if isinstance(gamma, fx.Node):
+            scale = scale * query.constant(graph, gamma).double()
+        shift = -mean64 * scale
+        if isinstance(beta, fx.Node):
+            shift = shift + query.constant(graph, beta).double()
+        return Affine(scale, shift, 1)
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Replace the norm's first result."""
+        write_affine(edit, match.root, match["norm"].args[0], plan)  # type: ignore[arg-type]
+
+
+class LayerNormEndsInAffine(Rule[Affine]):
+    """layer_norm(x; gamma, beta) = gamma * layer_norm(x) + beta, over the last axis."""
+
+    name: ClassVar[str] = "layer-norm-ends-in-affine"
+    pattern = call(ops.LAYER_NORM)
+
+    def plan(self, graph: Graph, match: Match) -> Affine | None:
+        """Return gamma and beta."""
+        node = match.root
+        gamma, beta = query.argument(node, 2, "weight"), query.argument(node, 3, "bias")
+        given = [parameter for parameter in (gamma, beta) if parameter is not None]
+        over_last_axis = len(node.args[1]) == 1  # type: ignore[arg-type]
+        if not given or not over_last_axis or not all(query.is_constant(parameter) for parameter in given):
+            return None
+        scale = query.constant(graph, gamma).double() if gamma is not None else IDENTITY.scale
+        shift = query.constant(graph, beta).double() if beta is not None else IDENTITY.shift
+        return Affine(scale, shift, query.rank(node) - 1).spread()
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Split the norm in two."""
+        node = match.root
+        eps = query.argument(node, 4, "eps", 1e-5)
+        core = edit.call(ops.LAYER_NORM, node.args[0], node.args[1], None, None, eps, at=node)
+        write_affine(edit, node, core, plan)
+
+
+def _vector_along_one_axis(graph: Graph, value: object, x: fx.Node) -> tuple[Tensor, int] | None:
+    """Return a constant operand as a vector and the axis of ``x`` that it varies along."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor([float(value)], dtype=torch.float64), 0
+    if not query.is_constant(value) or not isinstance(value, fx.Node):
+        return None
+    tensor = query.constant(graph, value)
+    varying = [axis for axis, size in enumerate(tensor.shape) if size != 1]
+    if not tensor.is_floating_point() or tensor.ndim > query.rank(x) or len(varying) > 1:
+        return None
+    axis = query.rank(x) - tensor.ndim + varying[0] if varying else 0
+    # A constant that broadcasts x itself to a larger shape is no affine of x.
+    if varying and query.shape(x)[axis] != tensor.numel():
+        return None
+    return tensor.double().reshape(-1), axis
+
+
+def _is_floating_variable(node: object) -> bool:
+    return (
+        query.is_tensor(node)
+        and isinstance(node, fx.Node)
+        and not query.is_constant(node)
+        and query.dtype(node).is_floating_point
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    x: fx.Node
+    affine: Affine
+
+
+class ScaleIsAffine(Rule[_Operand]):
+    """A product with, or a quotient by, a constant."""
+
+    name: ClassVar[str] = "scale-is-affine"
+    pattern = call(ops.MUL, ops.DIV, ops.NEG)
+
+    def plan(self, graph: Graph, match: Match) -> _Operand | None:
+        """Return the variable operand and its scale."""
+        node = match.root
+        if node.target is ops.NEG:
+            return _Operand(node.args[0], Affine(-IDENTITY.scale, IDENTITY.shift, 0))  # type: ignore[arg-type]
+        x, other = node.args[:2]
+        if not _is_floating_variable(x) and node.target is ops.MUL:
+            x, other = other, x
+        if node.kwargs or not _is_floating_variable(x):
+            return None
+        if (vector := _vector_along_one_axis(graph, other, x)) is None:  # type: ignore[arg-type]
+            return None
+        scale, axis = vector
+        scale = scale if node.target is ops.MUL else scale.reciprocal()
+        if not bool(torch.isfinite(scale).all()):
+            return None
+        return _Operand(x, Affine(scale, IDENTITY.shift, axis).spread())  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
+        """Replace the product."""
+        write_affine(edit, match.root, plan.x, plan.affine)
+
+
+class ShiftIsAffine(Rule[_Operand]):
+    """A sum or difference with a constant."""
+
+    name: ClassVar[str] = "shift-is-affine"
+    pattern = call(ops.ADD, ops.SUB, ops.RSUB)
+
+    def plan(self, graph: Graph, match: Match) -> _Operand | None:
+        """Return the variable operand, its sign and its shift."""
+        node = match.root
+        x, other = node.args[:2]
+        if node.kwargs or len(node.args) > 2:  # alpha is given: rare, left alone
+            return None
+        negate_x = node.target is ops.RSUB
+        if not _is_floating_variable(x):
+            x, other, negate_x = other, x, node.target is ops.SUB
+        if not _is_floating_variable(x):
+            return None
+        if (vector := _vector_along_one_axis(graph, other, x)) is None:  # type: ignore[arg-type]
+            return None
+        shift, axis = vector
+        if node.target is ops.SUB and not negate_x:
+            shift = -shift
+        scale = -IDENTITY.scale if negate_x else IDENTITY.scale
+        return _Operand(x, Affine(scale, shift, axis).spread())  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
+        """Replace the sum."""
+        write_affine(edit, match.root, plan.x, plan.affine)
+
+
+class AffineOfAffine(Rule[Affine]):
+    """Two affines in a row are one (1)."""
+
+    name: ClassVar[str] = "affine-of-affine"
+    pattern = call(AFFINE, args=(call(AFFINE, as_="inner"),))
+
+    def plan(self, graph: Graph, match: Match) -> Affine | None:
+        """Return the one affine; the inner one must have no other reader, or it would be computed twice."""
+        if query.only_reader(match["inner"]) is None:
+            return None
+        return read_affine(graph, match.root).after(read_affine(graph, match["inner"]))
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Replace the outer one."""
+        write_affine(edit, match.root, match["inner"].args[0], plan)  # type: ignore[arg-type]
+
+
+class SumOfAffines(Rule[_Operand]):
+    """a1 x + c1 + a2 x + c2 = (a1 + a2) x + (c1 + c2) (2)."""
+
+    name: ClassVar[str] = "sum-of-affines"
+    pattern = call(ops.ADD, args=(anything("left"), anything("right")))
+
+    def plan(self, graph: Graph, match: Match) -> _Operand | None:
+        """Return the tensor that both sides are affines of, and their sum."""
+        sides = [self._side(graph, match[name]) for name in ("left", "right")]
+        if match.root.kwargs or sides[0] is None or sides[1] is None or sides[0].x is not sides[1].x:
+            return None
+        if not any(query.is_call(match[name], AFFINE) for name in ("left", "right")):
+            return None
+        total = sides[0].affine.plus(sides[1].affine)
+        return None if total is None else _Operand(sides[0].x, total)
+
+    def _side(self, graph: Graph, node: object) -> _Operand | None:
+        if not _is_floating_variable(node) or not isinstance(node, fx.Node):
+            return None
+        if query.is_call(node, AFFINE) and query.only_reader(node) is not None:
+            return _Operand(node.args[0], read_affine(graph, node))  # type: ignore[arg-type]
+        return _Operand(node, IDENTITY)
+
+    def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
+        """Replace the sum."""
+        write_affine(edit, match.root, plan.x, plan.affine)
+
+
+class AffineBeforeView(Rule[Affine]):
+    """affine(view(x)) = view(affine(x)) where the view has no other reader (3)."""
+
+    name: ClassVar[str] = "affine-before-view"
+    pattern = call(AFFINE, args=(call(*ops.VIEWS, as_="view"), constant("scale"), constant("shift")))
+
+    def plan(self, graph: Graph, match: Match) -> Affine | None:
+        """Return the affine along the axis that the channels have before the view."""
+        found = read_affine(graph, match.root)
+        if query.only_reader(match["view"]) is None:
+            return None
+        axis = 0 if found.is_uniform else axis_before(match["view"], found.axis)
+        return None if axis is None else Affine(found.scale, found.shift, axis)
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Put a new affine in front of the view and let the view read it."""
+        view = match["view"]
+        source = view.args[0]
+        moved = edit.call(AFFINE, source, match["scale"], match["shift"], plan.axis, at=view)
+        edit.set_argument(view, 0, moved)
+        edit.redirect(match.root, view)

@@ -1,0 +1,34 @@
+"""The one ordered list of passes, a reason per line; nothing else decides order."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.find_affines import FindAffines
+from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
+from normfuse.passes.fold_affine_into_producer import FoldAffineIntoProducer
+from normfuse.passes.fold_constants import FoldConstants
+from normfuse.passes.lower_affines import LowerAffines
+from normfuse.pipeline import Phase
+
+__all__ = ["CANONICAL", "FOLD", "LOWER"]
+
+CANONICAL: Final = Phase(
+    "canonical",
+    (
+        Canonicalize(),  # rules below know one spelling per operation
+        FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
+    ),
+)
+
+FOLD: Final = Phase(
+    "norms",
+    (
+        FindAffines(),  # every affine is one node before any fold looks for it
+        FoldAffineIntoProducer(),  # always exact, so before the consumers get their chance
+        FoldAffineIntoConsumers(),  # what no producer took
+    ),
+)
+
+LOWER: Final = Phase("lower", (LowerAffines(),))  # the exporter knows no affine
