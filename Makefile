@@ -1,0 +1,52 @@
+# Everything a developer or a first-time user runs. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo check format lint types layers zoo bench-cpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+install: $(STAMP)  ## create .venv with the tested versions and normfuse in it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+demo: install  ## compile a trained zoo model to int8 and compare it with the float model
+	mkdir -p out/demo
+	$(BIN)/python -m examples.zoo.data glyphs --split calib --count 256 --seed 0 -o out/demo/calib.npz
+	$(BIN)/python -m examples.zoo.data glyphs --split test --count 4000 --seed 0 -o out/demo/test.npz
+	$(BIN)/normfuse compile $(DEMO_MODEL) --calib out/demo/calib.npz --eval out/demo/test.npz -o out/demo/int8
+
+check: install format lint types layers test  ## format, lint, types, layers, tests
+
+format: install
+	$(BIN)/ruff format --check .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+layers: install
+	$(BIN)/lint-imports
+
+zoo: install  ## train the zoo again, from seeds (under two hours on two cores)
+	$(BIN)/python -m examples.zoo.train
+
+bench-cpu: install  ## DeiT-S on this CPU: PyTorch, onnxruntime, onnxruntime's own int8, normfuse
+	$(BIN)/python -m benchmarks.cpu
+
+clean:  ## remove what was built, but not .venv
+	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

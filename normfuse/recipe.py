@@ -1,0 +1,129 @@
+"""The user's choices as frozen values; every option of ``normfuse compile`` is a field here."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+from normfuse.errors import UsageError
+
+__all__ = ["CalibrationMethod", "Recipe", "Target"]
+
+
+class Target(Enum):
+    """Where the artifact runs."""
+
+    ONNX = "onnx"
+
+
+class CalibrationMethod(Enum):
+    """How an activation's range is chosen from what was observed."""
+
+    AUTO = "auto"
+    MIN_MAX = "min-max"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    ENTROPY = "entropy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to build and how.
+
+    ``bits`` 8 is W8A8, 32 keeps float (folds only). ``samples`` limits the calibration samples (0: all).
+    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of top-1 accuracy, in
+    points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    """
+
+    target: Target = Target.ONNX
+    bits: int = 8
+    calibration: CalibrationMethod = CalibrationMethod.AUTO
+    samples: int = 0
+    seed: int = 0
+    threads: int = 0
+    batch: int = 1
+    max_drop: float = 0.5
+    min_speedup: float = 1.0
+    benchmark: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that no compile can honour.
+
+        Raises:
+            UsageError: a field is out of range; the message names it.
+        """
+        _check(self.bits in (8, 32), "bits", self.bits, "8 (W8A8) or 32 (float, folded only)")
+        _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
+        _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
+        _check(self.batch > 0, "batch", self.batch, "a positive number")
+        _check(self.max_drop >= 0, "max_drop", self.max_drop, "accuracy points, 0 or more")
+        _check(self.min_speedup >= 0, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+
+    def with_options(self, **options: Any) -> Self:
+        """Return the recipe with those options changed that are not None (as text, number or enum)."""
+        known = {field.name for field in fields(self)}
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"unknown option {name}",
+                where="recipe",
+                expected=", ".join(sorted(known)),
+                hint=f"did you mean {close[0]}?" if close else "",
+            )
+        return replace(self, **{name: _parse(type(getattr(self, name)), name, value) for name, value in given.items()})
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML that ``from_toml`` reads back."""
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            lines.append(f"{field.name} = {json.dumps(value.value if isinstance(value, Enum) else value)}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str, *, where: str = "recipe") -> Self:
+        """Return the recipe that TOML text describes; fields left out keep their defaults.
+
+        Raises:
+            UsageError: the text is no TOML, names an unknown field or holds a wrong value.
+        """
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"the recipe is no TOML: {error}", where=where) from error
+        return cls().with_options(**table)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the recipe in a file.
+
+        Raises:
+            UsageError: the file cannot be read or holds no recipe.
+        """
+        try:
+            return cls.from_toml(path.read_text(encoding="utf-8"), where=str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
+
+
+def _parse(kind: type[Any], name: str, value: Any) -> Any:
+    if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    try:
+        if kind is bool:
+            raise ValueError(value)
+        return kind(value)
+    except (ValueError, TypeError) as error:
+        expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
+        raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected) from error
+
+
+def _check(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} cannot be {value}", where="recipe", expected=expected)

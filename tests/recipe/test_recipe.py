@@ -1,0 +1,53 @@
+"""The recipe: round trip, checks and messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normfuse.errors import UsageError
+from normfuse.recipe import CalibrationMethod, Recipe
+
+
+def test_toml_round_trip_keeps_every_field() -> None:
+    recipe = Recipe(bits=32, calibration=CalibrationMethod.ENTROPY, samples=7, max_drop=0.25, benchmark=False)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_options_left_out_keep_the_recipe() -> None:
+    assert Recipe(seed=5).with_options(bits=None, calibration="mse") == Recipe(
+        seed=5, calibration=CalibrationMethod.MSE
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"bits": 5}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"samples": -1}, "samples"),
+        ({"calibration": "best"}, "calibration"),
+        ({"target": "tpu"}, "target"),
+        ({"benchmark": "yes"}, "benchmark"),
+        ({"max_drop": -0.1}, "max_drop"),
+    ],
+)
+def test_wrong_values_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        Recipe().with_options(**options)
+
+
+def test_unknown_option_gets_a_suggestion() -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe().with_options(bitz=8)
+    assert "did you mean bits?" in str(caught.value)
+
+
+def test_unreadable_recipe_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        Recipe.read(tmp_path / "missing.toml")
+    (tmp_path / "broken.toml").write_text("bits = = 8")
+    with pytest.raises(UsageError, match="no TOML"):
+        Recipe.read(tmp_path / "broken.toml")
