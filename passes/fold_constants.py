@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, fx
@@ -16,10 +16,13 @@ from normfuse.rewrite import Match, Rule, apply_rules, call
 
 __all__ = ["FoldConstants"]
 
+SMALL: Final = 4096
+"""Elements that any constant may have: smaller than the nodes that would compute it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldConstants(Pass):
-    """Replace every call whose arguments are all constants by its value.
+    """Replace every call whose tensor arguments are all constants (or that has none: arange, full) by its value.
 
     1. The operator has no randomness and no side effect,
     2. its value is one tensor,
@@ -50,12 +53,12 @@ class ComputeConstant(Rule[Tensor]):
         """Return the value."""
         node = match.root
         sources = node.all_input_nodes
-        if node.op != "call_function" or not sources or not all(query.is_constant(source) for source in sources):
+        if node.op != "call_function" or not all(query.is_constant(source) for source in sources):
             return None
         if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
         size = sum(query.constant(graph, source).numel() for source in sources)
-        if not query.is_tensor(node) or node.meta["val"].numel() > self._largest_growth * max(size, 16):
+        if not query.is_tensor(node) or node.meta["val"].numel() > max(self._largest_growth * size, SMALL):
             return None
 
         def data(argument: fx.Node) -> Tensor:

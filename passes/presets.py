@@ -10,6 +10,7 @@ from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producer import FoldAffineIntoProducer
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.lower_affines import LowerAffines
+from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.pipeline import Phase
 
 __all__ = ["CANONICAL", "FOLD", "LOWER"]
@@ -19,6 +20,7 @@ CANONICAL: Final = Phase(
     (
         Canonicalize(),  # rules below know one spelling per operation
         FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
+        SpellOutAttention(),  # constants first: a mask that is all true goes; its scale is an affine of q
     ),
 )
 

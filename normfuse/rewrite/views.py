@@ -79,6 +79,22 @@ class ViewIsReshape(Rule[list[Any]]):
         edit.replace(match.root, ops.RESHAPE, match.root.args[0], plan)
 
 
+class KnownSizes(Rule[list[int]]):
+    """Write the sizes that are known as numbers and the one that is not as -1: no size is computed at run time."""
+
+    name: ClassVar[str] = "known-sizes"
+    pattern = call(ops.RESHAPE)
+
+    def plan(self, graph: Graph, match: Match) -> list[int] | None:
+        """Return the new shape; with two unknown sizes it cannot be written."""
+        sizes = [size if isinstance(size, int) else -1 for size in query.shape(match.root)]
+        return sizes if sizes.count(-1) <= 1 and sizes != list(match.root.args[1]) else None  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: list[int], edit: Editor) -> None:
+        """Replace the call."""
+        edit.replace(match.root, ops.RESHAPE, match.root.args[0], plan)
+
+
 class TransposeIsPermute(Rule[list[int]]):
     """Write every exchange of axes as permute."""
 
@@ -136,6 +152,7 @@ class MergeReshapes(Rule[Any]):
 VIEW_RULES: Final[tuple[Rule[Any], ...]] = (
     DropIdentity(),
     ViewIsReshape(),
+    KnownSizes(),
     TransposeIsPermute(),
     MergePermutes(),
     MergeReshapes(),
