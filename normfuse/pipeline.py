@@ -25,6 +25,7 @@ class Fact(Enum):
     CANONICAL = auto()
     AFFINES = auto()
     FOLDED = auto()
+    PLACED = auto()
     QUANTIZED = auto()
 
 

@@ -61,3 +61,36 @@ SELECTIONS: Final = frozenset({SELECT, SLICE})
 
 POINTWISE_KEEPING: Final = frozenset({CLONE, DROPOUT, ATEN.alias.default, ATEN.detach.default, ATEN.contiguous.default})
 """Operators that return their first argument unchanged in eval mode."""
+
+KNOWN: Final = frozenset(
+    {
+        *(ADD, SUB, RSUB, MUL, DIV, NEG, LINEAR, MATMUL, BATCH_NORM, LAYER_NORM, SOFTMAX, ATTENTION, GELU, RELU, MEAN),
+        *(
+            PERMUTE,
+            TRANSPOSE,
+            T,
+            RESHAPE,
+            VIEW,
+            FLATTEN,
+            UNSQUEEZE,
+            SELECT,
+            SLICE,
+            EXPAND,
+            CAT,
+            CLONE,
+            DROPOUT,
+            GETITEM,
+        ),
+        *CONVOLUTIONS,
+        *(
+            ATEN.chunk.default,
+            ATEN.split.Tensor,
+            ATEN.split_with_sizes.default,
+            ATEN.unbind.int,
+            ATEN.embedding.default,
+        ),
+        *(ATEN.max_pool2d.default, ATEN.avg_pool2d.default, ATEN.adaptive_avg_pool2d.default, ATEN.mean.default),
+        *(ATEN.tanh.default, ATEN.sigmoid.default, ATEN.silu.default, ATEN.hardtanh.default, ATEN.hardswish.default),
+    }
+)
+"""Operators that reports need not mention: they have integer kernels, carry codes along, or are float by design."""

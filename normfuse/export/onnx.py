@@ -1,0 +1,142 @@
+"""From a ``Graph`` to a checked ONNX file in which every node carries the user's layer name."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from normfuse.errors import UnsupportedModel
+from normfuse.export.quantizer_translation import translation_table
+from normfuse.graph import Graph
+from normfuse.graph.program import to_program
+
+__all__ = ["OPSET", "export_onnx"]
+
+OPSET: Final = 21
+"""The newest opset that onnxruntime 1.20 runs; it has Gelu and blocked DequantizeLinear."""
+
+IR_VERSION: Final = 10
+"""The newest file version that onnxruntime 1.20 reads."""
+
+LARGEST_SINGLE_FILE: Final = 1_800_000_000
+"""Bytes of constants above which they go to a file beside the model (protobuf ends at 2 GiB)."""
+
+LAYER: Final = "normfuse.layer"
+
+
+def export_onnx(graph: Graph, path: Path) -> None:
+    """Write the graph as ONNX (opset 21), with dynamic batch, input and output names kept.
+
+    The outputs of QuantizeLinear are named like the graph's quantize nodes, so that the simulation and the
+    engine can be compared code by code.
+
+    Raises:
+        UnsupportedModel: the exporter has no translation for an operator; the message names it.
+    """
+    with _quiet():
+        model = _translate(graph)
+    _name_interface(model, graph)
+    _name_quantizers(model, graph)
+    _name_nodes(model)
+    model.ir_version = IR_VERSION
+    model.producer_name = "normfuse"
+    constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = f"{path.name}.data" if constants > LARGEST_SINGLE_FILE else None
+    ir.save(model, path, external_data=external)
+    onnx.checker.check_model(str(path), full_check=external is None)
+
+
+def _translate(graph: Graph) -> ir.Model:
+    try:
+        program = torch.onnx.export(
+            to_program(graph),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        first = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), str(error))
+        raise UnsupportedModel(
+            f"the model cannot be written as ONNX: {first}",
+            expected="operators that torch.onnx can translate",
+            hint="replace the operator in the model; the exporter's own message is chained to this one",
+        ) from error
+    assert program is not None
+    return program.model  # type: ignore[return-value]
+
+
+def _name_interface(model: ir.Model, graph: Graph) -> None:
+    """Give outputs their names and every symbolic size a readable one (the first axis is the batch)."""
+    names: dict[str, str] = {}
+    for value, name in zip(model.graph.outputs, graph.output_names, strict=True):
+        value.name = name
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None:
+            continue
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                value.shape[axis] = names.setdefault(size.value, "batch" if axis == 0 else f"size_{len(names)}")
+    _drop_other_symbols(model)
+
+
+def _drop_other_symbols(model: ir.Model) -> None:
+    # Intermediate shapes hold expressions of the tracer's symbols; the runtime infers them again.
+    kept = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name not in kept:
+                value.shape = None
+
+
+def _name_quantizers(model: ir.Model, graph: Graph) -> None:
+    quantizers = [node.name for node in graph.nodes if node.target is torch.ops.normfuse.quantize.default]
+    emitted = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    for node, name in zip(emitted, quantizers, strict=True):
+        if not node.outputs[0].is_graph_output():
+            node.outputs[0].name = name
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes ``layer/Operator`` and drop the exporter's notes (they hold paths of this machine)."""
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        layer = _layer(node)
+        stem = f"{layer}/{node.op_type}" if layer else node.op_type
+        counts[stem] += 1
+        node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
+        node.metadata_props.clear()
+        if layer:
+            node.metadata_props[LAYER] = layer
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+
+
+def _layer(node: ir.Node) -> str:
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    names = ast.literal_eval(scopes)[:-1] if scopes else []
+    return next((name for name in reversed(names) if name and not name.startswith("_empty")), "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on packages that are not installed from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
