@@ -1,0 +1,7 @@
+"""Norms to train with that become a constant affine at inference, and fold."""
+
+from normfuse.nn.rep_norm import PRepBN, RepBN
+from normfuse.nn.replace_norms import replace_norms
+from normfuse.nn.unified_norm import UnifiedNorm
+
+__all__ = ["PRepBN", "RepBN", "UnifiedNorm", "replace_norms"]
