@@ -13,7 +13,15 @@ from normfuse.errors import BadInput
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.quantization import QuantizationRequest, requests
 from normfuse.progress import Progress, Silent
-from normfuse.quant import DyadicHistogram, ExactSum, Range, asymmetric, candidates, quantize_dequantize
+from normfuse.quant import (
+    DyadicHistogram,
+    ExactSum,
+    Range,
+    RangeMethod,
+    asymmetric,
+    candidates,
+    quantize_dequantize,
+)
 from normfuse.recipe import CalibrationMethod
 from normfuse.rewrite.linear_map import read_linear_map
 
@@ -129,20 +137,20 @@ def _observe(
     return count
 
 
-METHOD_LABELS: Final = {
-    CalibrationMethod.MIN_MAX: "min-max",
-    CalibrationMethod.PERCENTILE: "percentile-99.99",
-    CalibrationMethod.MSE: "mse",
-    CalibrationMethod.ENTROPY: "entropy",
+ALONE: Final = {
+    CalibrationMethod.MIN_MAX: (RangeMethod.MIN_MAX, "min-max"),
+    CalibrationMethod.PERCENTILE: (RangeMethod.PERCENTILE, "percentile-99.99"),
+    CalibrationMethod.MSE: (RangeMethod.MSE, "mse"),
+    CalibrationMethod.ENTROPY: (RangeMethod.ENTROPY, "entropy"),
 }
+"""The range that each method gives when it is asked for alone."""
 
 
 def _offer(histogram: DyadicHistogram, request: QuantizationRequest, method: CalibrationMethod) -> dict[str, Range]:
-    offered = candidates(histogram, request.type)
     if method is CalibrationMethod.AUTO:
-        return offered
-    label = METHOD_LABELS[method]
-    return {label: offered[label]}
+        return candidates(histogram, request.type)
+    kind, label = ALONE[method]
+    return {label: candidates(histogram, request.type, methods=[kind])[label]}
 
 
 def _compete(

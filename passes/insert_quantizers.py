@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
@@ -14,13 +13,25 @@ from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import QuantizationRequest, requests
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import INT32, IntegerType, QuantParams, Range, asymmetric, quantize, weight_params
+from normfuse.quant import (
+    INT32,
+    SMALLEST_SCALE,
+    IntegerType,
+    QuantParams,
+    Range,
+    WeightClip,
+    asymmetric,
+    quantize,
+    scale_for_bias,
+    weight_params,
+)
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
 __all__ = ["InsertQuantizers"]
 
 PER_TENSOR: Final = -1
+MATRIX_RANK: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +42,9 @@ class InsertQuantizers(Pass):
         after    y = linear(dq(q(x)), dq(codes of W), b)
 
     1. Activations: one scale and zero point per tensor, from the observed ranges (0 is always exact).
-    2. Weights: symmetric codes per output channel. A linear becomes a product with the transposed weight and
-       a sum, as engines fuse it; a convolution's bias becomes int32 codes at scale_x * scale_w.
+    2. Weights: symmetric codes per output channel, clipped where that leaves less squared error; biases: int32
+       codes at scale_x * scale_w. A linear map is written on rows, the one form that onnxruntime runs in
+       integers with its bias inside (a product and a sum fall back to float there).
     3. A tensor without a range stays float, with a refusal.
 
     Not exact: this is where accuracy is spent. The graph's float operators then compute what integer kernels
@@ -67,47 +79,65 @@ class InsertQuantizers(Pass):
         )
 
     def _quantize_weight(self, edit: Editor, node: fx.Node, linear: LinearMap) -> None:
-        params = weight_params(linear.weight, 0, self.weight)
-        codes = quantize(linear.weight, params)
+        input_scale = query.constant(edit.graph, node.args[0].args[1])  # type: ignore[union-attr, arg-type]
+        params = weight_params(linear.weight, 0, self.weight, clip=WeightClip.MSE)
+        if linear.bias is not None:
+            params = scale_for_bias(params, input_scale=float(input_scale), bias=linear.bias)
+        codes, stem = quantize(linear.weight, params), str(node.args[1].target)  # type: ignore[union-attr]
+        bias = None
+        if linear.bias is not None:
+            bias_params = _bias_params(params, input_scale)
+            bias_stem = str(query.argument(node, 2, "bias").target)
+            bias = _values(edit, node, quantize(linear.bias, bias_params), bias_params, axis=0, stem=bias_stem)
         if node.target is ops.LINEAR:
-            _write_product(edit, node, linear, codes, params)
-        else:
-            _write_convolution(edit, node, linear, codes, params)
+            weight = _values(edit, node, codes.mT.contiguous(), params, axis=1, stem=stem)
+            _write_linear(edit, node, weight, bias)
+            return
+        edit.set_argument(node, 1, _values(edit, node, codes, params, axis=0, stem=stem))
+        if bias is not None:
+            edit.set_argument(node, 2, bias)
 
 
 def _quantize_activation(edit: Editor, node: fx.Node, request: QuantizationRequest, params: QuantParams) -> None:
     scale = edit.constant(params.scale, f"{node.name}_scale", like=node)
-    zero = edit.constant(params.zero_point, f"{node.name}_zero_point", like=node)
+    zero = _zero_point(edit, node, params, node.name)
     limits = (request.type.minimum, request.type.maximum)
     codes = edit.call(QUANTIZE, node, scale, zero, PER_TENSOR, *limits, at=node, after=True, name=f"{node.name}_codes")
     values = edit.call(DEQUANTIZE, codes, scale, zero, PER_TENSOR, at=codes, after=True, name=f"{node.name}_values")
     edit.redirect(node, values, only=lambda reader: reader.name in request.readers)
 
 
-def _weight_node(edit: Editor, at: fx.Node, codes: Tensor, scale: Tensor, axis: int, stem: str) -> fx.Node:
+def _zero_point(edit: Editor, at: fx.Node, params: QuantParams, stem: str) -> fx.Node:
+    # Stored in the type of the codes, as ONNX wants it: then the file needs no cast.
+    return edit.constant(params.zero_point.to(params.type.torch_dtype), f"{stem}_zero_point", like=at)
+
+
+def _values(edit: Editor, at: fx.Node, codes: Tensor, params: QuantParams, *, axis: int, stem: str) -> fx.Node:
+    """Return a node with the values of constant codes."""
     data = edit.constant(codes, f"{stem}_codes", like=at)
-    scales = edit.constant(scale, f"{stem}_scale", like=at)
-    zeros = edit.constant(torch.zeros(scale.shape, dtype=torch.int32), f"{stem}_zero_point", like=at)
-    return edit.call(DEQUANTIZE, data, scales, zeros, axis, at=at)
+    scale = edit.constant(params.scale, f"{stem}_scale", like=at)
+    return edit.call(DEQUANTIZE, data, scale, _zero_point(edit, at, params, stem), axis, at=at, name=f"{stem}_values")
 
 
-def _write_product(edit: Editor, node: fx.Node, linear: LinearMap, codes: Tensor, params: QuantParams) -> None:
-    stem = str(node.args[1].target)  # type: ignore[union-attr]
-    weight = _weight_node(edit, node, codes.mT.contiguous(), params.scale, 1, stem)
-    product = edit.call(ops.MATMUL, node.args[0], weight, at=node, name=f"{node.name}_product")
-    if linear.bias is None:
+def _bias_params(params: QuantParams, input_scale: Tensor) -> QuantParams:
+    scale = (input_scale * params.scale).clamp(min=SMALLEST_SCALE)
+    return QuantParams(scale=scale, zero_point=params.zero_point, type=INT32, granularity=params.granularity)
+
+
+def _write_linear(edit: Editor, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
+    """Write y = x W + b on rows: [tokens, in] x [in, out]; the codes are reshaped, not the floats (2)."""
+    values = node.args[0]
+    assert isinstance(values, fx.Node)
+    sizes = [size if isinstance(size, int) else -1 for size in query.shape(node)]
+    if len(sizes) == MATRIX_RANK:
+        rows = values
+    else:
+        codes, scale, zero, axis = values.args
+        flat = edit.call(ops.RESHAPE, codes, [-1, query.shape(values)[-1]], at=node)
+        rows = edit.call(DEQUANTIZE, flat, scale, zero, axis, at=node)
+    operands = (ops.ATEN.mm.default, rows, weight) if bias is None else (ops.ATEN.addmm.default, bias, rows, weight)
+    product = edit.call(*operands, at=node, name=f"{node.name}_rows")
+    if len(sizes) == MATRIX_RANK:
         edit.redirect(node, product)
     else:
-        edit.replace(node, ops.ADD, product, node.args[2])
-
-
-def _write_convolution(edit: Editor, node: fx.Node, linear: LinearMap, codes: Tensor, params: QuantParams) -> None:
-    stem = str(node.args[1].target)  # type: ignore[union-attr]
-    edit.set_argument(node, 1, _weight_node(edit, node, codes, params.scale, 0, stem))
-    if linear.bias is None:
-        return
-    input_scale = query.constant(edit.graph, node.args[0].args[1])  # type: ignore[union-attr, arg-type]
-    scale = (input_scale.double() * params.scale.double()).float()
-    bias = QuantParams(scale, torch.zeros(scale.shape, dtype=torch.int32), INT32, params.granularity)
-    bias_stem = str(query.argument(node, 2, "bias").target)
-    edit.set_argument(node, 2, _weight_node(edit, node, quantize(linear.bias, bias), scale, 0, bias_stem))
+        edit.replace(node, ops.RESHAPE, product, sizes)

@@ -11,6 +11,7 @@ from normfuse.passes.fold_affine_into_producer import FoldAffineIntoProducer
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.lower_affines import LowerAffines
 from normfuse.passes.spell_out_attention import SpellOutAttention
+from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Phase
 
 __all__ = ["CANONICAL", "FOLD", "LOWER"]
@@ -20,6 +21,7 @@ CANONICAL: Final = Phase(
     (
         Canonicalize(),  # rules below know one spelling per operation
         FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
+        SplitJointProjections(),  # before attention is spelled out: its scale then meets q's own linear map
         SpellOutAttention(),  # constants first: a mask that is all true goes; its scale is an affine of q
     ),
 )

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript import opset21 as op
 
 from normfuse.errors import UnsupportedModel
 from normfuse.export.quantizer_translation import translation_table
@@ -32,6 +33,18 @@ LARGEST_SINGLE_FILE: Final = 1_800_000_000
 """Bytes of constants above which they go to a file beside the model (protobuf ends at 2 GiB)."""
 
 LAYER: Final = "normfuse.layer"
+
+
+def _product(rows: Any, weight: Any) -> Any:
+    return op.Gemm(rows, weight)
+
+
+def _product_and_bias(bias: Any, rows: Any, weight: Any) -> Any:
+    return op.Gemm(rows, weight, bias)
+
+
+ROWS: Final = {torch.ops.aten.mm.default: _product, torch.ops.aten.addmm.default: _product_and_bias}
+"""Products of rows become Gemm, with or without bias: onnxruntime's integer Gemm takes both in, MatMul + Add not."""
 
 
 def export_onnx(graph: Graph, path: Path) -> None:
@@ -62,7 +75,7 @@ def _translate(graph: Graph) -> ir.Model:
             to_program(graph),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table(),
+            custom_translation_table={**translation_table(), **ROWS},
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:

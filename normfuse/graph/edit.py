@@ -41,14 +41,23 @@ class Editor:
         node.meta.update(metadata.provenance(like) if like is not None else {})
         return node
 
-    def call(self, target: Any, *args: Any, at: fx.Node, name: str = "", after: bool = False, **kwargs: Any) -> fx.Node:
-        """Add a call before (or after) ``at`` and return its node."""
+    def call(
+        self,
+        target: Any,
+        *args: Any,
+        at: fx.Node,
+        name: str = "",
+        after: bool = False,
+        like: fx.Node | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """Add a call before (or after) ``at`` and return its node; ``like`` (else ``at``) gives the provenance."""
         graph = self.graph.module.graph
         place = graph.inserting_after(at) if after else graph.inserting_before(at)
         with place:
             node = graph.create_node("call_function", target, args, kwargs, name=name or None)
         node.meta["val"] = compute_value(self.graph, node)
-        node.meta.update(metadata.provenance(at))
+        node.meta.update(metadata.provenance(like or at))
         return node
 
     def replace(self, node: fx.Node, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:

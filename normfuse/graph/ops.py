@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["ATEN", "CONVOLUTIONS", "POINTWISE_KEEPING", "SELECTIONS", "VIEWS"]
+__all__ = ["ATEN", "CONVOLUTIONS", "POINTWISE_KEEPING", "SELECTIONS", "SPLITS", "VIEWS"]
 
 ATEN: Final[Any] = torch.ops.aten
 
@@ -58,6 +58,9 @@ VIEWS: Final = frozenset({PERMUTE, TRANSPOSE, VIEW, RESHAPE})
 
 SELECTIONS: Final = frozenset({SELECT, SLICE})
 """Operators that keep some positions of one axis."""
+
+SPLITS: Final = frozenset({ATEN.chunk.default, ATEN.split.Tensor, ATEN.split_with_sizes.default})
+"""Operators that cut one axis into parts; ``getitem`` takes one of them."""
 
 POINTWISE_KEEPING: Final = frozenset({CLONE, DROPOUT, ATEN.alias.default, ATEN.detach.default, ATEN.contiguous.default})
 """Operators that return their first argument unchanged in eval mode."""

@@ -1,0 +1,57 @@
+"""``normfuse compile``: parse, call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from normfuse.cli.options import data_options, json_option, model_options, output_option, quiet_option
+
+__all__ = ["command"]
+
+
+@click.command("compile")
+@click.argument("model", type=click.Path(path_type=Path))
+@data_options
+@model_options
+@output_option
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file; options here override it.")
+@click.option("--target", help="Where it runs: onnx.")
+@click.option("--bits", type=int, help="8: W8A8; 32: float, folded only.")
+@click.option("--calibration", help="auto, min-max, percentile, mse or entropy.")
+@click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
+@click.option("--threads", type=int, help="Threads of verification and measurement (0: the visible cores, two at most).")
+@click.option("--batch", type=int, help="Batch size to measure at.")
+@click.option("--max-drop", type=float, help="Largest drop of top-1, in points, that counts as kept.")
+@click.option("--min-speedup", type=float, help="Smallest speed-up over float that counts as kept.")
+@click.option("--seed", type=int, help="Seed of everything random.")
+@json_option
+@quiet_option
+def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Fold, quantize, verify and measure MODEL; write the artifact to a folder."""
+    from normfuse.artifact import check_output
+    from normfuse.cli import render
+    from normfuse.compiler import compile as compile_model
+    from normfuse.compiler import open_model, open_samples
+    from normfuse.progress import Silent
+    from normfuse.recipe import Recipe
+
+    calib, evaluation, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))
+    arch, trust = options.pop("arch"), options.pop("trust_pickle")
+    recipe = (Recipe.read(recipe_file) if recipe_file else Recipe()).with_options(**options)
+    check_output(output)
+    built = compile_model(
+        open_model(model, arch=arch, trust_pickle=trust),
+        calibration=open_samples(calib, preprocess),
+        evaluation=open_samples(evaluation, preprocess),
+        recipe=recipe,
+        progress=Silent() if quiet else render.ShownProgress(),
+    )
+    built.save(output)
+    if as_json:
+        render.as_json(built.report)
+    else:
+        render.report(built.report, output)
+    return built.exit_code

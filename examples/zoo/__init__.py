@@ -1,0 +1,1 @@
+"""Small, honestly trained models and the data they were trained on."""

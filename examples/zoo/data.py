@@ -1,0 +1,74 @@
+"""The zoo's data: ``python -m examples.zoo.data TASK --split SPLIT --count N --seed S -o FILE.npz``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.zoo import glyphs
+
+__all__ = ["SPLITS", "TASKS", "make", "main"]
+
+TASKS = ("glyphs", "digits")
+SPLITS = ("train", "calib", "test")
+CHUNK = 1024
+
+
+def make(task: str, split: str, count: int, seed: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return images (float32, [count, 1, height, width]) and labels (int64, [count]).
+
+    Splits are disjoint: glyphs are drawn from different seeds, digits are cut once into three parts.
+
+    Raises:
+        ValueError: the task or split is unknown, or digits has fewer images than asked for.
+    """
+    if task not in TASKS or split not in SPLITS:
+        raise ValueError(f"there is no {task} {split}; tasks: {TASKS}, splits: {SPLITS}")
+    if task == "digits":
+        return _digits(split, count, seed)
+    parts = [
+        glyphs.render(min(CHUNK, count - start), glyphs.seed_of(task, split, seed, start), device=device)
+        for start in range(0, count, CHUNK)
+    ]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's handwritten digits (1,797 images of 8 x 8), 60 % train, 20 % calib, 20 % test."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))  # one cut for ever, whatever the seed
+    cuts = {"train": (0.0, 0.6), "calib": (0.6, 0.8), "test": (0.8, 1.0)}[split]
+    chosen = order[int(cuts[0] * len(order)) : int(cuts[1] * len(order))]
+    if count > len(chosen):
+        raise ValueError(f"digits has {len(chosen)} {split} images, not {count}")
+    chosen = np.random.default_rng(seed).permutation(chosen)[:count]
+    images = (found.images[chosen].astype(np.float32)[:, None] - 8.0) / 4.0
+    return torch.from_numpy(images), torch.from_numpy(found.target[chosen].astype(np.int64))
+
+
+def main() -> None:
+    """Write ``image`` and ``label`` to an .npz file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args()
+    try:
+        images, labels = make(given.task, given.split, given.count, given.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(given.output, image=images.numpy(), label=labels.numpy())
+    print(f"{given.output}: {len(labels)} images of {given.task}, {given.split}, seed {given.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What each target wants quantized, as data, and why."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from normfuse.quant import UINT8, IntegerType
+from normfuse.quant.placement import Placement
+
+__all__ = ["ARM", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement"]
+
+SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
+SYMMETRIC_7: Final = IntegerType(7, signed=True, narrow=True)
+
+X86_VNNI: Final = Placement(
+    name="onnxruntime, x86 with VNNI or AMX",
+    activation=UINT8,
+    weight=SYMMETRIC_8,
+    reason="onnxruntime's fast integer kernels on x86 take unsigned activations and signed weights",
+)
+
+X86_WITHOUT_VNNI: Final = Placement(
+    name="onnxruntime, x86 without VNNI",
+    activation=UINT8,
+    weight=SYMMETRIC_7,
+    reason="without VNNI two 8-bit products saturate in 16 bits; 7-bit weights cannot",
+)
+
+ARM: Final = Placement(
+    name="onnxruntime, ARM",
+    activation=IntegerType(8, signed=True),
+    weight=SYMMETRIC_8,
+    session_config={"session.qdqisint8allowed": "1"},
+    reason="ARM's dot product takes signed activations",
+)
+
+
+def onnx_placement(instruction_set: str) -> Placement:
+    """Return the placement for a processor's level (the names of ``InstructionSet``, lower case)."""
+    if instruction_set.startswith("neon"):
+        return ARM
+    return X86_WITHOUT_VNNI if instruction_set in ("avx2", "portable") else X86_VNNI

@@ -1,0 +1,129 @@
+"""Does the engine do what the simulation says? Compared code by code, segment by segment."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from normfuse.runtime.onnx_session import open_onnx
+from torch import Tensor, fx
+
+from normfuse.graph import Graph
+from normfuse.kernels.ops import QUANTIZE
+
+__all__ = ["Agreement", "TensorAgreement", "compare_codes", "output_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorAgreement:
+    """How far one quantized tensor's codes in the engine are from the simulation's."""
+
+    name: str
+    largest_difference: int
+    share_different: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """All quantized tensors, and the largest output difference relative to the output's scale."""
+
+    tensors: tuple[TensorAgreement, ...]
+    output_error: float
+    samples: int
+
+    @property
+    def largest_difference(self) -> int:
+        """The largest difference of any code."""
+        return max((tensor.largest_difference for tensor in self.tensors), default=0)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the agreement for JSON."""
+        return {
+            "samples": self.samples,
+            "largest_code_difference": self.largest_difference,
+            "share_of_codes_different": max((tensor.share_different for tensor in self.tensors), default=0.0),
+            "tensors": len(self.tensors),
+            "output_error": self.output_error,
+        }
+
+
+def compare_codes(
+    graph: Graph,
+    path: Path,
+    samples: Iterable[Sequence[Tensor]],
+    *,
+    threads: int = 1,
+    session_config: Mapping[str, str] | None = None,
+) -> Agreement:
+    """Run engine and simulation on the same samples and compare every quantizer's codes (ours).
+
+    Behind each quantizer the simulation goes on with the engine's codes, so that each segment is judged alone:
+    a code that differs by one early in the network is not counted again in everything behind it.
+
+    Args:
+        graph: the quantized graph that ``path`` was exported from.
+        path: the ONNX file.
+        samples: one tensor per input each, batch axis first.
+        threads: onnxruntime's threads.
+        session_config: the session entries that the artifact is run with.
+    """
+    config = session_config or {}
+    totals: dict[str, list[int]] = {}
+    error, count = 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        opened = Path(folder) / "opened.onnx"
+        _show_codes(path, opened)
+        engine = open_onnx(path, threads=threads, session_config=config)
+        witness = open_onnx(opened, threads=threads, session_config=config)
+        for sample in samples:
+            feeds = {name: value.numpy() for name, value in zip(graph.input_names, sample, strict=True)}
+            codes, outputs = witness.run(feeds), engine.run(feeds)
+            simulated = graph.run_watched(sample, _Forcing(codes, totals))
+            for name, value in zip(graph.output_names, simulated, strict=True):
+                error = max(error, output_error(outputs[name], value.numpy()))
+            count += 1
+    tensors = tuple(TensorAgreement(name, largest, bad / max(all_, 1)) for name, (largest, bad, all_) in totals.items())
+    return Agreement(tensors, error, count)
+
+
+def output_error(found: Any, expected: Any) -> float:
+    """Return the largest absolute difference relative to the largest magnitude expected."""
+    scale = float(np.max(np.abs(expected), initial=0.0)) or 1.0
+    return float(np.max(np.abs(np.asarray(found, dtype=np.float64) - expected), initial=0.0)) / scale
+
+
+class _Forcing:
+    """Compares the codes of each quantizer and lets the engine's go on."""
+
+    def __init__(self, engine: Mapping[str, Any], totals: dict[str, list[int]]) -> None:
+        self._engine = engine
+        self._totals = totals
+
+    def __call__(self, node: fx.Node, value: Any) -> Any:
+        if node.target is not QUANTIZE or node.name not in self._engine:
+            return value
+        codes = torch.from_numpy(self._engine[node.name])
+        difference = (codes.int() - value.int()).abs()
+        total = self._totals.setdefault(node.name, [0, 0, 0])
+        total[0] = max(total[0], int(difference.max()))
+        total[1] += int((difference > 0).sum())
+        total[2] += difference.numel()
+        return codes
+
+
+def _show_codes(path: Path, opened: Path) -> None:
+    """Write a copy of the model that also returns what every QuantizeLinear makes."""
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    returned = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0] not in returned:
+            kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+    onnx.save(model, opened)
