@@ -1,32 +1,61 @@
-"""How ``torch.ops.normfuse`` quantizers become ONNX QuantizeLinear and DequantizeLinear."""
+"""How ``torch.ops.normfuse.*`` becomes QuantizeLinear and DequantizeLinear in the ONNX exporter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
+import onnx_ir as ir
+import torch
 from onnxscript import opset21 as op
-from onnxscript.ir import DataType
 
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+import normfuse.kernels.ops  # noqa: F401  defines the operators that the table is keyed by
+from normfuse.quant.integer_type import smallest_container
 
 __all__ = ["translation_table"]
 
-PER_TENSOR_AXIS = 1
-"""ONNX ignores the axis of a scalar scale."""
+_TYPES: Final = {
+    torch.uint8: ir.DataType.UINT8,
+    torch.int8: ir.DataType.INT8,
+    torch.uint16: ir.DataType.UINT16,
+    torch.int16: ir.DataType.INT16,
+}
+"""What QuantizeLinear can produce; other ranges have no codes in ONNX."""
 
 
-def translation_table() -> dict[Any, Callable[..., Any]]:
-    """Return the ``custom_translation_table`` for ``torch.onnx.export``."""
-    return {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the ``custom_translation_table`` for ``torch.onnx.export(..., dynamo=True, opset_version=21)``.
+
+    The codes of a constant stay an integer initializer: the exporter folds neither of the two operators. A zero point
+    that already has the codes' type stays an initializer under its own name; any other gets a cast.
+    """
+    return {
+        torch.ops.normfuse.quantize.default: _quantize,
+        torch.ops.normfuse.dequantize.default: _dequantize,
+    }
 
 
+# The exporter calls these with symbolic tensors (an untyped subclass of onnx_ir.Value) and Python integers.
 def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, minimum: int, maximum: int) -> Any:
-    kind = DataType.INT8 if minimum < 0 else DataType.UINT8
-    zero = op.Cast(zero_point, to=int(kind))
-    return op.QuantizeLinear(x, scale, zero, axis=axis if axis >= 0 else PER_TENSOR_AXIS)
+    container = smallest_container(minimum, maximum)
+    if container not in _TYPES:
+        raise NotImplementedError(f"QuantizeLinear has no codes {minimum} ... {maximum}")
+    dtype = _TYPES[container]
+    codes = op.QuantizeLinear(x, scale, _as(dtype, zero_point), axis=max(axis, 0))
+    limits = torch.iinfo(container)
+    if (minimum, maximum) == (limits.min, limits.max):
+        return codes
+    # QuantizeLinear saturates at the ends of the container only; saturating the codes again is exact.
+    return op.Clip(codes, _constant(minimum, dtype), _constant(maximum, dtype))
 
 
 def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-    zero = op.CastLike(zero_point, codes)
-    return op.DequantizeLinear(codes, scale, zero, axis=axis if axis >= 0 else PER_TENSOR_AXIS)
+    return op.DequantizeLinear(codes, scale, _as(codes.dtype, zero_point), axis=max(axis, 0))
+
+
+def _as(dtype: ir.DataType, zero_point: Any) -> Any:
+    return zero_point if zero_point.dtype == dtype else op.Cast(zero_point, to=int(dtype))
+
+
+def _constant(value: int, dtype: ir.DataType) -> Any:
+    return op.Constant(value=ir.serde.serialize_tensor(ir.tensor(value, dtype=dtype)))

@@ -1,0 +1,39 @@
+"""Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums."""
+
+from normfuse.quant.exact_sum import ExactSum
+from normfuse.quant.granularity import Granularity, PerChannel, PerTensor
+from normfuse.quant.histogram import DyadicHistogram
+from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
+from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
+from normfuse.quant.range_selection import Range, RangeMethod, candidates
+from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
+from normfuse.quant.weights import WeightClip, scale_for_bias, weight_params
+
+__all__ = [
+    "INT4",
+    "INT8",
+    "INT8_NARROW",
+    "INT16",
+    "INT32",
+    "SMALLEST_SCALE",
+    "UINT4",
+    "UINT8",
+    "DyadicHistogram",
+    "ExactSum",
+    "Granularity",
+    "IntegerType",
+    "PerChannel",
+    "PerTensor",
+    "QuantParams",
+    "Range",
+    "RangeMethod",
+    "WeightClip",
+    "asymmetric",
+    "candidates",
+    "dequantize",
+    "quantize",
+    "quantize_dequantize",
+    "scale_for_bias",
+    "symmetric",
+    "weight_params",
+]

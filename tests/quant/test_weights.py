@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from normfuse.errors import UsageError
+from normfuse.quant import (
+    INT4,
+    INT8,
+    UINT8,
+    IntegerType,
+    PerChannel,
+    WeightClip,
+    quantize,
+    quantize_dequantize,
+    scale_for_bias,
+    symmetric,
+    weight_params,
+)
+
+
+def _weight(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(11)) ** 3
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 7), 0), ((5, 7), 1), ((3, 4, 2, 6), 0), ((3, 4, 2, 6), 1)])
+def test_the_largest_weight_of_a_channel_gets_the_largest_code(shape: tuple[int, ...], axis: int) -> None:
+    weight = _weight(*shape)
+    params = weight_params(weight, axis, INT8)
+    codes = quantize(weight, params).movedim(axis, 0).flatten(1).int()
+    assert params.granularity == PerChannel(axis)
+    assert codes.abs().amax(dim=1).tolist() == [127] * shape[axis]
+
+
+@pytest.mark.parametrize("kind", [INT8, INT4, IntegerType(3, signed=True)], ids=str)
+def test_the_search_is_never_worse_in_any_channel_and_better_at_low_widths(kind: IntegerType) -> None:
+    weight = _weight(9, 301)
+    error = {
+        clip: (quantize_dequantize(weight, weight_params(weight, 0, kind, clip=clip)) - weight).square().sum(dim=1)
+        for clip in WeightClip
+    }
+    assert bool((error[WeightClip.MSE] <= error[WeightClip.MAXIMUM]).all())
+    if kind.bits < 8:
+        assert float(error[WeightClip.MSE].sum()) < 0.8 * float(error[WeightClip.MAXIMUM].sum())
+
+
+def test_a_dead_channel_stays_zero_with_an_ordinary_scale() -> None:
+    weight = _weight(4, 6)
+    weight[2] = 0.0
+    params = weight_params(weight, 0, INT8, clip=WeightClip.MSE)
+    assert params.scale[2] == params.scale.max()
+    assert quantize(weight, params)[2].tolist() == [0] * 6
+
+
+def test_a_bias_always_fits_int32_beside_tiny_weights() -> None:
+    params = symmetric(torch.tensor([1e-30, 1.0]), INT8, PerChannel(0))
+    bias, input_scale = torch.tensor([-3.0, 3.0]), 0.01
+    raised = scale_for_bias(params, input_scale=input_scale, bias=bias)
+    codes = bias.double() / (raised.scale.double() * input_scale)
+    assert bool((codes.abs() <= 2**30).all())
+    assert codes[0].item() == pytest.approx(-(2.0**30), rel=1e-6)  # no coarser than needed
+    assert raised.scale[1] == params.scale[1]
+
+
+def test_the_product_of_scales_never_becomes_subnormal() -> None:
+    params = symmetric(torch.tensor([1e-36]), INT8, PerChannel(0))
+    raised = scale_for_bias(params, input_scale=1e-4, bias=torch.zeros(1))
+    assert (raised.scale.double() * 1e-4).item() >= 2.0**-126
+
+
+@pytest.mark.parametrize(("axis", "kind"), [(2, INT8), (-1, INT8), (0, UINT8)])
+def test_what_does_not_fit_is_refused(axis: int, kind: IntegerType) -> None:
+    with pytest.raises(UsageError):
+        weight_params(_weight(3, 2), axis, kind)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(UsageError, match="finite"):
+        weight_params(torch.tensor([[1.0, float("nan")]]), 0, INT8)
