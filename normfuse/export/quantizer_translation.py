@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-import normfuse.kernels.ops  # noqa: F401  defines the operators that the table is keyed by
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.quant.integer_type import smallest_container
 
 __all__ = ["translation_table"]
@@ -29,10 +29,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     The codes of a constant stay an integer initializer: the exporter folds neither of the two operators. A zero point
     that already has the codes' type stays an initializer under its own name; any other gets a cast.
     """
-    return {
-        torch.ops.normfuse.quantize.default: _quantize,
-        torch.ops.normfuse.dequantize.default: _dequantize,
-    }
+    return {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
 
 
 # The exporter calls these with symbolic tensors (an untyped subclass of onnx_ir.Value) and Python integers.

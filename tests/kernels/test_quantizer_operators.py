@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import UsageError
 from normfuse.kernels import ops, reference
-
-QUANTIZE, DEQUANTIZE = torch.ops.normfuse.quantize.default, torch.ops.normfuse.dequantize.default
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 
 LIMITS = [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7), (-32768, 32767)]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,12 +61,16 @@ def test_operators_say_what_does_not_fit() -> None:
         QUANTIZE(torch.zeros(2, 2, 2), torch.ones(2), torch.zeros(2, dtype=torch.int32), 3, 0, 255)
 
 
+def test_schemas_are_the_documented_ones() -> None:
+    assert ops.__doc__ is not None
+    for operator in (QUANTIZE, DEQUANTIZE):
+        assert str(operator._schema).replace("SymInt", "int") in ops.__doc__
+
+
 def test_defining_them_again_changes_nothing() -> None:
-    arguments = _arguments(-1, (0, 255))
-    expected = torch.ops.normfuse.quantize(*arguments)
     importlib.reload(ops)
-    assert torch.equal(torch.ops.normfuse.quantize(*arguments), expected)
-    torch.library.opcheck(torch.ops.normfuse.quantize.default, arguments, test_utils="test_faketensor")
+    assert torch.ops.normfuse.quantize.default is ops.QUANTIZE is QUANTIZE
+    assert torch.ops.normfuse.dequantize.default is ops.DEQUANTIZE is DEQUANTIZE
 
 
 class _Pair(nn.Module):
@@ -84,7 +87,7 @@ def test_export_keeps_them_whole_with_a_dynamic_batch() -> None:
         warnings.simplefilter("ignore")  # torch's own deprecation warnings
         decomposed = program.run_decompositions()
     called = [node.target for node in decomposed.graph.nodes if node.op == "call_function"]
-    assert called == [torch.ops.normfuse.quantize.default, torch.ops.normfuse.dequantize.default]
+    assert called == [QUANTIZE, DEQUANTIZE]
     longer = torch.cat([x, x, x[:1]])
     for ours, theirs in zip(
         program.module()(longer, scale, zero_point), _Pair()(longer, scale, zero_point), strict=True
