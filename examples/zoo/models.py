@@ -156,7 +156,7 @@ def _prepbn(steps: int) -> Norm:
     return lambda channels: PRepBN(channels, total_step=int(0.6 * steps))
 
 
-GLYPH_STEPS = 6000
+GLYPH_STEPS = 2600
 
 MODELS: dict[str, ModelEntry] = {
     "glyphs_vit_ln": ModelEntry("glyphs", lambda steps: _glyph_vit(nn.LayerNorm), GLYPH_STEPS),

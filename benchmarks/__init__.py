@@ -1,0 +1,1 @@
+"""Benchmarks are commands, not tests: each prints its figures from one run."""

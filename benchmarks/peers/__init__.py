@@ -1,0 +1,1 @@
+"""Peers, run as installed packages side by side with normfuse."""
