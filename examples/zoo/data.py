@@ -11,30 +11,34 @@ from torch import Tensor
 
 from examples.zoo import glyphs
 
-__all__ = ["SPLITS", "TASKS", "make", "main"]
+__all__ = ["SPLITS", "TASKS", "main", "make"]
 
 TASKS = ("glyphs", "digits")
 SPLITS = ("train", "calib", "test")
-CHUNK = 1024
+CHUNK = 256
+DIGITS_CUTS = {"train": (0.0, 0.6), "calib": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
-def make(task: str, split: str, count: int, seed: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def make(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return images (float32, [count, 1, height, width]) and labels (int64, [count]).
 
-    Splits are disjoint: glyphs are drawn from different seeds, digits are cut once into three parts.
+    A smaller count gives the first images of a larger one. Splits are disjoint: glyphs are drawn from different
+    seeds, digits are cut once into three parts.
 
     Raises:
         ValueError: the task or split is unknown, or digits has fewer images than asked for.
     """
     if task not in TASKS or split not in SPLITS:
         raise ValueError(f"there is no {task} {split}; tasks: {TASKS}, splits: {SPLITS}")
-    if task == "digits":
-        return _digits(split, count, seed)
-    parts = [
-        glyphs.render(min(CHUNK, count - start), glyphs.seed_of(task, split, seed, start), device=device)
-        for start in range(0, count, CHUNK)
-    ]
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    return _digits(split, count, seed) if task == "digits" else _glyphs(split, count, seed)
+
+
+def _glyphs(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    seeds = [glyphs.seed_of("glyphs", split, seed, start) for start in range(0, count, CHUNK)]
+    chunks = [glyphs.render(CHUNK, chunk_seed) for chunk_seed in seeds]
+    return torch.cat([images for images, _ in chunks])[:count], torch.cat([labels for _, labels in chunks])[:count]
 
 
 def _digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -43,11 +47,10 @@ def _digits(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))  # one cut for ever, whatever the seed
-    cuts = {"train": (0.0, 0.6), "calib": (0.6, 0.8), "test": (0.8, 1.0)}[split]
-    chosen = order[int(cuts[0] * len(order)) : int(cuts[1] * len(order))]
-    if count > len(chosen):
-        raise ValueError(f"digits has {len(chosen)} {split} images, not {count}")
-    chosen = np.random.default_rng(seed).permutation(chosen)[:count]
+    first, last = (int(cut * len(order)) for cut in DIGITS_CUTS[split])
+    if count > last - first:
+        raise ValueError(f"digits has {last - first} {split} images, not {count}")
+    chosen = np.random.default_rng(seed).permutation(order[first:last])[:count]
     images = (found.images[chosen].astype(np.float32)[:, None] - 8.0) / 4.0
     return torch.from_numpy(images), torch.from_numpy(found.target[chosen].astype(np.int64))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import string
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,27 +13,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CLASSES", "SIZE", "render", "seed_of"]
+__all__ = ["CLASSES", "FONTS", "SIZE", "render", "seed_of"]
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 SIZE = 48
 ATLAS = 64
 MEAN, STD = 0.5, 0.25
+LIMIT = 4.0
 
 FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold"),
-    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+    *("cmr10", "cmss10", "cmtt10", "cmb10"),
 )
+"""Faces that hold all 62 characters, out of those that matplotlib ships."""
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed that differs for every combination of task, split and seed."""
+    """Return a seed that differs for every combination of parts, such as task, split, seed and chunk."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
+
+
+def render(count: int, seed: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Draw images of random characters.
+
+    Each image has its own character, font, affine map, blur, contrast (dark on light or light on dark), ground
+    (level, gradient, texture), one thin stroke across, and noise. The same seed, count and kind of device give
+    the same images.
+
+    Returns:
+        Images, float32 [count, 1, 48, 48], normalized and in [-4, 4], and labels, int64 [count].
+    """
+    dice = _Dice(count, torch.Generator(device).manual_seed(seed))
+    labels, fonts = dice.choose(len(CLASSES)), dice.choose(len(FONTS))
+    glyphs = atlas().to(device)[fonts, labels][:, None]
+    grid = F.affine_grid(_affines(dice), [count, 1, SIZE, SIZE], align_corners=False)
+    ink = _blur(F.grid_sample(glyphs, grid, align_corners=False), dice.uniform(0.3, 1.2))
+    strokes = _strokes(dice) * dice.uniform(0.0, 0.6, 1, 1, 1)
+    contrast = dice.uniform(0.45, 0.9, 1, 1, 1) * dice.sign(1, 1, 1)
+    image = _ground(dice) + contrast * torch.maximum(ink, strokes)
+    image = image + dice.normal(1, SIZE, SIZE) * dice.uniform(0.02, 0.08, 1, 1, 1)
+    return ((image - MEAN) / STD).clamp(-LIMIT, LIMIT), labels
 
 
 @cache
 def atlas() -> Tensor:
-    """Return all glyphs, float32 [fonts, classes, 64, 64] in 0..1, from the fonts that matplotlib ships."""
+    """Return all glyphs, float32 [fonts, classes, 64, 64] in 0..1."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -48,37 +74,40 @@ def atlas() -> Tensor:
     return torch.from_numpy(glyphs)
 
 
-def render(count: int, seed: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return ``count`` normalized images, float32 [count, 1, 48, 48], and their labels, int64 [count]."""
-    generator = torch.Generator(device).manual_seed(seed)
+@dataclass(frozen=True, slots=True)
+class _Dice:
+    """Draws one value, or one block of values, for each of ``count`` images."""
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator, device=device) * (high - low) + low
+    count: int
+    generator: torch.Generator
 
-    labels = torch.randint(len(CLASSES), (count,), generator=generator, device=device)
-    fonts = torch.randint(len(FONTS), (count,), generator=generator, device=device)
-    glyphs = atlas().to(device)[fonts, labels][:, None]
-    grid = F.affine_grid(_affines(uniform), [count, 1, SIZE, SIZE], align_corners=False)
-    ink = F.grid_sample(glyphs, grid, align_corners=False)
-    ink = _blur(ink, uniform(0.3, 1.2))
-    strength = uniform(0.45, 0.9, 1, 1, 1)
-    strokes = _strokes(uniform) * uniform(0.0, 1.0, 1, 1, 1)
-    ground = _ground(uniform)
-    sign = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
-    image = ground + sign * strength * torch.maximum(ink, 0.6 * strokes)
-    noise = torch.randn(count, 1, SIZE, SIZE, generator=generator, device=device)
-    image = image + noise * uniform(0.02, 0.08, 1, 1, 1)
-    return ((image - MEAN) / STD).clamp(-4.0, 4.0), labels
+    def choose(self, options: int) -> Tensor:
+        return torch.randint(options, (self.count,), generator=self.generator, device=self.generator.device)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        drawn = torch.rand(self.count, *shape, generator=self.generator, device=self.generator.device)
+        return drawn * (high - low) + low
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.count, *shape, generator=self.generator, device=self.generator.device)
+
+    def sign(self, *shape: int) -> Tensor:
+        return torch.where(self.uniform(0.0, 1.0, *shape) < 0.5, -1.0, 1.0)
+
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """Return the vertical and the horizontal coordinate of every pixel, -1..1."""
+        line = torch.linspace(-1, 1, SIZE, device=self.generator.device)
+        return line[None, None, :, None], line[None, None, None, :]
 
 
-def _affines(uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _affines(dice: _Dice) -> Tensor:
     """Return maps from image to atlas coordinates: rotation, shear, scale, shift."""
-    angle, shear = uniform(-0.2, 0.2), uniform(-0.15, 0.15)
-    scale_x, scale_y = uniform(0.85, 1.15), uniform(0.85, 1.15)
+    angle, shear = dice.uniform(-0.2, 0.2), dice.uniform(-0.15, 0.15)
+    scale_x, scale_y = dice.uniform(0.85, 1.15), dice.uniform(0.85, 1.15)
     cos, sin = torch.cos(angle), torch.sin(angle)
     rows = [
-        torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, uniform(-0.12, 0.12)], dim=1),
-        torch.stack([sin * scale_x, (shear * sin + cos) * scale_y, uniform(-0.12, 0.12)], dim=1),
+        torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, dice.uniform(-0.12, 0.12)], dim=1),
+        torch.stack([sin * scale_x, (shear * sin + cos) * scale_y, dice.uniform(-0.12, 0.12)], dim=1),
     ]
     return torch.stack(rows, dim=1)
 
@@ -88,23 +117,24 @@ def _blur(image: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-3, 4, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (taps[None] / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    flat = image.transpose(0, 1)
+    flat = image.transpose(0, 1)  # a group of the convolution per image
     flat = F.conv2d(flat, kernel[:, None, :, None], padding=(3, 0), groups=len(sigma))
     return F.conv2d(flat, kernel[:, None, None, :], padding=(0, 3), groups=len(sigma)).transpose(0, 1)
 
 
-def _strokes(uniform) -> Tensor:  # type: ignore[no-untyped-def]
-    """Return one thin line across each image."""
-    axis = torch.linspace(-1, 1, SIZE, device=uniform(0, 1).device)
-    angle, offset = uniform(0, 3.1416, 1, 1, 1), uniform(-0.8, 0.8, 1, 1, 1)
-    distance = torch.cos(angle) * axis[None, None, :, None] + torch.sin(angle) * axis[None, None, None, :] - offset
-    return (1.0 - distance.abs() * (SIZE / 2) / uniform(0.6, 1.6, 1, 1, 1)).clamp(0, 1)
+def _strokes(dice: _Dice) -> Tensor:
+    """Return one thin line across each image, 0..1."""
+    down, right = dice.axes()
+    angle, offset = dice.uniform(0, np.pi, 1, 1, 1), dice.uniform(-0.8, 0.8, 1, 1, 1)
+    distance = torch.cos(angle) * down + torch.sin(angle) * right - offset
+    width = dice.uniform(0.6, 1.6, 1, 1, 1)  # in pixels, to each side
+    return (1.0 - distance.abs() * (SIZE / 2) / width).clamp(0, 1)
 
 
-def _ground(uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _ground(dice: _Dice) -> Tensor:
     """Return backgrounds: a level, a gradient and a soft texture."""
-    axis = torch.linspace(-1, 1, SIZE, device=uniform(0, 1).device)
-    slope = uniform(-0.2, 0.2, 1, 1, 1) * axis[None, None, :, None] + uniform(-0.2, 0.2, 1, 1, 1) * axis
-    coarse = uniform(-1, 1, 1, 6, 6) * uniform(0.0, 0.18, 1, 1, 1)
+    down, right = dice.axes()
+    slope = dice.uniform(-0.2, 0.2, 1, 1, 1) * down + dice.uniform(-0.2, 0.2, 1, 1, 1) * right
+    coarse = dice.uniform(-1, 1, 1, 6, 6) * dice.uniform(0.0, 0.18, 1, 1, 1)
     texture = F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    return uniform(0.3, 0.7, 1, 1, 1) + slope + texture
+    return dice.uniform(0.3, 0.7, 1, 1, 1) + slope + texture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normfuse.nn import PRepBN, UnifiedNorm
 
-__all__ = ["MODELS", "BatchNormTokens", "ModelEntry", "ResidualNetwork", "VisionTransformer"]
+__all__ = ["MODELS", "BatchNormTokens", "ModelEntry", "ResidualNetwork", "VisionShape", "VisionTransformer"]
 
 Norm = Callable[[int], nn.Module]
 
@@ -25,7 +25,8 @@ class BatchNormTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized tensor."""
-        return self.bn(x.transpose(1, 2)).transpose(1, 2)
+        normed: Tensor = self.bn(x.transpose(1, 2))
+        return normed.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -42,7 +43,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
 
 
 class Block(nn.Module):
@@ -56,29 +58,35 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, token, width)."""
         x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        added: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + added
 
 
-def patches(patch: int, width: int) -> nn.Module:
-    """Return the map from images to patches: one convolution, or for patches of 12 a small stem that learns faster."""
-    if patch != 12:
-        return nn.Conv2d(1, width, patch, patch)
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, width, 3, 3)
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionShape:
+    """Sizes of a `VisionTransformer`; ``has_stem`` makes patches with three convolutions instead of one."""
+
+    size: int
+    patch: int
+    classes: int
+    width: int
+    depth: int
+    heads: int
+    has_stem: bool = False
 
 
 class VisionTransformer(nn.Module):
     """A pre-norm ViT that reads the class token."""
 
-    def __init__(self, *, size: int, patch: int, classes: int, width: int, depth: int, heads: int, norm: Norm) -> None:
+    def __init__(self, shape: VisionShape, norm: Norm) -> None:
         super().__init__()
-        self.patch = patches(patch, width)
+        width = shape.width
+        self.patch = _stem(shape) if shape.has_stem else nn.Conv2d(1, width, shape.patch, shape.patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads, norm) for _ in range(depth))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (shape.size // shape.patch) ** 2 + 1, width))
+        self.blocks = nn.ModuleList(Block(width, shape.heads, norm) for _ in range(shape.depth))
         self.norm = norm(width)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, shape.classes)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (batch, classes) for images (batch, 1, size, size)."""
@@ -86,7 +94,17 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        logits: Tensor = self.head(self.norm(x)[:, 0])
+        return logits
+
+
+def _stem(shape: VisionShape) -> nn.Module:
+    """Return convolutions from images to patches: from scratch they learn in half the steps of a single one."""
+    last = shape.patch // 4  # two strides of 2 come before it
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()),
+        nn.Conv2d(64, shape.width, last, last),
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -128,7 +146,8 @@ class ResidualNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (batch, classes) for images (batch, 1, 48, 48)."""
         x = F.relu(self.bn(self.conv(image)))
-        return self.head(self.stages(x).mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.stages(x).mean(dim=(2, 3)))
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +161,13 @@ class ModelEntry:
     peak_rate: float = 1.5e-3
 
 
-def _glyph_vit(norm: Norm) -> nn.Module:
-    return VisionTransformer(size=48, patch=12, classes=62, width=128, depth=5, heads=4, norm=norm)
+GLYPHS_SHAPE = VisionShape(size=48, patch=12, classes=62, width=128, depth=5, heads=4, has_stem=True)
+DIGITS_SHAPE = VisionShape(size=8, patch=2, classes=10, width=96, depth=4, heads=3)
+GLYPHS_STEPS = 2600
+
+
+def _glyphs_vit(norm: Callable[[int], Norm]) -> ModelEntry:
+    return ModelEntry("glyphs", lambda steps: VisionTransformer(GLYPHS_SHAPE, norm(steps)), GLYPHS_STEPS)
 
 
 def _un(steps: int) -> Norm:
@@ -156,18 +180,12 @@ def _prepbn(steps: int) -> Norm:
     return lambda channels: PRepBN(channels, total_step=int(0.6 * steps))
 
 
-GLYPH_STEPS = 2600
-
 MODELS: dict[str, ModelEntry] = {
-    "glyphs_vit_ln": ModelEntry("glyphs", lambda steps: _glyph_vit(nn.LayerNorm), GLYPH_STEPS),
-    "glyphs_vit_bn": ModelEntry("glyphs", lambda steps: _glyph_vit(BatchNormTokens), GLYPH_STEPS),
-    "glyphs_vit_un": ModelEntry("glyphs", lambda steps: _glyph_vit(_un(steps)), GLYPH_STEPS),
-    "glyphs_vit_prepbn": ModelEntry("glyphs", lambda steps: _glyph_vit(_prepbn(steps)), GLYPH_STEPS),
+    "glyphs_vit_ln": _glyphs_vit(lambda steps: nn.LayerNorm),
+    "glyphs_vit_bn": _glyphs_vit(lambda steps: BatchNormTokens),
+    "glyphs_vit_un": _glyphs_vit(_un),
+    "glyphs_vit_prepbn": _glyphs_vit(_prepbn),
     "glyphs_resnet_bn": ModelEntry("glyphs", lambda steps: ResidualNetwork(classes=62), 1500),
-    "digits_vit_ln": ModelEntry(
-        "digits",
-        lambda steps: VisionTransformer(size=8, patch=2, classes=10, width=96, depth=4, heads=3, norm=nn.LayerNorm),
-        2000,
-    ),
+    "digits_vit_ln": ModelEntry("digits", lambda steps: VisionTransformer(DIGITS_SHAPE, nn.LayerNorm), 2000),
 }
 """Every committed model by name; the file is ``examples/zoo/weights/NAME.pt2``."""

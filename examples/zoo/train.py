@@ -13,16 +13,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from examples.zoo.data import make
 from examples.zoo.glyphs import render, seed_of
 from examples.zoo.models import MODELS, ModelEntry
 
-__all__ = ["accuracy", "export", "main", "train"]
+__all__ = ["WEIGHTS", "accuracy", "export", "main", "train"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+TEST_COUNT = {"glyphs": 4000, "digits": 360}
+DIGITS_TRAIN_COUNT = 1078
 WARM_UP = 0.06
 WEIGHT_DECAY = 0.05
+SMOOTHING = 0.05
 CLIP = 1.0
 REFRESH_BATCHES = 50
 
@@ -40,15 +44,15 @@ def train(name: str, *, device: str, seed: int = 0, steps: int | None = None) ->
     for step, (images, labels) in enumerate(_batches(entry, steps, seed, device)):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        if step % 500 == 0 or step == steps - 1:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - started
-            print(f"{name} step {step + 1}/{steps} loss {float(loss):.3f} {seconds:.0f} s", flush=True)
+            print(f"{name} step {step + 1}/{steps} loss {loss.item():.3f} {seconds:.0f} s", flush=True)
     _refresh_batch_norms(model, _batches(entry, REFRESH_BATCHES, seed + 1, device))
     return model.eval()
 
@@ -61,6 +65,7 @@ def _groups(model: nn.Module) -> list[dict[str, object]]:
 
 
 def _rate(step: int, steps: int) -> float:
+    """Return the share of the peak rate: up in a line, down along a cosine."""
     warm = max(int(WARM_UP * steps), 1)
     if step < warm:
         return (step + 1) / warm
@@ -72,24 +77,34 @@ def _batches(entry: ModelEntry, steps: int, seed: int, device: str) -> Iterator[
         for step in range(steps):
             yield render(entry.batch, seed_of("glyphs", "train", seed, f"step {step}"), device=device)
         return
-    images, labels = (tensor.to(device) for tensor in make("digits", "train", 1078, 0))
+    images, labels = make("digits", "train", DIGITS_TRAIN_COUNT, 0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(labels), (entry.batch,), generator=generator)
-        # One pixel of shift: the digits are few, and none of them stands exactly in the middle.
-        down, right = (int(torch.randint(-1, 2, (1,), generator=generator)) for _ in range(2))
-        yield torch.roll(images[chosen], (down, right), (2, 3)), labels[chosen]
+        yield _bent(images[chosen], generator).to(device), labels[chosen].to(device)
+
+
+def _bent(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each image under its own affine map near the identity, with noise: the digits are few."""
+    paper = images.amin()
+    maps = torch.eye(2, 3) + torch.tensor([0.2, 0.2, 0.15]) * torch.randn(len(images), 2, 3, generator=generator)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    bent = F.grid_sample(images - paper, grid, align_corners=False) + paper
+    return bent + 0.2 * torch.randn(bent.shape, generator=generator)
 
 
 def _refresh_batch_norms(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """Take batch norm statistics once more with frozen weights, as a cumulative average."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Take batch norm statistics once more with frozen weights, as a cumulative average over all batches.
+
+    SLAB does this in ten epochs with the usual momentum, of which only the last batches count (Guo et al., 2024).
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # type: ignore[assignment]
+        norm.momentum = None
         norm.train()
     with torch.no_grad():
         for images, _ in batches:
@@ -97,52 +112,59 @@ def _refresh_batch_norms(model: nn.Module, batches: Iterator[tuple[Tensor, Tenso
 
 
 def accuracy(model: nn.Module, task: str, count: int, *, device: str = "cpu") -> float:
-    """Return the share of test images (seed 0) that the model gets right."""
+    """Return the share of the first ``count`` test images (seed 0) that the model gets right."""
     images, labels = make(task, "test", count, 0)
     with torch.no_grad():
-        found = [model(part.to(device)).argmax(dim=1).cpu() for part in images.split(500)]
-    return float((torch.cat(found) == labels).float().mean())
+        found = [model(part.to(device)).argmax(dim=1).cpu() for part in torch.split(images, 256)]
+    return int((torch.cat(found) == labels).sum()) / count
 
 
-def export(name: str, state: dict[str, Tensor]) -> Path:
+def export(name: str, state: dict[str, Tensor], folder: Path = WEIGHTS) -> Path:
     """Write the model as a torch.export archive with a dynamic batch and the input ``image``."""
     entry = MODELS[name]
     model = entry.build(entry.steps)
     model.load_state_dict(state)
     example = make(entry.task, "calib", 2, 0)[0]
-    path = WEIGHTS / f"{name}.pt2"
+    batch = torch.export.Dim("batch")
+    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(
-            model.eval(), (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}}
-        )
-        torch.export.save(program, path)
-    return path
+        warnings.simplefilter("ignore")  # of torch's own deprecations inside export
+        program = torch.export.export(model.eval(), (example,), dynamic_shapes={"image": {0: batch}})
+        torch.export.save(program, folder / f"{name}.pt2")
+    return folder / f"{name}.pt2"
 
 
 def main() -> None:
-    """Train, or with ``--states`` only export what was trained elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("--states", type=Path, help="write state dicts here (with --export: read them) as safetensors")
-    parser.add_argument("--export", action="store_true", help="do not train: export the state dicts")
-    parser.add_argument("--steps", type=int, help="train for fewer steps, to try things")
-    given = parser.parse_args()
+    """Train, measure and export; with ``--states`` training and export can stand on two machines."""
+    given = _arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    WEIGHTS.mkdir(exist_ok=True)
     for name in given.names:
         if given.export:
-            state = load_file(given.states / f"{name}.safetensors")
-        else:
-            model = train(name, device=device, steps=given.steps)
-            count = 4000 if MODELS[name].task == "glyphs" else 359
-            print(f"{name}: top-1 {accuracy(model, MODELS[name].task, count, device=device):.4f}", flush=True)
-            state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-        if given.states and not given.export:
+            print(export(name, load_file(given.states / f"{name}.safetensors")))
+            continue
+        model = train(name, device=device, steps=given.steps)
+        task = MODELS[name].task
+        print(f"{name}: top-1 {accuracy(model, task, TEST_COUNT[task], device=device):.4f}", flush=True)
+        state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+        if given.states:
             given.states.mkdir(parents=True, exist_ok=True)
             save_file(state, given.states / f"{name}.safetensors")
         else:
             print(export(name, state))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--states", type=Path, help="write state dicts here, as safetensors, and no archives")
+    parser.add_argument("--export", action="store_true", help="train nothing: make archives of the --states")
+    parser.add_argument("--steps", type=int, help="train for fewer steps, to try things")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.names) - set(MODELS)):
+        parser.error(f"there is no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    if given.export and not given.states:
+        parser.error("--export needs --states")
+    return given
 
 
 if __name__ == "__main__":
