@@ -48,11 +48,21 @@ SHAPE_FUNCTIONS: Final = frozenset({
 })
 # fmt: on
 SYMBOL: Final = re.compile(r"[a-z]{1,3}[0-9]+", re.ASCII)
-GUARD_NAMES: Final = SHAPE_FUNCTIONS | {"L", "math"}
-GUARD_ATTRIBUTES: Final = frozenset({"size", "stride", "storage_offset", "shape", "isnan", "inf"})
+# What torch.utils._sympy.printers.PythonPrinter writes.
+# fmt: off
+GUARD_NAMES: Final = frozenset({
+    "L", "math", "torch", "min", "max", "abs", "round",
+    "IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless",
+})
+GUARD_ATTRIBUTES: Final = frozenset({
+    "size", "stride", "storage_offset", "shape", "isnan", "inf", "nan", "floor", "ceil", "trunc", "log2",
+    "sqrt", "pow", "sym_float", "_sym_sqrt",
+})
+# fmt: on
 HARMLESS_NODES: Final = (
     *(ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.Subscript, ast.Attribute, ast.Tuple),
-    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp),
+    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
 )
 
 

@@ -106,7 +106,8 @@ def _texts(value: object, *, place: tuple[str, ...]) -> Iterator[tuple[Callable[
         for key, item in value.items():
             if key in OBJECTS:
                 raise _Unsafe("it holds an object that is no tensor")
-            yield is_plain, key
+            # A dynamic axis may be named by an expression (2*s0).
+            yield is_expression if place[-1:] == ("range_constraints",) else is_plain, key
             yield from _texts(item, place=(*place, key))
 
 

@@ -92,6 +92,27 @@ def test_rewritten_unchanged_loads(archive: Path, tmp_path: Path) -> None:
     assert load_model(edited(archive, tmp_path / "same.bin", lambda model: None)).kind is ModelKind.EXPORTED
 
 
+class Halving(nn.Module):
+    """Arithmetic on shapes: guards, quotients, a text argument, control flow."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        pairs = x.reshape(x.shape[0], -1, 2)[:, ::2]
+        wider = nn.functional.interpolate(pairs.mT, size=x.shape[1] * 2 + 1, mode="linear")
+        return wider, torch.einsum("bi,bi->b", x, x), torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+@pytest.mark.parametrize("axis", [Dim.AUTO, 2 * Dim("half", min=2, max=9)], ids=["auto", "even"])
+def test_shape_arithmetic_is_not_refused(tmp_path: Path, axis: Any) -> None:
+    x = torch.randn(4, 6)
+    exported = torch.export.export(Halving(), (x,), dynamic_shapes=({0: Dim.AUTO, 1: axis},))
+    torch.export.save(exported, tmp_path / "m.pt2")
+    loaded = load_model(tmp_path / "m.pt2")
+    assert isinstance(loaded.model, ExportedProgram)
+    x = torch.randn(3, 10)
+    for actual, expected in zip(loaded.model.module()(x), Halving()(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_arch_is_refused(archive: Path) -> None:
     with pytest.raises(UsageError, match="its own network"):
         load_model(archive, arch="torch.nn:Identity")
