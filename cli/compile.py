@@ -20,12 +20,13 @@ __all__ = ["command"]
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file; options here override it.")
 @click.option("--target", help="Where it runs: onnx.")
 @click.option("--bits", type=int, help="8: W8A8; 32: float, folded only.")
-@click.option("--calibration", help="auto, min-max, percentile, mse or entropy.")
+@click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")
 @click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
-@click.option("--threads", type=int, help="Threads of verification and measurement (0: the visible cores, two at most).")
+@click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
 @click.option("--max-drop", type=float, help="Largest drop of top-1, in points, that counts as kept.")
 @click.option("--min-speedup", type=float, help="Smallest speed-up over float that counts as kept.")
+@click.option("--benchmark/--no-benchmark", default=None, help="Measure speed and memory.")
 @click.option("--seed", type=int, help="Seed of everything random.")
 @json_option
 @quiet_option
@@ -33,9 +34,9 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
     """Fold, quantize, verify and measure MODEL; write the artifact to a folder."""
     from normfuse.artifact import check_output
     from normfuse.cli import render
+    from normfuse.cli.opening import opened_samples
     from normfuse.compiler import compile as compile_model
-    from normfuse.compiler import open_model, open_samples
-    from normfuse.progress import Silent
+    from normfuse.load import load_model
     from normfuse.recipe import Recipe
 
     calib, evaluation, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))
@@ -43,15 +44,12 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
     recipe = (Recipe.read(recipe_file) if recipe_file else Recipe()).with_options(**options)
     check_output(output)
     built = compile_model(
-        open_model(model, arch=arch, trust_pickle=trust),
-        calibration=open_samples(calib, preprocess),
-        evaluation=open_samples(evaluation, preprocess),
+        load_model(model, arch=arch, trust_pickle=trust),
+        calibration=opened_samples(calib, preprocess),
+        evaluation=opened_samples(evaluation, preprocess),
         recipe=recipe,
-        progress=Silent() if quiet else render.ShownProgress(),
+        progress=render.progress(quiet=quiet),
     )
     built.save(output)
-    if as_json:
-        render.as_json(built.report)
-    else:
-        render.report(built.report, output)
-    return built.exit_code
+    render.as_json(built.report) if as_json else render.report(built.report, output)
+    return 0 if built.holds else 1

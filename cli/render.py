@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +15,21 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from normfuse.errors import NormfuseError
-from normfuse.progress import Advance
+from normfuse.progress import Advance, Progress, Silent
 
-__all__ = ["ShownProgress", "as_json", "error", "table", "talk"]
+__all__ = [
+    "ShownProgress",
+    "as_json",
+    "comparison",
+    "diagnosis",
+    "error",
+    "inspection",
+    "line",
+    "progress",
+    "report",
+    "table",
+    "talk",
+]
 
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -70,3 +84,121 @@ class ShownProgress:
             yield lambda steps: bars.advance(shown, steps)
             if total is None:
                 bars.update(shown, total=1, completed=1)
+
+
+def progress(*, quiet: bool) -> Progress:
+    """Return bars on standard error, or nothing."""
+    return Silent() if quiet else ShownProgress()
+
+
+def report(found: Mapping[str, Any], output: Path) -> None:
+    """Show what a compile did: folds, quantization, checks, comparison, verdict."""
+    _folds(found["passes"])
+    if ranges := found["quantization"].get("tensors"):
+        methods = Counter(tensor["method"] for tensor in ranges.values())
+        chosen = ", ".join(f"{method} {count}" for method, count in methods.most_common())
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found["quantization"]["constants_by_type"].items())
+        line(f"ranges: {len(ranges)} tensors from {found['quantization']['samples']} samples ({chosen})")
+        line(f"constants: {kinds}; {found['quantization']['effective_bits']:.2f} bits each on average")
+    rows = [
+        (
+            "holds" if check["holds"] else "FAILS",
+            check["name"],
+            f"{check['value']:.3g}",
+            f"{check['bound']:.3g}",
+            check["detail"],
+        )
+        for check in found["checks"]
+    ]
+    table("checks", ("", "check", "value", "bound", "of"), rows)
+    comparison(found)
+    verdict = found["verdict"]
+    line(f"verdict: {verdict['verdict']}, ships {verdict['ships']}")
+    for reason in verdict["reasons"]:
+        line(f"  {reason}")
+    line(f"artifact: {output}")
+
+
+def _folds(passes: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for step in passes:
+        if step["sites"]:
+            rows += [(site["affine"], site["into"], site["formula"]) for site in step["sites"]]
+    if rows:
+        table(f"folded: {len(rows)} affines", ("affine", "into", "formula"), rows)
+    left = [
+        (refusal["layer"] or refusal["node"], refusal["because"], refusal["detail"])
+        for step in passes
+        for refusal in step["refused"]
+    ]
+    if left:
+        table(f"left: {len(left)}", ("where", "because", "detail"), left)
+
+
+def comparison(found: Mapping[str, Any]) -> None:
+    """Show engines side by side."""
+    measured = found["comparison"]
+    columns = (
+        "engine",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "samples/s",
+        "speed",
+        "memory MB",
+        "file MB",
+        "top-1 %",
+        "like float",
+    )
+    rows = [
+        (
+            row["label"],
+            *(_fixed(row.get(key), digits) for key, digits in (("p50_ms", 3), ("p90_ms", 3), ("p99_ms", 3))),
+            _fixed(row.get("samples_per_second"), 1),
+            _fixed(row.get("speedup"), 2, unit="x"),
+            _fixed(row["peak_bytes"] and row["peak_bytes"] / 1e6, 1),
+            _fixed(row["file_bytes"] and row["file_bytes"] / 1e6, 2),
+            _fixed(row["top_1"], 2),
+            _fixed(row["agreement"], 2, unit=" %"),
+        )
+        for row in measured["rows"]
+    ]
+    table(f"batch {measured['batch']}, {measured['threads']} threads, against {measured['baseline']}", columns, rows)
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    """Show a model, or an artifact."""
+    if "manifest" in found:
+        for problem in found["problems"]:
+            line(f"PROBLEM: {problem}")
+        files = [(name, digest[:16]) for name, digest in found["manifest"]["files"].items()]
+        table("files", ("file", "sha256"), files)
+        comparison(found["report"])
+        line(f"verdict: {found['manifest']['verdict']['verdict']}")
+        return
+    line(f"{found['kind']}, {found['constant_bytes'] / 1e6:.2f} MB of constants")
+    for note in found["notes"]:
+        line(f"note: {note}")
+    table("interface", ("", "tensor"), [("in", x) for x in found["inputs"]] + [("out", x) for x in found["outputs"]])
+    names = list(dict.fromkeys([*found["operators"], *found["operators_folded"]]))
+    counts = [(name, found["operators"].get(name, 0), found["operators_folded"].get(name, 0)) for name in names]
+    table("operators", ("operator", "as given", "folded"), counts)
+    _folds(found["passes"])
+    if "text" in found:
+        line(found["text"])
+
+
+def diagnosis(found: Mapping[str, Any]) -> None:
+    """Show the environment and what is missing."""
+    environment = found["environment"]
+    rows = [(name, value) for name, value in environment.items() if name != "packages"]
+    table("environment", ("", ""), [*rows, *environment["packages"].items()])
+    line(f"8-bit placement: {found['placement']['name']} ({found['placement']['reason']})")
+    for text in found["missing"]:
+        line(f"missing: {text}")
+    for text in found["optional_missing"]:
+        line(f"not installed: {text}")
+
+
+def _fixed(value: float | None, digits: int, *, unit: str = "") -> str | None:
+    return None if value is None else f"{value:,.{digits}f}{unit}"

@@ -51,9 +51,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Phases in order. ``dump`` is called after each pass with its name and the graph's text."""
+    """Phases in order. ``given`` holds at the start; ``dump`` gets each pass's name and the graph's text behind it."""
 
     phases: tuple[Phase, ...]
+    given: frozenset[Fact] = frozenset()
     stop_after: str = ""
     dump: Callable[[str, str], None] | None = field(default=None, compare=False)
 
@@ -63,7 +64,7 @@ class Pipeline:
         Raises:
             UsageError: a pass needs a fact that no earlier pass provides, or ``stop_after`` is unknown.
         """
-        known: dict[Fact, str] = {}
+        known: dict[Fact, str] = dict.fromkeys(self.given, "the start")
         for step in self._steps():
             if missing := step.requires - known.keys():
                 later = [other.name for other in self._steps() if other.provides & missing]

@@ -109,7 +109,7 @@ def _quantize_activation(edit: Editor, node: fx.Node, request: QuantizationReque
 
 def _zero_point(edit: Editor, at: fx.Node, params: QuantParams, stem: str) -> fx.Node:
     # Stored in the type of the codes, as ONNX wants it: then the file needs no cast.
-    return edit.constant(params.zero_point.to(params.type.torch_dtype), f"{stem}_zero_point", like=at)
+    return edit.constant(params.stored_zero_point, f"{stem}_zero_point", like=at)
 
 
 def _values(edit: Editor, at: fx.Node, codes: Tensor, params: QuantParams, *, axis: int, stem: str) -> fx.Node:

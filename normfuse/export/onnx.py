@@ -43,7 +43,7 @@ def _product_and_bias(bias: Any, rows: Any, weight: Any) -> Any:
     return op.Gemm(rows, weight, bias)
 
 
-ROWS: Final = {torch.ops.aten.mm.default: _product, torch.ops.aten.addmm.default: _product_and_bias}
+ROWS: Final[dict[Any, Any]] = {torch.ops.aten.mm.default: _product, torch.ops.aten.addmm.default: _product_and_bias}
 """Products of rows become Gemm, with or without bias: onnxruntime's integer Gemm takes both in, MatMul + Add not."""
 
 
@@ -86,7 +86,7 @@ def _translate(graph: Graph) -> ir.Model:
             hint="replace the operator in the model; the exporter's own message is chained to this one",
         ) from error
     assert program is not None
-    return program.model  # type: ignore[return-value]
+    return program.model
 
 
 def _name_interface(model: ir.Model, graph: Graph) -> None:

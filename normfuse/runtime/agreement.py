@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from normfuse.runtime.onnx_session import open_onnx
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
 from normfuse.kernels.ops import QUANTIZE
+from normfuse.runtime.onnx_session import open_onnx
 
 __all__ = ["Agreement", "TensorAgreement", "compare_codes", "output_error"]
 

@@ -1,0 +1,36 @@
+"""``normfuse inspect``: what a model holds and what would be folded, or what an artifact is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from normfuse.cli.options import json_option, model_options, quiet_option
+
+__all__ = ["command"]
+
+
+@click.command("inspect")
+@click.argument("path", metavar="MODEL|DIR", type=click.Path(path_type=Path))
+@click.option("--calib", metavar="DATA", help="Samples to capture with; exported programs need none.")
+@click.option("--preprocess", metavar="PRESET", help="For image folders.")
+@click.option("--text", "with_text", is_flag=True, help="Print the folded graph too.")
+@model_options
+@json_option
+@quiet_option
+def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: Any) -> int:
+    """Show what a model holds and what would be folded, or what an artifact is."""
+    from normfuse.cli import render
+    from normfuse.cli.opening import opened_samples
+    from normfuse.inspection import inspect_artifact, inspect_model
+    from normfuse.load import load_model
+
+    if path.is_dir():
+        found = inspect_artifact(path)
+    else:
+        samples = opened_samples(options.pop("calib"), options.pop("preprocess"))
+        found = inspect_model(load_model(path, **options), samples, with_text=with_text)
+    render.as_json(found) if as_json else render.inspection(found)
+    return 0

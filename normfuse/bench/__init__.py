@@ -1,0 +1,1 @@
+"""Measures engines fairly: alone in their processes, in turns, on random inputs."""

@@ -1,0 +1,1 @@
+"""Opens artifacts and runs them."""
