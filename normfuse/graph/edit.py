@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfuse.errors import InternalError
 from normfuse.graph import metadata
-from normfuse.graph.capture import set_attribute
 from normfuse.graph.graph import Graph
 
 __all__ = ["Editor", "converted", "refresh_values"]
@@ -33,7 +32,7 @@ class Editor:
         ``like`` gives the provenance. The node stands before all computation.
         """
         path = self._free_path(name)
-        set_attribute(self.graph.module, path, tensor.detach().contiguous())
+        metadata.set_attribute(self.graph.module, path, tensor.detach().contiguous())
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.module.graph.inserting_before(first):
             node = self.graph.module.graph.create_node("get_attr", path, name=_node_name(path))
@@ -89,7 +88,7 @@ class Editor:
         old = node.args[index] if index < len(node.args) else None
         is_own = isinstance(old, fx.Node) and old.op == "get_attr" and list(old.users) == [node]
         if isinstance(old, fx.Node) and is_own and list(node.all_input_nodes).count(old) == 1:
-            set_attribute(self.graph.module, str(old.target), tensor.detach().contiguous())
+            metadata.set_attribute(self.graph.module, str(old.target), tensor.detach().contiguous())
             old.meta["val"] = fake_mode(self.graph).from_tensor(tensor.detach(), static_shapes=True)
             node.meta["val"] = compute_value(self.graph, node)
             return
@@ -109,8 +108,11 @@ class Editor:
         self.graph.module.recompile()
 
     def _free_path(self, name: str) -> str:
-        taken = {path for path, _ in self.graph.module.named_buffers()}
-        taken |= {path for path, _ in self.graph.module.named_modules()}
+        buffers = {path for path, _ in self.graph.module.named_buffers(remove_duplicate=False)}
+        taken = buffers | {path for path, _ in self.graph.module.named_modules()}
+        parents = [name[:index] for index, letter in enumerate(name) if letter == "."]
+        if not buffers.isdisjoint(parents):  # a tensor has no attributes
+            name = name.replace(".", "_")
         candidates: Iterator[str] = (name if index == 0 else f"{name}_{index}" for index in range(len(taken) + 2))
         return next(candidate for candidate in candidates if candidate not in taken)
 
@@ -161,7 +163,7 @@ def converted(graph: Graph, dtype: torch.dtype) -> Graph:
     mode = fake_mode(copy)
     for path, tensor in list(copy.module.named_buffers()):
         if tensor.is_floating_point():
-            set_attribute(copy.module, path, tensor.to(dtype))
+            metadata.set_attribute(copy.module, path, tensor.to(dtype))
     for node in copy.nodes:
         value = node.meta.get("val")
         if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point():

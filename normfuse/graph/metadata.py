@@ -7,7 +7,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["attribute", "has_value", "layer_of", "note", "noted", "provenance", "source_line", "value_of"]
+__all__ = [
+    "attribute",
+    "has_value",
+    "layer_of",
+    "note",
+    "noted",
+    "provenance",
+    "set_attribute",
+    "source_line",
+    "value_of",
+]
 
 PROVENANCE: Final = ("nn_module_stack", "stack_trace")
 
@@ -65,3 +75,16 @@ def attribute(module: nn.Module, path: str) -> Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{path} is no tensor")
     return tensor
+
+
+def set_attribute(module: nn.Module, path: str, tensor: Tensor) -> None:
+    """Store a constant at a dotted path, making the modules on the way."""
+    *parents, leaf = path.split(".")
+    owner = module
+    for name in parents:
+        if not hasattr(owner, name):
+            owner.add_module(name, nn.Module())
+        owner = getattr(owner, name)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    owner.register_buffer(leaf, tensor)

@@ -9,11 +9,17 @@ import torch
 from torch import fx
 
 from normfuse.errors import InternalError
-from normfuse.graph import metadata
+from normfuse.graph import metadata, ops, query
 from normfuse.graph.graph import Graph
 from normfuse.graph.text import render_node
 
 __all__ = ["INVARIANTS", "verify"]
+
+UPDATES_STATISTICS: Final = (
+    ops.ATEN._native_batch_norm_legit_functional.default,
+    ops.ATEN._batch_norm_with_update_functional.default,
+)
+"""The functional forms of batch norm in training; the others change their input and break the first invariant."""
 
 Violation = tuple[fx.Node | None, str]
 
@@ -70,8 +76,10 @@ def _owned(graph: Graph) -> Iterator[Violation]:
 
 def _in_eval_mode(graph: Graph) -> Iterator[Violation]:
     for node in graph.nodes:
-        if "training" in str(node.target) and "no_training" not in str(node.target):
+        if query.is_call(node, *UPDATES_STATISTICS):
             yield node, "the operator computes batch statistics"
+        if query.is_call(node, ops.DROPOUT, ops.ATEN.native_dropout.default) and query.argument(node, 2, "train"):
+            yield node, "dropout is switched on"
 
 
 def _named(graph: Graph) -> Iterator[Violation]:
