@@ -48,11 +48,11 @@ def render(count: int, seed: int, *, device: str = "cpu") -> tuple[Tensor, Tenso
     labels, fonts = dice.choose(len(CLASSES)), dice.choose(len(FONTS))
     glyphs = atlas().to(device)[fonts, labels][:, None]
     grid = F.affine_grid(_affines(dice), [count, 1, SIZE, SIZE], align_corners=False)
-    ink = _blur(F.grid_sample(glyphs, grid, align_corners=False), dice.uniform(0.3, 1.2))
+    ink = _blur(F.grid_sample(glyphs, grid, align_corners=False), dice.uniform(0.3, 1.6))
     strokes = _strokes(dice) * dice.uniform(0.0, 0.6, 1, 1, 1)
-    contrast = dice.uniform(0.45, 0.9, 1, 1, 1) * dice.sign(1, 1, 1)
+    contrast = dice.uniform(0.35, 0.9, 1, 1, 1) * dice.sign(1, 1, 1)
     image = _ground(dice) + contrast * torch.maximum(ink, strokes)
-    image = image + dice.normal(1, SIZE, SIZE) * dice.uniform(0.02, 0.08, 1, 1, 1)
+    image = image + dice.normal(1, SIZE, SIZE) * dice.uniform(0.02, 0.12, 1, 1, 1)
     return ((image - MEAN) / STD).clamp(-LIMIT, LIMIT), labels
 
 
@@ -103,7 +103,7 @@ class _Dice:
 def _affines(dice: _Dice) -> Tensor:
     """Return maps from image to atlas coordinates: rotation, shear, scale, shift."""
     angle, shear = dice.uniform(-0.2, 0.2), dice.uniform(-0.15, 0.15)
-    scale_x, scale_y = dice.uniform(0.85, 1.15), dice.uniform(0.85, 1.15)
+    scale_x, scale_y = dice.uniform(0.8, 1.2), dice.uniform(0.8, 1.2)
     cos, sin = torch.cos(angle), torch.sin(angle)
     rows = [
         torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, dice.uniform(-0.12, 0.12)], dim=1),

@@ -124,7 +124,7 @@ def export(name: str, state: dict[str, Tensor], folder: Path = WEIGHTS) -> Path:
     entry = MODELS[name]
     model = entry.build(entry.steps)
     model.load_state_dict(state)
-    example = make(entry.task, "calib", 2, 0)[0]
+    example = make(entry.task, "calib", 2, 0)[0].clone()  # the archive keeps whole storages, not slices of them
     batch = torch.export.Dim("batch")
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
