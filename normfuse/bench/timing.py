@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-import json
-import queue
-import subprocess
-import sys
-import threading
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final
 
 import numpy as np
 
-from normfuse.errors import CheckFailed
+from normfuse.bench.memory import measure_memory
+from normfuse.bench.worker_process import EngineSpec, Load, WorkerProcess
+from normfuse.errors import UsageError
 from normfuse.progress import Progress, Silent
 
-__all__ = ["EngineSpec", "Timing", "measure_memory", "time_engines"]
+__all__ = ["EngineSpec", "Schedule", "Timing", "measure_memory", "time_engines", "turn_order"]
 
-WARM_UP_RUNS: Final = 3
-TARGET_MILLISECONDS: Final = 400.0
-"""How long one turn of one engine lasts, about."""
-
-MOST_RUNS_PER_TURN: Final = 100
-START_SECONDS: Final = 180.0
-TURN_SECONDS: Final = 120.0
+SETTLING_RUNS: Final = 1
+"""Untimed runs at the start of a turn: the engine before this one has filled the caches."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """An engine to measure; ``kind`` is ``onnxruntime`` or ``torch`` (an exported program, run eagerly)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long to measure: turns per engine, and about how long each is, within limits on its runs.
 
-    label: str
-    kind: str
-    path: Path
-    session_config: Mapping[str, str] = field(default_factory=dict)
+    ``start_seconds`` and ``turn_seconds_at_most`` are the longest that an engine may take to open, and to answer.
+    """
+
+    rounds: int = 7
+    seconds_per_round: float = 0.4
+    warm_up_runs: int = 3
+    min_runs: int = 3
+    max_runs: int = 200
+    start_seconds: float = 180.0
+    turn_seconds_at_most: float = 300.0
+
+    def runs_per_turn(self, milliseconds: float) -> int:
+        """Return how many runs of that length fill a turn."""
+        wanted = math.ceil(1e3 * self.seconds_per_round / max(milliseconds, 1e-3))
+        return max(self.min_runs, min(self.max_runs, wanted))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Milliseconds per run over all rounds, and samples per second at the median."""
+    """Milliseconds per run over all rounds, and samples per second at the median.
+
+    ``rounds`` are the medians of the rounds, in order: the same round of two engines ran under the same
+    conditions, so ratios are taken round by round. ``inputs`` are the shapes that were run.
+    """
 
     p50: float
     p90: float
@@ -51,6 +58,30 @@ class Timing:
     throughput: float
     runs: int
     rounds: tuple[float, ...]
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """How far the rounds' medians lie apart, relative to the median: the noise of the machine."""
+        return (max(self.rounds) - min(self.rounds)) / self.p50
+
+    @classmethod
+    def of(
+        cls, rounds: Sequence[Sequence[float]], *, batch: int, inputs: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Timing:
+        """Return the timing of milliseconds by round (percentiles by linear interpolation, over all runs)."""
+        values = np.concatenate([np.asarray(found, dtype=np.float64) for found in rounds])
+        p50, p90, p99 = (float(np.percentile(values, share)) for share in (50, 90, 99))
+        medians = tuple(median(found) for found in rounds)
+        return cls(
+            p50=p50,
+            p90=p90,
+            p99=p99,
+            throughput=1e3 * batch / p50,
+            runs=len(values),
+            rounds=medians,
+            inputs=inputs or {},
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Return the timing for JSON."""
@@ -61,6 +92,8 @@ class Timing:
             "samples_per_second": self.throughput,
             "runs": self.runs,
             "round_medians_ms": list(self.rounds),
+            "spread": self.spread,
+            "inputs": {name: list(sizes) for name, sizes in self.inputs.items()},
         }
 
 
@@ -69,144 +102,54 @@ def time_engines(
     *,
     batch: int,
     threads: int,
-    rounds: int = 7,
+    inputs: Path | None = None,
+    schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
-    """Return the timing of every engine, by label.
+    """Return the timing of every engine, by label (ours).
 
     All processes are open at once and idle but one; each round gives every engine one turn, in an order that
     rotates, so that drift of the machine falls on all alike.
 
+    Args:
+        engines: labels must differ.
+        batch: samples per run.
+        threads: of every engine.
+        inputs: an ``.npz`` with an array per input name; None takes the same seeded random arrays for all.
+        schedule: how long.
+        progress: shows starts and turns.
+
     Raises:
         CheckFailed: an engine crashed or did not answer in time; the message ends with what it wrote.
+        UsageError: two engines have one label.
     """
-    shown = progress or Silent()
-    times: dict[str, list[list[float]]] = {engine.label: [] for engine in engines}
-    with ExitStack() as stack, shown.task("measuring", len(engines) * (rounds + 1)) as advance:
-        workers = []
+    labels = [engine.label for engine in engines]
+    if len(set(labels)) < len(labels):
+        raise UsageError("two engines have the same label", where=", ".join(labels), expected="a label for each")
+    shown, plan = progress or Silent(), schedule or Schedule()
+    load = Load(batch=batch, threads=threads, inputs=inputs)
+    with ExitStack() as stack, shown.task("measuring", len(engines) * (plan.rounds + 1)) as advance:
+        workers: dict[str, WorkerProcess] = {}
         for engine in engines:
-            workers.append(stack.enter_context(_Worker(engine, batch=batch, threads=threads)))
+            worker = WorkerProcess(engine, load, start_seconds=plan.start_seconds)
+            workers[engine.label] = stack.enter_context(worker)
             advance(1)
-        runs = [worker.runs_per_turn() for worker in workers]
-        for turn in range(rounds):
-            order = [(index + turn) % len(workers) for index in range(len(workers))]
-            for index in order:
-                times[engines[index].label].append(workers[index].run(runs[index]))
-                advance(1)
-    return {label: _timing(found, batch) for label, found in times.items()}
+        runs = {label: _warm_up(worker, plan) for label, worker in workers.items()}
+        times: dict[str, list[list[float]]] = {label: [] for label in labels}
+        for label in turn_order(labels, plan.rounds):
+            workers[label].warm_up(SETTLING_RUNS, seconds=plan.turn_seconds_at_most)
+            times[label].append(workers[label].run(runs[label], seconds=plan.turn_seconds_at_most))
+            advance(1)
+        return {label: Timing.of(found, batch=batch, inputs=workers[label].shapes) for label, found in times.items()}
 
 
-def measure_memory(engine: EngineSpec, *, batch: int, threads: int) -> int:
-    """Return the peak resident bytes of a fresh process that opens the engine and runs it three times."""
-    with _Worker(engine, batch=batch, threads=threads) as worker:
-        worker.run(WARM_UP_RUNS)
-        return worker.peak_bytes()
+def turn_order(labels: Sequence[str], rounds: int) -> list[str]:
+    """Return whose turn it is: in every round each once, beginning one later than in the round before."""
+    shifts = [turn % max(len(labels), 1) for turn in range(rounds)]
+    return [label for shift in shifts for label in (*labels[shift:], *labels[:shift])]
 
 
-def _timing(rounds: Sequence[Sequence[float]], batch: int) -> Timing:
-    values = np.concatenate([np.asarray(found) for found in rounds])
-    p50, p90, p99 = (float(np.percentile(values, share)) for share in (50, 90, 99))
-    return Timing(
-        p50=p50,
-        p90=p90,
-        p99=p99,
-        throughput=batch * 1e3 / p50,
-        runs=len(values),
-        rounds=tuple(median(found) for found in rounds),
-    )
-
-
-class _Worker:
-    """The other end of a worker process."""
-
-    def __init__(self, engine: EngineSpec, *, batch: int, threads: int) -> None:
-        self._engine = engine
-        self._order = {
-            "kind": engine.kind,
-            "path": str(engine.path),
-            "batch": batch,
-            "threads": threads,
-            "session_config": dict(engine.session_config),
-        }
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "normfuse.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._errors: list[str] = []
-        self._readers = [
-            threading.Thread(target=self._read_answers, daemon=True),
-            threading.Thread(target=self._read_errors, daemon=True),
-        ]
-        for reader in self._readers:
-            reader.start()
-        try:
-            self._ask(self._order, START_SECONDS)
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def runs_per_turn(self) -> int:
-        """Warm up, and return how many runs fill a turn."""
-        slowest = median(self.run(WARM_UP_RUNS))
-        return max(2, min(MOST_RUNS_PER_TURN, int(TARGET_MILLISECONDS / max(slowest, 1e-3))))
-
-    def run(self, count: int) -> list[float]:
-        """Return the milliseconds of ``count`` runs."""
-        return [float(value) for value in self._ask({"run": count}, TURN_SECONDS + count)["milliseconds"]]
-
-    def peak_bytes(self) -> int:
-        """Return the peak resident size of the process."""
-        return int(self._ask({"memory": 1}, TURN_SECONDS)["peak_bytes"])
-
-    def _ask(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            line = self._lines.get(timeout=seconds)
-        except (queue.Empty, BrokenPipeError):
-            line = ""
-        if not line:
-            self._process.kill()
-            self._process.wait()
-            self._readers[1].join(timeout=5)
-            tail = " ".join("".join(self._errors).strip().splitlines()[-3:])
-            raise CheckFailed(
-                f"the engine did not answer: {tail or f'nothing for {seconds:.0f} s'}",
-                where=self._engine.label,
-                hint="run it alone: `normfuse benchmark DIR`",
-            )
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def _read_answers(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._errors.append(line)
-
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for reader in self._readers:
-            reader.join(timeout=5)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+def _warm_up(worker: WorkerProcess, plan: Schedule) -> int:
+    """Run until buffers and threads exist, and return how many runs fill a turn."""
+    worker.warm_up(plan.warm_up_runs, seconds=plan.turn_seconds_at_most)
+    return plan.runs_per_turn(median(worker.run(plan.warm_up_runs, seconds=plan.turn_seconds_at_most)))
