@@ -133,6 +133,7 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     for ours, reference in zip(found, expected, strict=True):
         if not torch.equal(ours.isfinite(), reference.isfinite()):
             raise CheckFailed("an output is finite in one graph only")
+        reference = reference.detach()
         difference = (ours.double() - reference.double()).nan_to_num().abs().amax()
         scale = reference.double().nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
         worst = max(worst, float(difference / scale.clamp_min(torch.finfo(torch.float64).tiny)))

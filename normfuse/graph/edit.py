@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
 
 from normfuse.errors import InternalError
 from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 
 __all__ = ["Editor", "converted", "refresh_values"]
-
-OPERATORS_WITH_DTYPE: Final = ("dtype",)
 
 
 class Editor:
@@ -159,6 +158,10 @@ def refresh_values(graph: Graph) -> None:
 
 def converted(graph: Graph, dtype: torch.dtype) -> Graph:
     """Return a copy that computes in ``dtype``: floating-point constants, inputs and casts follow it."""
+
+    def follow(argument: Any) -> Any:
+        return dtype if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
+
     copy = graph.copy()
     mode = fake_mode(copy)
     for path, tensor in list(copy.module.named_buffers()):
@@ -169,9 +172,8 @@ def converted(graph: Graph, dtype: torch.dtype) -> Graph:
         if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point():
             with mode:
                 node.meta["val"] = value.to(dtype)
-        for key in OPERATORS_WITH_DTYPE:
-            if key in node.kwargs and getattr(node.kwargs[key], "is_floating_point", False):
-                node.kwargs = {**node.kwargs, key: dtype}
+        node.args = map_aggregate(node.args, follow)
+        node.kwargs = map_aggregate(node.kwargs, follow)
     refresh_values(copy)
     copy.module.recompile()
     return copy

@@ -25,7 +25,7 @@ __all__ = ["to_program"]
 def to_program(graph: Graph) -> ExportedProgram:
     """Return an exported program with the graph's node names, constants and dynamic axes.
 
-    A single output is returned bare, several as a dict by output name.
+    A single output without a name of its own is returned bare, others as a dict by output name.
     """
     lifted, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     constants = [node for node in graph.nodes if node.op == "get_attr"]
@@ -66,7 +66,7 @@ def _signature(
 
 def _call_signature(graph: Graph, copies: dict[fx.Node, fx.Node], results: list[fx.Node]) -> ModuleCallSignature:
     count = len(graph.input_names)
-    returned = 0 if len(results) == 1 else dict.fromkeys(graph.output_names, 0)
+    returned = 0 if graph.output_names == ("output",) else dict.fromkeys(graph.output_names, 0)
     return ModuleCallSignature(
         inputs=[TensorArgument(copies[node].name) for node in graph.inputs],
         outputs=[TensorArgument(node.name) for node in results],
