@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +31,21 @@ class Accuracy:
         """The share that is right, in percent."""
         return 100.0 * self.correct / self.total
 
+    def drop(self, other: Accuracy) -> float:
+        """Return how many points ``other`` is below this; exact counts where both saw as many samples."""
+        if self.total == other.total:
+            return 100.0 * (self.correct - other.correct) / self.total
+        return self.top_1 - other.top_1
+
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """How near two engines' outputs are: share of samples with the same largest output (percent), and SQNR (dB)."""
+    """How near two engines' outputs are.
+
+    ``agreement`` is the share of samples with the same largest output (percent), ``sqnr`` the power of the
+    reference over the power of the difference, over all samples (dB): infinite where they are equal, not a
+    number where one is not finite.
+    """
 
     agreement: float
     sqnr: float
@@ -41,44 +53,80 @@ class Closeness:
 
 
 def top_1(engine: Engine, batches: Iterable[tuple[Mapping[str, Array], Array]]) -> Accuracy:
-    """Count the samples that the engine gets right.
+    """Count the samples that the engine gets right; an output with a NaN in it never is.
+
+    Args:
+        engine: gives [batch, classes].
+        batches: inputs by name, and integer labels [batch].
 
     Raises:
-        BadInput: there is nothing to evaluate on, or the first output is not [batch, classes].
+        BadInput: there is nothing to evaluate on, the first output is not [batch, classes], or a label is no class.
     """
     correct = total = 0
     for inputs, labels in batches:
-        output = engine(inputs)
-        if output.ndim != 2 or len(output) != len(labels):
-            raise BadInput(
-                f"the first output is {list(output.shape)}",
-                where="evaluation",
-                expected=f"[{len(labels)}, classes] for top-1 accuracy",
-                hint="leave the labels out to compare outputs instead",
-            )
-        correct += int((output.argmax(axis=1) == labels.reshape(-1)).sum())
-        total += len(labels)
+        output = np.asarray(engine(inputs))
+        flat = _checked_labels(labels, output)
+        right = (output.argmax(axis=1) == flat) & ~np.isnan(output).any(axis=1)
+        correct += int(right.sum())
+        total += len(flat)
     if total == 0:
         raise BadInput("there is nothing to evaluate on", where="evaluation data", expected="at least one sample")
     return Accuracy(correct, total)
+
+
+def _checked_labels(labels: Array, output: Array) -> Array:
+    flat = np.asarray(labels).reshape(-1)
+    if output.ndim != 2 or len(output) != len(flat):
+        raise BadInput(
+            f"the first output is {list(output.shape)} for {len(flat)} labels",
+            where="evaluation",
+            expected=f"[{len(flat)}, classes] for top-1 accuracy",
+            hint="leave the labels out to compare outputs instead",
+        )
+    classes = output.shape[1]
+    if len(flat) and not (np.issubdtype(flat.dtype, np.integer) and flat.min() >= 0 and flat.max() < classes):
+        raise BadInput(
+            f"labels are {flat.dtype} from {flat.min()} to {flat.max()}",
+            where="evaluation data",
+            expected=f"integers from 0 to {classes - 1}, the classes of the model",
+        )
+    return flat
 
 
 def compare_outputs(engine: Engine, reference: Engine, batches: Iterable[Mapping[str, Array]]) -> Closeness:
     """Compare an engine with a reference on the same inputs.
 
     Raises:
-        BadInput: there are no inputs.
+        BadInput: there are no inputs, or the outputs have different shapes.
     """
     same = total = 0
     signal = noise = 0.0
     for inputs in batches:
-        found, wanted = engine(inputs), reference(inputs)
-        flat_found, flat_wanted = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
-        same += int((flat_found.argmax(axis=1) == flat_wanted.argmax(axis=1)).sum())
+        found, wanted = _wide(engine(inputs)), _wide(reference(inputs))
+        if found.shape != wanted.shape:
+            raise BadInput(
+                f"the outputs compared are {list(found.shape)} and {list(wanted.shape)} (samples, values)",
+                where="evaluation",
+                expected="engines of one model",
+            )
+        equal = found.argmax(axis=1) == wanted.argmax(axis=1)
+        same += int((equal & ~np.isnan(found).any(axis=1)).sum())
         total += len(wanted)
-        signal += float(np.square(wanted.astype(np.float64)).sum())
-        noise += float(np.square(found.astype(np.float64) - wanted).sum())
+        signal += float(np.square(wanted).sum())
+        with np.errstate(invalid="ignore"):  # infinite minus infinite: the result, not a number, says it
+            noise += float(np.square(found - wanted).sum())
     if total == 0:
         raise BadInput("there is nothing to compare on", where="evaluation data", expected="at least one sample")
-    sqnr = float("inf") if noise == 0 else 10.0 * float(np.log10(max(signal, 1e-300) / noise))
-    return Closeness(100.0 * same / total, sqnr, total)
+    return Closeness(100.0 * same / total, _decibel(signal, noise), total)
+
+
+def _wide(output: Array) -> NDArray[np.float64]:
+    return np.asarray(output, dtype=np.float64).reshape(len(output), -1)
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal else -math.inf

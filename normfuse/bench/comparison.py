@@ -1,11 +1,14 @@
-"""Engines side by side: latency, throughput, memory, size, accuracy."""
+"""Engines side by side: latency, throughput, memory, size, accuracy, and their ratios."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import median
 
 from normfuse.bench.accuracy import Accuracy, Closeness
 from normfuse.bench.timing import Timing
+from normfuse.errors import UsageError
 
 __all__ = ["Comparison", "Row"]
 
@@ -22,17 +25,19 @@ class Row:
     closeness: Closeness | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """Return the row for JSON."""
-        closeness = self.closeness
+        """Return the row for JSON; ``sqnr_db`` is None where it is not finite (``same_outputs`` tells why)."""
+        accuracy, closeness = self.accuracy, self.closeness
         return {
             "label": self.label,
             **(self.timing.as_dict() if self.timing else {}),
             "peak_bytes": self.peak_bytes,
             "file_bytes": self.file_bytes,
-            "top_1": None if self.accuracy is None else self.accuracy.top_1,
-            "samples": None if self.accuracy is None else self.accuracy.total,
+            "top_1": None if accuracy is None else accuracy.top_1,
+            "correct": None if accuracy is None else accuracy.correct,
+            "samples": None if accuracy is None else accuracy.total,
             "agreement": None if closeness is None else closeness.agreement,
-            "sqnr_db": None if closeness is None else closeness.sqnr,
+            "sqnr_db": closeness.sqnr if closeness is not None and math.isfinite(closeness.sqnr) else None,
+            "same_outputs": None if closeness is None else closeness.sqnr == math.inf,
         }
 
 
@@ -46,19 +51,52 @@ class Comparison:
     threads: int
 
     def row(self, label: str) -> Row:
-        """Return a row by its label."""
-        return next(row for row in self.rows if row.label == label)
+        """Return a row by its label.
+
+        Raises:
+            UsageError: there is none of that label.
+        """
+        for row in self.rows:
+            if row.label == label:
+                return row
+        raise UsageError(f"no engine {label} was measured", expected=", ".join(row.label for row in self.rows))
+
+    def speedups(self, label: str) -> tuple[float, ...]:
+        """Return how many times faster than the baseline the row was, round by round; empty where not measured."""
+        base, other = self.row(self.baseline).timing, self.row(label).timing
+        if base is None or other is None:
+            return ()
+        return tuple(slow / fast for slow, fast in zip(base.rounds, other.rounds, strict=True))
 
     def speedup(self, label: str) -> float | None:
         """Return how many times faster than the baseline (median of the rounds' ratios)."""
-        base, other = self.row(self.baseline).timing, self.row(label).timing
-        if base is None or other is None:
-            return None
-        ratios = sorted(a / b for a, b in zip(base.rounds, other.rounds, strict=True))
-        middle = len(ratios) // 2
-        return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
+        ratios = self.speedups(label)
+        return median(ratios) if ratios else None
+
+    def ratios(self, label: str) -> dict[str, float | None]:
+        """Return the row against the baseline.
+
+        ``speedup`` with its lowest and highest round, ``file`` and ``memory`` as the row's share of the
+        baseline's, ``drop`` in top-1 points; None where one of the two was not measured.
+        """
+        base, row, rounds = self.row(self.baseline), self.row(label), self.speedups(label)
+        judged = base.accuracy is not None and row.accuracy is not None
+        return {
+            "speedup": self.speedup(label),
+            "speedup_lowest": min(rounds, default=None),
+            "speedup_highest": max(rounds, default=None),
+            "file": _share(row.file_bytes, base.file_bytes),
+            "memory": _share(row.peak_bytes, base.peak_bytes),
+            "drop": base.accuracy.drop(row.accuracy) if judged else None,  # type: ignore[union-attr,arg-type]  # judged
+        }
 
     def as_dict(self) -> dict[str, object]:
-        """Return the comparison for JSON."""
-        rows = [{**row.as_dict(), "speedup": self.speedup(row.label)} for row in self.rows]
+        """Return the comparison for JSON; ``speedup`` also stands in the row itself."""
+        rows = [
+            {**row.as_dict(), "speedup": self.speedup(row.label), "ratios": self.ratios(row.label)} for row in self.rows
+        ]
         return {"baseline": self.baseline, "batch": self.batch, "threads": self.threads, "rows": rows}
+
+
+def _share(value: int | None, of: int | None) -> float | None:
+    return value / of if value is not None and of else None

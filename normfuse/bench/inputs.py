@@ -62,7 +62,8 @@ def _random(port: Wanted, batch: int, generator: np.random.Generator) -> Array:
 
 def _from_file(wanted: Sequence[Wanted], batch: int, source: Path) -> dict[str, Array]:
     try:
-        with np.load(source, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves a file open that turns out to be no archive.
+        with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {port.name: _samples(port, arrays, batch, source) for port in wanted}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise BadInput(

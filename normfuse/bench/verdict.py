@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from normfuse.bench.comparison import Comparison
 
-__all__ = ["Judgement", "Verdict", "judge"]
+__all__ = ["SMALLEST_SQNR", "Judgement", "Verdict", "judge"]
+
+SMALLEST_SQNR: Final = 10.0
+"""Decibels: noise with a tenth of the output's power. It catches an engine that is broken, and proves no accuracy."""
 
 
 class Verdict(Enum):
@@ -20,7 +25,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The verdict and why."""
+    """The verdict and why: what failed first, then what held and what could not be judged."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -30,7 +35,21 @@ class Judgement:
         return {"verdict": self.verdict.value, "reasons": list(self.reasons)}
 
 
-def judge(comparison: Comparison, label: str, *, max_drop: float, min_speedup: float) -> Judgement:
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    holds: bool
+    said: str
+
+
+def judge(
+    comparison: Comparison,
+    label: str,
+    *,
+    max_drop: float,
+    min_speedup: float = 1.0,
+    min_sqnr: float = SMALLEST_SQNR,
+    left_float: Sequence[str] = (),
+) -> Judgement:
     """Judge an engine against the comparison's baseline.
 
     Args:
@@ -38,23 +57,54 @@ def judge(comparison: Comparison, label: str, *, max_drop: float, min_speedup: f
         label: the quantized engine's row.
         max_drop: top-1 points that may be lost.
         min_speedup: how many times faster it must be.
+        min_sqnr: decibels that the outputs must be above their difference, where labels are missing.
+        left_float: layers that a guard put back into float; with some, what holds is partly kept.
     """
-    base, row = comparison.row(comparison.baseline), comparison.row(label)
-    failed, held = list[str](), list[str]()
-    speedup = comparison.speedup(label)
+    findings = (_speed(comparison, label, min_speedup), _accuracy(comparison, label, max_drop, min_sqnr))
+    failed = [finding.said for finding in findings if not finding.holds]
+    held = [finding.said for finding in findings if finding.holds]
+    if failed:
+        return Judgement(Verdict.FELL_BACK, (*failed, *held))
+    if left_float:
+        return Judgement(Verdict.PARTLY_KEPT, (f"left in float: {', '.join(left_float)}", *held))
+    return Judgement(Verdict.KEPT, tuple(held))
+
+
+def _speed(comparison: Comparison, label: str, wanted: float) -> _Finding:
+    rounds, speedup = comparison.speedups(label), comparison.speedup(label)
     if speedup is None:
-        held.append("speed was not measured")
-    else:
-        said = f"{speedup:.2f} times as fast as {comparison.baseline}, {min_speedup:.2f} wanted"
-        (held if speedup >= min_speedup else failed).append(said)
+        return _Finding(True, "speed was not measured")
+    said = (
+        f"{speedup:.3g} times as fast as {comparison.baseline} "
+        f"(rounds: {min(rounds):.3g} to {max(rounds):.3g}), {wanted:.3g} wanted"
+    )
+    if speedup >= wanted:
+        return _Finding(True, said)
+    return _Finding(
+        False, f"slower than {comparison.baseline}: {said}" if speedup < 1 else f"too little faster: {said}"
+    )
+
+
+def _accuracy(comparison: Comparison, label: str, max_drop: float, min_sqnr: float) -> _Finding:
+    base, row = comparison.row(comparison.baseline), comparison.row(label)
     if base.accuracy is not None and row.accuracy is not None:
-        drop = base.accuracy.top_1 - row.accuracy.top_1
-        said = f"top-1 {row.accuracy.top_1:.2f} against {base.accuracy.top_1:.2f}, a drop of {max_drop:.2f} allowed"
-        (held if drop <= max_drop else failed).append(said)
-    elif row.closeness is not None:
-        held.append(
-            f"no labels: accuracy was not judged; same top-1 as float on {row.closeness.agreement:.2f} % "
-            f"of {row.closeness.total} samples, outputs at {row.closeness.sqnr:.1f} dB"
+        drop = base.accuracy.drop(row.accuracy)
+        said = (
+            f"top-1 {row.accuracy.top_1:.2f} % after {base.accuracy.top_1:.2f} % on {row.accuracy.total} samples: "
+            f"{_change(drop)}, a drop of {max_drop:.2f} is allowed"
         )
-    verdict = Verdict.FELL_BACK if failed else Verdict.KEPT
-    return Judgement(verdict, (*failed, *held))
+        return _Finding(True, said) if drop <= max_drop else _Finding(False, f"accuracy fell too far: {said}")
+    near = row.closeness
+    if near is None:
+        return _Finding(True, "accuracy was not judged: there was nothing to evaluate on")
+    said = (
+        f"same top-1 as {comparison.baseline} on {near.agreement:.2f} % of {near.total} samples, "
+        f"outputs {near.sqnr:.1f} dB above their difference, {min_sqnr:.1f} wanted"
+    )
+    if near.sqnr >= min_sqnr:  # false for NaN
+        return _Finding(True, f"accuracy was not judged, there are no labels: {said}")
+    return _Finding(False, f"the outputs are not the model's any more (there are no labels to judge by): {said}")
+
+
+def _change(drop: float) -> str:
+    return f"{abs(drop):.2f} points {'lost' if drop > 0 else 'gained'}" if drop else "nothing lost"
