@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from normfuse.errors import NormfuseError
 
 if TYPE_CHECKING:
-    from normfuse.calibrate import calibrate
+    from normfuse.calibration import calibrate
     from normfuse.compiler import compile, load, save
     from normfuse.graph import capture
     from normfuse.pipeline import Pass, Pipeline
@@ -40,7 +40,7 @@ _HOMES: Final = {
     "PassReport": "normfuse.report",
     "Pipeline": "normfuse.pipeline",
     "Recipe": "normfuse.recipe",
-    "calibrate": "normfuse.calibrate",
+    "calibrate": "normfuse.calibration",
     "capture": "normfuse.graph",
     "compile": "normfuse.compiler",
     "load": "normfuse.compiler",

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from normfuse.calibrate import Ranges, calibrate
+from normfuse.calibration import Ranges, calibrate
 from normfuse.checks import Check, check_codes, check_export, check_fold
 from normfuse.data import InputSpec, Samples, check_samples
 from normfuse.export.onnx import export_onnx

@@ -17,7 +17,7 @@ from normfuse.compiler import capture_model
 from normfuse.data import InputSpec, Samples, check_samples
 from normfuse.graph import Graph
 from normfuse.graph.program import to_program
-from normfuse.load import LoadedModel
+from normfuse.loading import LoadedModel
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
 from normfuse.runtime.onnx_session import open_onnx
@@ -48,7 +48,8 @@ def compare_artifacts(
             EngineSpec(_label(found, folders), "onnxruntime", found.model, found.session_config) for found in artifacts
         ]
         bound = _bound(evaluation, artifacts[0]) if evaluation is not None else None
-        fixed = open_onnx(artifacts[0].model, threads=threads).inputs[0].shape[0]
+        first = open_onnx(artifacts[0].model, threads=threads).inputs[0].shape[0]
+        fixed = first if isinstance(first, int) else None
         what = Measured(engines=engines, evaluation=bound, fixed_batch=fixed)
         comparison = compare_engines(what, batch=batch, threads=threads, speed=True, progress=progress)
     return {"comparison": comparison.as_dict(), "environment": describe_environment().as_dict()}
@@ -77,4 +78,9 @@ def _save(graph: Graph, path: Path) -> None:
 
 def _bound(samples: Samples, artifact: Artifact) -> Samples:
     ports = open_onnx(artifact.model, threads=1).inputs
-    return check_samples(samples, [InputSpec(port.name, (None, *port.shape[1:]), port.dtype.name) for port in ports])
+    return check_samples(samples, [InputSpec(port.name, _sizes(port.shape), port.dtype.name) for port in ports])
+
+
+def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    """Return the shape with None for every axis of any size; the first is the batch."""
+    return (None, *(size if isinstance(size, int) else None for size in shape[1:]))

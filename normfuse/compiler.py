@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph, capture
 from normfuse.graph.capture import export_program
-from normfuse.load import LoadedModel, load_model
+from normfuse.loading import LoadedModel, load_model
 from normfuse.measure import Measured, compare_engines
 from normfuse.page import render_page
 from normfuse.progress import Progress, Silent
@@ -41,6 +43,14 @@ FLOAT_BITS: Final = 32
 FLOAT, QUANTIZED = "float", "int8"
 
 
+class Workspace:
+    """A temporary folder that lives as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="normfuse-"))
+        self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """A finished compile that has no place yet: ``report`` is plain data, ``save`` writes the artifact."""
@@ -49,7 +59,7 @@ class Built:
     report: dict[str, Any]
     engine: Engine
     holds: bool
-    folder: tempfile.TemporaryDirectory[str] = field(repr=False)
+    folder: Workspace = field(repr=False)
 
     def save(self, target: str | Path) -> None:
         """Write the artifact, whole or not at all.
@@ -114,15 +124,15 @@ def compile(
     with shown.task("capturing the model"):
         original = capture_model(model, example_inputs, samples)
     bound = bind(samples, original) if samples is not None else None
-    folder = tempfile.TemporaryDirectory(prefix="normfuse-")
+    folder = Workspace()
     source = stream(bound, original, limit=recipe.samples) if bound else _random_stream(original)
-    floating = build_float(original, source, Path(folder.name) / "float.onnx", threads=threads, progress=shown)
+    floating = build_float(original, source, folder.path / "float.onnx", threads=threads, progress=shown)
     engines = {FLOAT: floating}
     if recipe.bits != FLOAT_BITS and bound is not None:
         engines[QUANTIZED] = build_quantized(
             floating.graph,
             source,
-            Path(folder.name) / "int8.onnx",
+            folder.path / "int8.onnx",
             recipe=recipe,
             placement=onnx_placement(detect_instruction_set().value),
             total=min(len(bound), recipe.samples or len(bound)),
@@ -147,7 +157,7 @@ def _conclude(
     engines: dict[str, Engine],
     comparison: Comparison,
     recipe: Recipe,
-    folder: tempfile.TemporaryDirectory[str],
+    folder: Workspace,
 ) -> Built:
     """Judge, choose the engine that ships, and write the report."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
@@ -224,8 +234,6 @@ def _samples(data: Data) -> Samples | None:
 
 def _without_labels(samples: Samples | None) -> Samples | None:
     # Calibration samples have been seen: their labels say nothing about accuracy.
-    from dataclasses import replace
-
     return None if samples is None else replace(samples, labels=None)
 
 

@@ -10,7 +10,7 @@ from normfuse.artifact import read_artifact, verify_artifact
 from normfuse.compiler import capture_model
 from normfuse.data import Samples
 from normfuse.graph.text import operator_name
-from normfuse.load import LoadedModel
+from normfuse.loading import LoadedModel
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
 

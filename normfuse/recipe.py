@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from normfuse.errors import UsageError
+from normfuse.quant.calibration_method import CalibrationMethod
 
 __all__ = ["CalibrationMethod", "Recipe", "Target"]
 
@@ -19,16 +20,6 @@ class Target(Enum):
     """Where the artifact runs."""
 
     ONNX = "onnx"
-
-
-class CalibrationMethod(Enum):
-    """How an activation's range is chosen from what was observed."""
-
-    AUTO = "auto"
-    MIN_MAX = "min-max"
-    PERCENTILE = "percentile"
-    MSE = "mse"
-    ENTROPY = "entropy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,7 +114,7 @@ def _open_torch(order: _Order) -> tuple[Run, dict[str, list[int]]]:
     from torch.export import ExportedProgram
     from torch.utils import _pytree as pytree
 
-    from normfuse.load import load_model
+    from normfuse.loading import load_model
 
     torch.set_num_threads(order.threads)
     program = load_model(order.path).model

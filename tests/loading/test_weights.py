@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from normfuse.errors import BadInput, UsageError
-from normfuse.load import ModelKind, load_model
+from normfuse.loading import ModelKind, load_model
 
 ARCH = "arch_for_tests:build"
 SOURCE = """

@@ -11,9 +11,9 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from normfuse.errors import BadInput, UnsupportedModel
-from normfuse.load.content import ARCHIVE_HINT
-from normfuse.load.quiet import quiet_torch
-from normfuse.load.vetting import vet_archive
+from normfuse.loading.content import ARCHIVE_HINT
+from normfuse.loading.quiet import quiet_torch
+from normfuse.loading.vetting import vet_archive
 
 __all__ = ["read"]
 

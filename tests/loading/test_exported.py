@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
-from normfuse.load import ModelKind, load_model
+from normfuse.loading import ModelKind, load_model
 
 Members = dict[str, bytes]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import BadInput, MissingDependency, UsageError
-from normfuse.load.content import ARCHIVE_HINT
-from normfuse.load.quiet import quiet_torch
+from normfuse.loading.content import ARCHIVE_HINT
+from normfuse.loading.quiet import quiet_torch
 
 __all__ = ["build", "read_safetensors", "read_torch", "refuse_arch"]
 

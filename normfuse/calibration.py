@@ -22,7 +22,7 @@ from normfuse.quant import (
     candidates,
     quantize_dequantize,
 )
-from normfuse.recipe import CalibrationMethod
+from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["ChosenRange", "Ranges", "calibrate"]

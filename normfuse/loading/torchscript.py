@@ -9,8 +9,8 @@ from typing import Final
 import torch
 
 from normfuse.errors import BadInput
-from normfuse.load.content import ARCHIVE_HINT
-from normfuse.load.quiet import quiet_torch
+from normfuse.loading.content import ARCHIVE_HINT
+from normfuse.loading.quiet import quiet_torch
 
 __all__ = ["read"]
 

@@ -11,7 +11,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from normfuse.load.content import Content, recognize
+from normfuse.loading.content import Content, recognize
 
 __all__ = ["LoadedModel", "ModelKind", "load_model"]
 
@@ -67,7 +67,7 @@ def load_model(path: str | Path, *, arch: str | None = None, trust_pickle: bool 
 def _read(
     path: Path, content: Content, arch: str | None, trust_pickle: bool
 ) -> tuple[ModelKind, nn.Module | torch.export.ExportedProgram]:
-    from normfuse.load import exported, torchscript, weights
+    from normfuse.loading import exported, torchscript, weights
 
     if content in {Content.EXPORTED, Content.TORCHSCRIPT}:
         weights.refuse_arch(arch, path)

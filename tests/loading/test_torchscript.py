@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import BadInput
-from normfuse.load import ModelKind, load_model
+from normfuse.loading import ModelKind, load_model
 
 
 class Saving(nn.Module):

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from normfuse.errors import BadInput
-from normfuse.load.allowed import (
+from normfuse.loading.allowed import (
     is_expression,
     is_guard,
     is_identifier,

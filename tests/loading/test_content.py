@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from normfuse.errors import BadInput
-from normfuse.load import load_model
-from normfuse.load.content import Content, recognize
+from normfuse.loading import load_model
+from normfuse.loading.content import Content, recognize
 
 
 def onnx_bytes() -> bytes:
