@@ -29,7 +29,7 @@ def command(folders: tuple[Path, ...], against: Path | None, as_json: bool, quie
     from normfuse.cli import render
     from normfuse.cli.opening import opened_samples
     from normfuse.comparing import compare_artifacts
-    from normfuse.load import load_model
+    from normfuse.loading import load_model
 
     evaluation = opened_samples(options.pop("evaluation"), options.pop("preprocess"))
     arch, trust = options.pop("arch"), options.pop("trust_pickle")

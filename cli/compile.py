@@ -36,7 +36,7 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
     from normfuse.cli import render
     from normfuse.cli.opening import opened_samples
     from normfuse.compiler import compile as compile_model
-    from normfuse.load import load_model
+    from normfuse.loading import load_model
     from normfuse.recipe import Recipe
 
     calib, evaluation, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))

@@ -25,7 +25,7 @@ def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: 
     from normfuse.cli import render
     from normfuse.cli.opening import opened_samples
     from normfuse.inspection import inspect_artifact, inspect_model
-    from normfuse.load import load_model
+    from normfuse.loading import load_model
 
     if path.is_dir():
         found = inspect_artifact(path)

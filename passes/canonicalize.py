@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import fx
 
@@ -18,6 +18,12 @@ __all__ = ["Canonicalize"]
 
 ATEN = ops.ATEN
 
+PADDED_BY_WORD: Final = {
+    ATEN.conv1d.padding: ops.CONV1D,
+    ATEN.conv2d.padding: ops.CONV2D,
+    ATEN.conv3d.padding: ops.CONV3D,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canonicalize(Pass):
@@ -27,6 +33,7 @@ class Canonicalize(Pass):
     2. view, flatten, unflatten, unsqueeze and squeeze become reshape, so that no view depends on strides.
     3. transpose and t become permute; permutes merge, reshapes merge, and those that change nothing go.
     4. A matrix product with a constant 2-D right side, and addmm, become linear.
+    5. A convolution's padding given as a word becomes numbers; padding that is not the same on both sides stays.
 
     Exact: not one arithmetic operation changes (4 keeps the same product).
     """
@@ -36,7 +43,7 @@ class Canonicalize(Pass):
 
     def run(self, graph: Graph) -> PassReport:
         """Apply the rules to a fixpoint."""
-        return apply_rules(graph, [*VIEW_RULES, ProductIsLinear()], name=self.name)
+        return apply_rules(graph, [*VIEW_RULES, ProductIsLinear(), PaddingIsNumbers()], name=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +79,28 @@ class ProductIsLinear(Rule[_Linear]):
         matrix = query.constant(edit.graph, plan.weight)
         weight = edit.constant(matrix.mT, f"{plan.weight.target}_transposed", like=plan.weight)
         edit.replace(match.root, ops.LINEAR, plan.x, weight, plan.bias)
+
+
+class PaddingIsNumbers(Rule[list[int]]):
+    """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2) (5)."""
+
+    name: ClassVar[str] = "padding-is-numbers"
+    pattern = call(*PADDED_BY_WORD)
+
+    def plan(self, graph: Graph, match: Match) -> list[int] | None:
+        """Return the padding of every spatial axis, where both sides get the same."""
+        kernel = [int(size) for size in query.shape(match.root.args[1])[2:]]  # type: ignore[arg-type]
+        if query.argument(match.root, 4, "padding", "valid") == "valid":
+            return [0] * len(kernel)
+        dilation = list(query.argument(match.root, 5, "dilation", [1])) or [1]
+        dilations = dilation * len(kernel) if len(dilation) == 1 else dilation
+        total = [step * (size - 1) for step, size in zip(dilations, kernel, strict=True)]
+        return [both // 2 for both in total] if all(both % 2 == 0 for both in total) else None
+
+    def rewrite(self, match: Match, plan: list[int], edit: Editor) -> None:
+        """Call the overload that takes numbers."""
+        node = match.root
+        x, weight, bias = *node.args[:2], query.argument(node, 2, "bias")
+        stride, dilation = query.argument(node, 3, "stride", [1]), query.argument(node, 5, "dilation", [1])
+        groups = query.argument(node, 6, "groups", 1)
+        edit.replace(node, PADDED_BY_WORD[node.target], x, weight, bias, stride, plan, dilation, groups)  # type: ignore[index]

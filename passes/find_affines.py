@@ -28,7 +28,8 @@ class FindAffines(Pass):
     along one axis at most; gamma and beta of layer norm. Then:
     1. an affine of an affine is one affine,
     2. the sum of two affines of the same tensor (x itself among them) is one affine: RepBN's BN(x) + eta x,
-    3. an affine behind a permute or reshape with no other reader moves in front of it.
+    3. an affine behind a permute or reshape with no other reader moves in front of it,
+    4. a uniform scale behind a product of two variables (attention's 1 / sqrt(d)) moves to the left one.
 
     Exact in real arithmetic; the constants are float64 (ours).
     """
@@ -47,6 +48,7 @@ class FindAffines(Pass):
             AffineOfAffine(),
             SumOfAffines(),
             AffineBeforeView(),
+            ScaleBeforeProduct(),
             *VIEW_RULES,  # views meet once the affine between them has moved
         ]
         return apply_rules(graph, rules, name=self.name)
@@ -261,3 +263,25 @@ class AffineBeforeView(Rule[Affine]):
         moved = edit.call(AFFINE, source, match["scale"], match["shift"], plan.axis, at=view)
         edit.set_argument(view, 0, moved)
         edit.redirect(match.root, view)
+
+
+class ScaleBeforeProduct(Rule[Affine]):
+    """s * (x y) = (s x) y where nobody else reads the product (4)."""
+
+    name: ClassVar[str] = "scale-before-product"
+    pattern = call(AFFINE, args=(call(ops.MATMUL, as_="product"), constant("scale"), constant("shift")))
+
+    def plan(self, graph: Graph, match: Match) -> Affine | None:
+        """Return the scale if it is uniform and alone."""
+        found, product = read_affine(graph, match.root), match["product"]
+        is_plain_scale = found.is_uniform and not bool(found.shift.any())
+        if not is_plain_scale or query.only_reader(product) is None or not _is_floating_variable(product.args[0]):
+            return None
+        return found
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Scale the left operand; the product takes the affine's place."""
+        product = match["product"]
+        left = edit.call(AFFINE, product.args[0], match["scale"], match["shift"], 0, at=product)
+        edit.set_argument(product, 0, left)
+        edit.redirect(match.root, product)
