@@ -1,15 +1,246 @@
-"""Draws the report as one self-contained HTML page."""
+"""Draws the report as one self-contained HTML page: no scripts, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["render_page"]
 
+Section = Mapping[str, Any]
+
+STYLE: Final = """
+:root { color-scheme: light dark; --ink: #1c1e21; --dim: #667; --line: #d8dbe0; --paper: #fff; --shade: #f4f5f7;
+  --good: #11733b; --fair: #8a5a00; --bad: #b3261e; --bar: #4a7bd0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --dim: #9aa0aa; --line: #3a3e45; --paper: #16181c;
+  --shade: #1f2227; --good: #62c98a; --fair: #e0ad4a; --bad: #ff8a80; --bar: #6c9bea; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 70rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--dim); padding: .3rem 0; }
+th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--dim); font-weight: 600; white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
+tbody tr:nth-child(even) { background: var(--shade); }
+pre { background: var(--shade); padding: .7rem 1rem; overflow-x: auto; }
+.good { color: var(--good); } .fair { color: var(--fair); } .bad { color: var(--bad); } .dim { color: var(--dim); }
+.verdict { border-left: .4rem solid; padding: .2rem 1rem; background: var(--shade); }
+.verdict p, .verdict li { color: var(--ink); } .verdict strong { font-size: 1.2rem; }
+.bar { background: var(--bar); height: .8rem; min-width: 1px; }
+"""
+
+TONES: Final = {"kept": "good", "partly kept": "fair", "fell back": "bad"}
+ABSENT: Final = "–"
+
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """Return the page."""
-    return f"<!doctype html><pre>{escape(json.dumps(report, indent=1))}</pre>"
+    """Return the page; sections that the report lacks are left out.
+
+    Args:
+        report: plain data (what ``report.json`` holds).
+            ``model``, ``environment``: facts by name.
+            ``recipe``: TOML text, or options by name.
+            ``passes``: ``PassReport.as_dict()`` each.
+            ``quantization``: ``constants_by_type`` (elements by type), ``effective_bits``, ``samples``, and
+            ``tensors`` by name: ``layer``, ``range``, ``observed``, ``method``, ``relative_errors``.
+            ``checks``: ``name``, ``value``, ``bound``, ``holds``, ``detail`` each.
+            ``comparison``: ``Comparison.as_dict()``.
+            ``verdict``: ``verdict``, ``reasons`` and what ``ships``.
+    """
+    sections: dict[str, Callable[[Any], str]] = {
+        "verdict": _verdict,
+        "comparison": _comparison,
+        "checks": _checks,
+        "passes": _passes,
+        "quantization": _quantization,
+        "model": lambda facts: _heading("Model") + _facts(facts),
+        "recipe": _recipe,
+        "environment": lambda facts: _heading("Environment") + _facts(facts),
+    }
+    body = "\n".join(draw(report[name]) for name, draw in sections.items() if report.get(name))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>normfuse report</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>normfuse report</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _verdict(verdict: Section) -> str:
+    said = str(verdict.get("verdict", ""))
+    ships = f"<p>Ships: {_text(verdict['ships'])}</p>" if verdict.get("ships") else ""
+    reasons = "".join(f"<li>{_text(reason)}</li>" for reason in verdict.get("reasons", ()))
+    tone = TONES.get(said, "dim")
+    return f'<div class="verdict {tone}"><strong>{_text(said)}</strong>{ships}<ul>{reasons}</ul></div>'
+
+
+def _comparison(comparison: Section) -> str:
+    columns: dict[str, Callable[[Section], object]] = {
+        "engine": lambda row: row.get("label"),
+        "p50 ms": lambda row: _fixed(row.get("p50_ms"), 3),
+        "p90 ms": lambda row: _fixed(row.get("p90_ms"), 3),
+        "p99 ms": lambda row: _fixed(row.get("p99_ms"), 3),
+        "samples/s": lambda row: _fixed(row.get("samples_per_second"), 1),
+        "speed-up": _speedup,
+        "memory MB": lambda row: _fixed(row.get("peak_bytes"), 1, unit=1e6),
+        "file MB": lambda row: _fixed(row.get("file_bytes"), 2, unit=1e6),
+        "top-1 %": lambda row: _fixed(row.get("top_1"), 2),
+        "like baseline %": lambda row: _fixed(row.get("agreement"), 2),
+        "SQNR dB": lambda row: "same" if row.get("same_outputs") else _fixed(row.get("sqnr_db"), 1),
+    }
+    rows = [[cell(row) for cell in columns.values()] for row in comparison.get("rows", ())]
+    kept = [index for index in range(len(columns)) if index == 0 or any(row[index] is not None for row in rows)]
+    caption = (
+        f"batch {comparison.get('batch')}, {comparison.get('threads')} threads, against {comparison.get('baseline')}; "
+        "engines in processes of their own, measured in turns; speed-up: median of the rounds (lowest to highest)"
+    )
+    names = list(columns)
+    return _heading("Comparison") + _table(
+        [names[index] for index in kept], ([row[index] for index in kept] for row in rows), caption
+    )
+
+
+def _speedup(row: Section) -> str | None:
+    ratios = row.get("ratios") or {}
+    low, high = (_fixed(ratios.get(f"speedup_{end}"), 2) for end in ("lowest", "highest"))
+    middle = _fixed(row.get("speedup"), 2)
+    return f"{middle}× ({low} to {high})" if middle and low and high else middle and f"{middle}×"
+
+
+def _checks(checks: Sequence[Section]) -> str:
+    drawn = [
+        [
+            _Html('<span class="good">holds</span>' if check.get("holds") else '<span class="bad">FAILS</span>'),
+            check.get("name"),
+            check.get("value"),
+            check.get("bound"),
+            check.get("detail"),
+        ]
+        for check in checks
+    ]
+    return _heading("Checks") + _table(["", "check", "value", "bound", "of"], drawn)
+
+
+def _passes(passes: Sequence[Section]) -> str:
+    sites = [site for step in passes for site in step.get("sites", ())]
+    names = list(dict.fromkeys(name for site in sites for name in site))
+    refused = [
+        [refusal.get("layer") or refusal.get("node"), refusal.get("because"), refusal.get("detail"), step.get("name")]
+        for step in passes
+        for refusal in step.get("refused", ())
+    ]
+    steps = [
+        [step.get("name"), ", ".join(f"{rule} {count}" for rule, count in step.get("applied", {}).items()) or "nothing"]
+        for step in passes
+    ]
+    folded = _table(names, ([site.get(name) for name in names] for site in sites)) if sites else ""
+    left = _table(["where", "because", "detail", "pass"], refused) if refused else ""
+    return (
+        _heading(f"Folded: {len(sites)}")
+        + folded
+        + _heading(f"Left alone: {len(refused)}")
+        + left
+        + _heading("Passes, in order")
+        + _table(["pass", "applied"], steps)
+    )
+
+
+def _quantization(quantization: Section) -> str:
+    counts: Mapping[str, int] = quantization.get("constants_by_type", {})
+    total = sum(counts.values()) or 1
+    bars = [
+        [kind, f"{count:,}", _Html(f'<div class="bar" style="width:{100 * count / total:.1f}%"></div>')]
+        for kind, count in counts.items()
+    ]
+    bits = quantization.get("effective_bits")
+    caption = f"{_fixed(bits, 2)} bits per constant on average" if bits is not None else ""
+    tensors: Mapping[str, Section] = quantization.get("tensors", {})
+    ranges = [
+        [
+            name,
+            tensor.get("layer"),
+            _interval(tensor.get("range")),
+            _interval(tensor.get("observed")),
+            tensor.get("method"),
+            ", ".join(f"{method} {_number(error)}" for method, error in tensor.get("relative_errors", {}).items()),
+        ]
+        for name, tensor in tensors.items()
+    ]
+    columns = ["tensor", "layer", "range", "observed", "method", "output error of each method, relative to the best"]
+    drawn = _heading("Constants by type") + _table(["type", "elements", "share"], bars, caption) if counts else ""
+    if ranges:
+        drawn += _heading(f"Quantized activations: {len(ranges)}")
+        drawn += _table(columns, ranges, f"from {quantization.get('samples', 'unknown')} samples")
+    return drawn
+
+
+def _recipe(recipe: Section | str) -> str:
+    shown = f"<pre>{_text(recipe)}</pre>" if isinstance(recipe, str) else _facts(recipe)
+    return _heading("Recipe") + shown
+
+
+class _Html(str):
+    """Text that is markup already; made here alone, from constants and numbers."""
+
+    __slots__ = ()
+
+
+def _heading(text: str) -> str:
+    return f"\n<h2>{_text(text)}</h2>\n"
+
+
+def _facts(facts: Section) -> str:
+    return _table(["", ""], ([name.replace("_", " "), value] for name, value in facts.items()))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
+    head = "".join(f"<th>{_text(column)}</th>" for column in columns)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    title = f"<caption>{_text(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n'
+    )
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, _Html) else _text(_plain(value))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    looks_so = isinstance(value, str) and value[:1].isdigit() and value.replace(",", "").replace(".", "").isdigit()
+    return f'<td class="number">{text}</td>' if is_number or looks_so else f"<td>{text}</td>"
+
+
+def _plain(value: object) -> str:
+    """Return any JSON value as one readable line."""
+    if value is None or value == "":
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return _number(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items()) or ABSENT
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join('any' if inner is None else _plain(inner) for inner in value)}]"
+    return str(value)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else _plain(value)
+
+
+def _interval(ends: Sequence[float] | None) -> str | None:
+    return f"{_number(ends[0])} to {_number(ends[1])}" if ends else None
+
+
+def _fixed(value: float | None, digits: int, *, unit: float = 1.0) -> str | None:
+    return None if value is None or not math.isfinite(value) else f"{value / unit:,.{digits}f}"
+
+
+def _text(value: object) -> str:
+    return escape(str(value), quote=True)
