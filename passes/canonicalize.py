@@ -103,4 +103,4 @@ class PaddingIsNumbers(Rule[list[int]]):
         x, weight, bias = *node.args[:2], query.argument(node, 2, "bias")
         stride, dilation = query.argument(node, 3, "stride", [1]), query.argument(node, 5, "dilation", [1])
         groups = query.argument(node, 6, "groups", 1)
-        edit.replace(node, PADDED_BY_WORD[node.target], x, weight, bias, stride, plan, dilation, groups)  # type: ignore[index]
+        edit.replace(node, PADDED_BY_WORD[node.target], x, weight, bias, stride, plan, dilation, groups)
