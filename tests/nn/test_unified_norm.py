@@ -153,6 +153,17 @@ def test_iterations_that_jump_are_left_out() -> None:
     assert reference.skipped >= 2
 
 
+@pytest.mark.parametrize(("root", "skips"), [(0.5, 1), (0.8, 0), (3.2, 0), (3.5, 1)])
+def test_the_threshold_is_the_unbiased_variance_of_the_stale_buffer(root: float, skips: int) -> None:
+    # Roots 1 and 2 of the stale buffer: unbiased variance 1/2, so the threshold is 2 * 1/2 = 1. With 4 kept and
+    # v new, the gap is (root of v - 2)**2 / 2. The population variance, or the new buffer's, would answer otherwise.
+    norm = UnifiedNorm(1, window=2, warmup=1, outlier_filtration=True)
+    norm.buffer_x2.copy_(torch.tensor([[1.0], [4.0]]))
+    norm.iters.fill_(9)
+    norm(torch.full((3, 2, 1), root))
+    assert int(norm.skip_counter) == skips
+
+
 def test_filtration_waits_for_the_warm_up() -> None:
     norm = UnifiedNorm(3, warmup=100, outlier_filtration=True).double()
     assert compare(norm, steps=8, seed=9, scales={6: 50.0}).skipped == 0
