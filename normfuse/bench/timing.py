@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,23 +24,20 @@ SETTLING_RUNS: Final = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How long to measure: turns per engine, and about how long each is, within limits on its runs.
+    """How long to measure: turns per engine, and how long each is, within limits on its runs.
 
-    ``start_seconds`` and ``turn_seconds_at_most`` are the longest that an engine may take to open, and to answer.
+    Turns are equally long in time, not in runs: on a busy machine the scheduler favours who runs shortly, and the
+    same engine with fewer runs would seem faster. ``start_timeout`` and ``turn_timeout`` are the longest, in
+    seconds, that an engine may take to open, and to answer.
     """
 
     rounds: int = 7
     seconds_per_round: float = 0.4
-    warm_up_runs: int = 3
+    warm_up_runs: int = 5
     min_runs: int = 3
-    max_runs: int = 200
-    start_seconds: float = 180.0
-    turn_seconds_at_most: float = 300.0
-
-    def runs_per_turn(self, milliseconds: float) -> int:
-        """Return how many runs of that length fill a turn."""
-        wanted = math.ceil(1e3 * self.seconds_per_round / max(milliseconds, 1e-3))
-        return max(self.min_runs, min(self.max_runs, wanted))
+    max_runs: int = 10_000
+    start_timeout: float = 180.0
+    turn_timeout: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +127,14 @@ def time_engines(
     with ExitStack() as stack, shown.task("measuring", len(engines) * (plan.rounds + 1)) as advance:
         workers: dict[str, WorkerProcess] = {}
         for engine in engines:
-            worker = WorkerProcess(engine, load, start_seconds=plan.start_seconds)
+            worker = WorkerProcess(engine, load, start_seconds=plan.start_timeout)
             workers[engine.label] = stack.enter_context(worker)
             advance(1)
-        runs = {label: _warm_up(worker, plan) for label, worker in workers.items()}
+        for worker in workers.values():
+            worker.warm_up(plan.warm_up_runs, timeout=plan.turn_timeout)
         times: dict[str, list[list[float]]] = {label: [] for label in labels}
         for label in turn_order(labels, plan.rounds):
-            workers[label].warm_up(SETTLING_RUNS, seconds=plan.turn_seconds_at_most)
-            times[label].append(workers[label].run(runs[label], seconds=plan.turn_seconds_at_most))
+            times[label].append(_turn(workers[label], plan))
             advance(1)
         return {label: Timing.of(found, batch=batch, inputs=workers[label].shapes) for label, found in times.items()}
 
@@ -149,7 +145,6 @@ def turn_order(labels: Sequence[str], rounds: int) -> list[str]:
     return [label for shift in shifts for label in (*labels[shift:], *labels[:shift])]
 
 
-def _warm_up(worker: WorkerProcess, plan: Schedule) -> int:
-    """Run until buffers and threads exist, and return how many runs fill a turn."""
-    worker.warm_up(plan.warm_up_runs, seconds=plan.turn_seconds_at_most)
-    return plan.runs_per_turn(median(worker.run(plan.warm_up_runs, seconds=plan.turn_seconds_at_most)))
+def _turn(worker: WorkerProcess, plan: Schedule) -> list[float]:
+    worker.warm_up(SETTLING_RUNS, timeout=plan.turn_timeout)
+    return worker.run(plan.min_runs, lasting=plan.seconds_per_round, most=plan.max_runs, timeout=plan.turn_timeout)

@@ -43,7 +43,8 @@ class _Order:
 def main() -> int:
     """Open the engine that the first line describes, then obey one JSON order per line until ``exit`` or the end.
 
-    ``{"warmup": n}`` runs n times; ``{"run": n}`` also answers ``{"milliseconds": [...]}``; ``{"memory": 1}``
+    ``{"warmup": n}`` runs n times; ``{"run": n}`` also answers ``{"milliseconds": [...]}``, with ``"lasting":
+    seconds`` it goes on until so much time is over, with ``"most": m`` after m runs at the latest; ``{"memory": 1}``
     answers ``{"before_load": bytes, "after_load": bytes, "peak": bytes}``; ``{"exit": 1}`` ends. Mistakes in
     model or inputs go to standard error, and the exit code is that of ``normfuse.errors``.
     """
@@ -71,14 +72,21 @@ def main() -> int:
     return 0
 
 
-def _obey(asked: dict[str, int], run: Run, memory: dict[str, int]) -> dict[str, object]:
+def _obey(asked: dict[str, Any], run: Run, memory: dict[str, int]) -> dict[str, object]:
     if "run" in asked:
-        return {"milliseconds": [_time(run) for _ in range(asked["run"])]}
+        return {"milliseconds": _turn(run, asked["run"], asked.get("most"), asked.get("lasting", 0.0))}
     if "warmup" in asked:
         for _ in range(asked["warmup"]):
             run()
         return {"done": True}
     return {**memory, "peak": _status("VmHWM")}
+
+
+def _turn(run: Run, least: int, most: int | None, lasting: float) -> list[float]:
+    times, end = list[float](), time.perf_counter() + lasting
+    while len(times) < least or (time.perf_counter() < end and (most is None or len(times) < most)):
+        times.append(_time(run))
+    return times
 
 
 def _time(run: Run) -> float:

@@ -82,29 +82,30 @@ class WorkerProcess:
     ) -> None:
         self._end()
 
-    def warm_up(self, count: int, *, seconds: float = 120.0) -> None:
+    def warm_up(self, count: int, *, timeout: float = 120.0) -> None:
         """Run ``count`` times.
 
         Raises:
-            CheckFailed: the worker ended, or did not answer within ``seconds``.
+            CheckFailed: the worker ended, or did not answer within ``timeout`` seconds.
         """
-        self._ask({"warmup": count}, seconds)
+        self._ask({"warmup": count}, timeout)
 
-    def run(self, count: int, *, seconds: float = 120.0) -> list[float]:
-        """Run ``count`` times and return the milliseconds of each.
+    def run(self, least: int, *, lasting: float = 0.0, most: int | None = None, timeout: float = 120.0) -> list[float]:
+        """Run ``least`` times, then on until ``lasting`` seconds or ``most`` runs; return the milliseconds of each.
 
         Raises:
-            CheckFailed: the worker ended, or did not answer within ``seconds``.
+            CheckFailed: the worker ended, or did not answer within ``timeout`` seconds.
         """
-        return [float(value) for value in self._ask({"run": count}, seconds)["milliseconds"]]
+        asked = {"run": least, "lasting": lasting, "most": most}
+        return [float(value) for value in self._ask(asked, timeout)["milliseconds"]]
 
-    def memory(self, *, seconds: float = 120.0) -> dict[str, int]:
+    def memory(self, *, timeout: float = 120.0) -> dict[str, int]:
         """Return resident bytes: ``before_load``, ``after_load`` and ``peak``.
 
         Raises:
-            CheckFailed: the worker ended, or did not answer within ``seconds``.
+            CheckFailed: the worker ended, or did not answer within ``timeout`` seconds.
         """
-        return {name: int(value) for name, value in self._ask({"memory": 1}, seconds).items()}
+        return {name: int(value) for name, value in self._ask({"memory": 1}, timeout).items()}
 
     def _first_order(self) -> dict[str, Any]:
         return {
@@ -117,14 +118,14 @@ class WorkerProcess:
             "seed": self._load.seed,
         }
 
-    def _ask(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _ask(self, order: dict[str, Any], timeout: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
-            line = self._lines.get(timeout=seconds)
+            line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            raise self._failure(f"the engine did not answer within {seconds:.0f} s") from None
+            raise self._failure(f"the engine did not answer within {timeout:g} s") from None
         except BrokenPipeError:
             line = ""
         if not line:

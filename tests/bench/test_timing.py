@@ -34,14 +34,6 @@ def test_percentiles_are_numpys_over_all_runs() -> None:
     assert timing.spread == (max(timing.rounds) - min(timing.rounds)) / timing.p50
 
 
-@pytest.mark.parametrize(
-    ("milliseconds", "runs"),
-    [(0.0, 50), (0.001, 50), (2.0, 50), (10.0, 10), (30.0, 4), (99.0, 3), (1e6, 3)],
-)
-def test_runs_fill_a_turn_within_limits(milliseconds: float, runs: int) -> None:
-    assert Schedule(seconds_per_round=0.1, min_runs=3, max_runs=50).runs_per_turn(milliseconds) == runs
-
-
 def test_two_real_engines_are_timed(linear: Path) -> None:
     engines = [EngineSpec("one", "onnxruntime", linear), EngineSpec("two", "onnxruntime", linear)]
     found = time_engines(engines, batch=4, threads=1, schedule=SHORT)

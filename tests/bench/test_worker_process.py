@@ -91,9 +91,19 @@ def test_a_worker_that_does_not_answer_is_a_failed_check(tmp_path: Path, write_l
     path = write_linear(tmp_path / "wide.onnx", inner=256, layers=3)
     with WorkerProcess(spec(path), Load(batch=64, threads=1)) as worker:
         process = identifier(worker)
-        with pytest.raises(CheckFailed, match="did not answer within 0 s"):
-            worker.run(1_000_000, seconds=0.2)
+        with pytest.raises(CheckFailed, match=r"did not answer within 0\.25 s"):
+            worker.run(1_000_000, timeout=0.25)
         assert is_gone(process) or worker._process.poll() is not None
+
+
+def test_a_turn_is_as_long_as_asked_within_limits_on_its_runs(linear: Path) -> None:
+    with WorkerProcess(spec(linear), ONE) as worker:
+        started = time.monotonic()
+        many = worker.run(2, lasting=0.2)
+        assert time.monotonic() - started >= 0.2
+        assert sum(many) <= 200 + max(many)
+        assert len(worker.run(3, lasting=30.0, most=4)) == 4
+        assert len(worker.run(3, lasting=0.0, most=4)) == 3
 
 
 def test_the_interrupt_of_the_terminal_is_left_to_the_parent(linear: Path) -> None:
