@@ -123,6 +123,12 @@ def _vector_along_one_axis(graph: Graph, value: object, x: fx.Node) -> tuple[Ten
     return tensor.double().reshape(-1), axis
 
 
+def _fits(vector: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether every entry is finite and as precise in ``dtype`` as a number can be."""
+    error = (vector.to(dtype).double() - vector).abs()
+    return bool((vector.isfinite() & (error <= torch.finfo(dtype).eps * vector.abs())).all())
+
+
 def _is_floating_variable(node: object) -> bool:
     return (
         query.is_tensor(node)
@@ -158,7 +164,8 @@ class ScaleIsAffine(Rule[_Operand]):
             return None
         scale, axis = vector
         scale = scale if node.target is ops.MUL else scale.reciprocal()
-        if not bool(torch.isfinite(scale).all()):
+        # A product with float64 makes float32 wider, and one over a large float16 rounds to zero: both stay.
+        if query.dtype(node) != query.dtype(x) or not _fits(scale, query.dtype(x)):  # type: ignore[arg-type]
             return None
         return _Operand(x, Affine(scale, IDENTITY.shift, axis).spread())  # type: ignore[arg-type]
 
@@ -187,6 +194,8 @@ class ShiftIsAffine(Rule[_Operand]):
         if (vector := _vector_along_one_axis(graph, other, x)) is None:  # type: ignore[arg-type]
             return None
         shift, axis = vector
+        if query.dtype(node) != query.dtype(x) or not _fits(shift, query.dtype(x)):  # type: ignore[arg-type]
+            return None
         if node.target is ops.SUB and not negate_x:
             shift = -shift
         scale = -IDENTITY.scale if negate_x else IDENTITY.scale
@@ -260,7 +269,7 @@ class AffineBeforeView(Rule[Affine]):
         """Put a new affine in front of the view and let the view read it."""
         view = match["view"]
         source = view.args[0]
-        moved = edit.call(AFFINE, source, match["scale"], match["shift"], plan.axis, at=view)
+        moved = edit.call(AFFINE, source, match["scale"], match["shift"], plan.axis, at=view, like=match.root)
         edit.set_argument(view, 0, moved)
         edit.redirect(match.root, view)
 
@@ -282,6 +291,6 @@ class ScaleBeforeProduct(Rule[Affine]):
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Scale the left operand; the product takes the affine's place."""
         product = match["product"]
-        left = edit.call(AFFINE, product.args[0], match["scale"], match["shift"], 0, at=product)
+        left = edit.call(AFFINE, product.args[0], match["scale"], match["shift"], 0, at=product, like=match.root)
         edit.set_argument(product, 0, left)
         edit.redirect(match.root, product)
