@@ -81,26 +81,33 @@ class ProductIsLinear(Rule[_Linear]):
         edit.replace(match.root, ops.LINEAR, plan.x, weight, plan.bias)
 
 
-class PaddingIsNumbers(Rule[list[int]]):
+@dataclass(frozen=True, slots=True)
+class _Padding:
+    padding: list[int]
+    dilation: list[int]
+
+
+class PaddingIsNumbers(Rule[_Padding]):
     """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2) (5)."""
 
     name: ClassVar[str] = "padding-is-numbers"
     pattern = call(*PADDED_BY_WORD)
 
-    def plan(self, graph: Graph, match: Match) -> list[int] | None:
-        """Return the padding of every spatial axis, where both sides get the same."""
+    def plan(self, graph: Graph, match: Match) -> _Padding | None:
+        """Return padding and dilation of every spatial axis, where both sides get the same padding."""
         kernel = [int(size) for size in query.shape(match.root.args[1])[2:]]  # type: ignore[arg-type]
+        given = [int(step) for step in query.argument(match.root, 5, "dilation", [1])]
+        dilation = given * len(kernel) if len(given) == 1 else given
         if query.argument(match.root, 4, "padding", "valid") == "valid":
-            return [0] * len(kernel)
-        dilation = list(query.argument(match.root, 5, "dilation", [1])) or [1]
-        dilations = dilation * len(kernel) if len(dilation) == 1 else dilation
-        total = [step * (size - 1) for step, size in zip(dilations, kernel, strict=True)]
-        return [both // 2 for both in total] if all(both % 2 == 0 for both in total) else None
+            return _Padding([0] * len(kernel), dilation)
+        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return _Padding([both // 2 for both in total], dilation) if all(both % 2 == 0 for both in total) else None
 
-    def rewrite(self, match: Match, plan: list[int], edit: Editor) -> None:
+    def rewrite(self, match: Match, plan: _Padding, edit: Editor) -> None:
         """Call the overload that takes numbers."""
         node = match.root
         x, weight, bias = *node.args[:2], query.argument(node, 2, "bias")
-        stride, dilation = query.argument(node, 3, "stride", [1]), query.argument(node, 5, "dilation", [1])
+        stride = query.argument(node, 3, "stride", [1] * len(plan.padding))
         groups = query.argument(node, 6, "groups", 1)
-        edit.replace(node, PADDED_BY_WORD[node.target], x, weight, bias, stride, plan, dilation, groups)
+        target = PADDED_BY_WORD[node.target]
+        edit.replace(node, target, x, weight, bias, stride, plan.padding, plan.dilation, groups)
