@@ -57,7 +57,7 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 def readers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that read ``node``, in graph order."""
-    return list(node.users)
+    return sorted(node.users)  # users are kept in the order of rewrites
 
 
 def only_reader(node: fx.Node) -> fx.Node | None:

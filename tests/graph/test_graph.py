@@ -90,3 +90,14 @@ def test_converted_agrees_with_the_converted_module() -> None:
     wide = converted(graph, torch.float64)
     # float32 constants widened are the same numbers, so only rounding of sums may differ.
     assert distance(wide.run(x), [model().double()(x)]) < 1e-14
+
+
+def test_readers_come_in_graph_order_whatever_was_rewritten() -> None:
+    graph = capture(Small(lambda m, x: (y := x.relu()).neg() + y.abs() * y), sample(4, 5))
+    relu = next(node for node in graph.nodes if query.is_call(node, ops.RELU))
+    edit = Editor(graph)
+    edit.replace(query.readers(relu)[0], ops.GELU, relu)
+    order = list(graph.nodes)
+    found = query.readers(relu)
+    assert len(found) == 3
+    assert found == sorted(found, key=order.index)
