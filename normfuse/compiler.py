@@ -163,6 +163,9 @@ def _conclude(
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
     if QUANTIZED in engines:
         judgement = judge(comparison, QUANTIZED, max_drop=recipe.max_drop, min_speedup=recipe.min_speedup)
+        ranges = engines[QUANTIZED].ranges
+        if ranges is not None and not ranges.chosen:
+            judgement = Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     checks = [check for engine in engines.values() for check in engine.checks]
     failed = [check for check in checks if not check.holds]
     if any(check in failed for check in engines.get(QUANTIZED, engines[FLOAT]).checks):
