@@ -488,3 +488,29 @@ def test_folded_is_original_in_float32(case: Case) -> None:
 
     for found, expected in zip(graph.run(x), outputs(model, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bn2d behind a conv: stride, groups, dilation, padding",
+        "bn2d before a depthwise conv",
+        "un by its class, behind and before",
+        "layer norm before q, k and v",
+        "constants of every rank",
+        "one weight behind the norm and elsewhere",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_precision(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    model, x = model_of(case).to(dtype), torch.randn(case.shape, generator=seeded(9)).to(dtype)
+    graph = capture(model, (x,))
+    tolerance = fold_tolerance(graph, x)
+
+    Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(graph)
+
+    (found,), (expected,) = graph.run(x), outputs(model, x)
+    assert found.dtype == dtype
+    assert "f64" not in graph.text()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
