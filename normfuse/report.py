@@ -24,6 +24,7 @@ class Reason(Enum):
     NO_LINEAR = "no linear map stands beside it"
     TRANSPOSED = "every output position of a transposed convolution sees other taps"
     SHARED_WEIGHT = "the weight has another reader"
+    OVERFLOW = "the folded weights do not fit into their type"
     PLACED_BEFORE_QUANTIZER = "the quantizer after it reads the equalized tensor"
     PROGRESSION = "its progressive replacement has not ended"
     UNSUPPORTED_TYPE = "its type cannot be quantized"

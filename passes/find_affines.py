@@ -60,7 +60,7 @@ class BatchNormIsAffine(Rule[Affine]):
     name: ClassVar[str] = "batch-norm-is-affine"
     pattern = call(ops.GETITEM, args=(call(ops.BATCH_NORM, as_="norm"),))
 
-    def plan(self, graph: Graph, match: Match) -> Affine | Refusal:
+    def plan(self, graph: Graph, match: Match) -> Affine | Refusal | None:
         """Return the affine in float64; eps stands inside the root."""
         _, gamma, beta, mean, variance, _, eps = match["norm"].args
         given = [node for node in (gamma, beta, mean, variance) if isinstance(node, fx.Node)]
@@ -73,7 +73,8 @@ class BatchNormIsAffine(Rule[Affine]):
         shift = -mean64 * scale
         if isinstance(beta, fx.Node):
             shift = shift + query.constant(graph, beta).double()
-        return Affine(scale, shift, 1)
+        found = Affine(scale, shift, 1)
+        return found if found.fits(query.dtype(match.root)) else None
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Replace the norm's first result."""
@@ -123,12 +124,6 @@ def _vector_along_one_axis(graph: Graph, value: object, x: fx.Node) -> tuple[Ten
     return tensor.double().reshape(-1), axis
 
 
-def _fits(vector: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether every entry is finite and as precise in ``dtype`` as a number can be."""
-    error = (vector.to(dtype).double() - vector).abs()
-    return bool((vector.isfinite() & (error <= torch.finfo(dtype).eps * vector.abs())).all())
-
-
 def _is_floating_variable(node: object) -> bool:
     return (
         query.is_tensor(node)
@@ -142,6 +137,12 @@ def _is_floating_variable(node: object) -> bool:
 class _Operand:
     x: fx.Node
     affine: Affine
+
+
+def _of_one_type(node: fx.Node, found: _Operand) -> _Operand | None:
+    # A product with float64 makes float32 wider, and one over a large float16 rounds to zero: both are left alone.
+    dtype = query.dtype(found.x)
+    return found if query.dtype(node) == dtype and found.affine.fits(dtype) else None
 
 
 class ScaleIsAffine(Rule[_Operand]):
@@ -164,10 +165,7 @@ class ScaleIsAffine(Rule[_Operand]):
             return None
         scale, axis = vector
         scale = scale if node.target is ops.MUL else scale.reciprocal()
-        # A product with float64 makes float32 wider, and one over a large float16 rounds to zero: both stay.
-        if query.dtype(node) != query.dtype(x) or not _fits(scale, query.dtype(x)):  # type: ignore[arg-type]
-            return None
-        return _Operand(x, Affine(scale, IDENTITY.shift, axis).spread())  # type: ignore[arg-type]
+        return _of_one_type(node, _Operand(x, Affine(scale, IDENTITY.shift, axis).spread()))  # type: ignore[arg-type]
 
     def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
         """Replace the product."""
@@ -194,12 +192,10 @@ class ShiftIsAffine(Rule[_Operand]):
         if (vector := _vector_along_one_axis(graph, other, x)) is None:  # type: ignore[arg-type]
             return None
         shift, axis = vector
-        if query.dtype(node) != query.dtype(x) or not _fits(shift, query.dtype(x)):  # type: ignore[arg-type]
-            return None
         if node.target is ops.SUB and not negate_x:
             shift = -shift
         scale = -IDENTITY.scale if negate_x else IDENTITY.scale
-        return _Operand(x, Affine(scale, shift, axis).spread())  # type: ignore[arg-type]
+        return _of_one_type(node, _Operand(x, Affine(scale, shift, axis).spread()))  # type: ignore[arg-type]
 
     def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
         """Replace the sum."""
@@ -216,7 +212,8 @@ class AffineOfAffine(Rule[Affine]):
         """Return the one affine; the inner one must have no other reader, or it would be computed twice."""
         if query.only_reader(match["inner"]) is None:
             return None
-        return read_affine(graph, match.root).after(read_affine(graph, match["inner"]))
+        total = read_affine(graph, match.root).after(read_affine(graph, match["inner"]))
+        return total if total is not None and total.fits(query.dtype(match.root)) else None
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Replace the outer one."""
@@ -237,7 +234,7 @@ class SumOfAffines(Rule[_Operand]):
         if not any(query.is_call(match[name], AFFINE) for name in ("left", "right")):
             return None
         total = sides[0].affine.plus(sides[1].affine)
-        return None if total is None else _Operand(sides[0].x, total)
+        return None if total is None else _of_one_type(match.root, _Operand(sides[0].x, total))
 
     def _side(self, graph: Graph, node: object) -> _Operand | None:
         if not _is_floating_variable(node) or not isinstance(node, fx.Node):

@@ -48,7 +48,8 @@ class FoldAffineIntoConsumers(Pass):
     real arithmetic; rounding differs. Applies where
     1. every reader is a linear map with constant weights,
     2. the channel axis arrives whole at each one's input axis,
-    3. no convolution pads with zeros, unless the shift is zero.
+    3. no convolution pads with zeros, unless the shift is zero,
+    4. the new weights fit into their type (float16 ends at 65504).
     """
 
     name: ClassVar[str] = "fold-affine-into-consumers"
@@ -61,10 +62,11 @@ class FoldAffineIntoConsumers(Pass):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A linear map that reads the affine (perhaps through views)."""
+    """A linear map that reads the affine (perhaps through views), and its new constants."""
 
     node: fx.Node
-    linear: LinearMap
+    weight: Tensor
+    bias: Tensor
 
 
 class FoldBefore(Rule[tuple[Site, ...]]):
@@ -87,17 +89,8 @@ class FoldBefore(Rule[tuple[Site, ...]]):
 
     def rewrite(self, match: Match, plan: tuple[Site, ...], edit: Editor) -> None:
         """Give every site its new constants and let the affine's readers read its input."""
-        found = read_affine(edit.graph, match.root)
         for site in plan:
-            channels = site.linear.weight.shape[1] * site.linear.groups
-            weight, bias = fold_before(
-                site.linear.weight,
-                site.linear.bias,
-                scale=found.scale.expand(channels),
-                shift=found.shift.expand(channels),
-                groups=site.linear.groups,
-            )
-            rebind(edit, site.node, weight, bias)
+            rebind(edit, site.node, site.weight, site.bias)
         edit.redirect(match.root, match.root.args[0])  # type: ignore[arg-type]
 
     def describe(self, match: Match, plan: tuple[Site, ...]) -> dict[str, str]:
@@ -134,7 +127,16 @@ def _site(graph: Graph, reader: fx.Node, axis: int | None, found: Affine) -> Sit
         return Refusal(reader.name, Reason.AXIS, query.layer_of(reader) or reader.name)
     if linear.pads_with_zeros and bool(torch.any(found.shift != 0)):
         return Refusal(reader.name, Reason.ZERO_PADDING, query.layer_of(reader) or reader.name)
-    return Site(reader, linear)
+    weight, bias = _folded(linear, found)
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        return Refusal(reader.name, Reason.OVERFLOW, query.layer_of(reader) or reader.name)
+    return Site(reader, weight, bias)
+
+
+def _folded(linear: LinearMap, found: Affine) -> tuple[Tensor, Tensor]:
+    channels = linear.weight.shape[1] * linear.groups
+    scale, shift = found.scale.expand(channels), found.shift.expand(channels)
+    return fold_before(linear.weight, linear.bias, scale=scale, shift=shift, groups=linear.groups)
 
 
 def _blocked_by(reader: fx.Node) -> Reason:

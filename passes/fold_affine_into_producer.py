@@ -38,7 +38,8 @@ class FoldAffineIntoProducer(Pass):
     Exact in real arithmetic, for any padding and any groups; rounding differs. Applies where
     1. the affine is the only reader of the linear map,
     2. the affine's axis is the map's output axis (or it is uniform),
-    3. weight and bias are constants.
+    3. weight and bias are constants,
+    4. the new ones fit into their type (float16 ends at 65504).
     """
 
     name: ClassVar[str] = "fold-affine-into-producer"
@@ -69,7 +70,8 @@ class FoldAfter(Rule[_Folded]):
             return None
         if not found.is_uniform and found.axis != linear.output_axis:
             return None
-        return _Folded(*fold_after(linear.weight, linear.bias, scale=found.scale, shift=found.shift))
+        weight, bias = fold_after(linear.weight, linear.bias, scale=found.scale, shift=found.shift)
+        return _Folded(weight, bias) if bool(weight.isfinite().all() and bias.isfinite().all()) else None
 
     def rewrite(self, match: Match, plan: _Folded, edit: Editor) -> None:
         """Give the linear map its new constants and let the affine's readers read it."""

@@ -52,6 +52,17 @@ class Affine:
         """Whether all channels share one scale and one shift, so that the axis means nothing."""
         return self.scale.numel() == 1 and self.shift.numel() == 1
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether ``dtype`` holds both vectors: finite, and the scale as precise as its largest entry can be.
+
+        A product of two float16 scales may overflow where the two products one after the other do not.
+        """
+        scale, shift = self.scale.to(dtype), self.shift.to(dtype)
+        if not bool(scale.isfinite().all() and shift.isfinite().all()):
+            return False
+        error = (scale.double() - self.scale).abs().max()
+        return bool(error <= torch.finfo(dtype).eps * self.scale.abs().max())
+
     def after(self, inner: Affine) -> Affine | None:
         """Return this affine of ``inner``, or None where their axes differ."""
         axis = _common_axis(inner, self)

@@ -514,3 +514,40 @@ def test_half_precision_stays_half_precision(name: str, dtype: torch.dtype) -> N
     assert found.dtype == dtype
     assert "f64" not in graph.text()
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def dead_norm() -> nn.Module:
+    norm = nn.BatchNorm1d(3, eps=1e-12)
+    assert isinstance(norm.running_var, Tensor)
+    norm.running_var.zero_()
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [
+        pytest.param(lambda m, x: m.f(x) * 3e4, 6e-6, id="behind"),
+        pytest.param(lambda m, x: m.f(x * 3e4), 6e-6, id="before"),
+        pytest.param(lambda m, x: x * 1e3 * 1e3, 6e-6, id="two scales"),
+        pytest.param(lambda m, x: (y := x * 6e4) + y, 6e-6, id="a sum"),
+        pytest.param(lambda m, x: x / 1e4 / 1e4, 6e4, id="two quotients"),
+        pytest.param(lambda m, x: m.n(m.f(x)), 6e-6, id="batch norm"),
+    ],
+)
+def test_constants_that_do_not_fit_into_half_precision_are_not_made(function: Function, size: float) -> None:
+    """The inputs go through the original without overflow; infinite constants would make inf or nan of them."""
+    linear = nn.Linear(5, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(4.0)
+    model = Small(function, f=linear, n=dead_norm()).half().eval().requires_grad_(False)
+    x = torch.full((4, 5), size).half()
+    x[0] = 0.0
+    graph = capture(model, (x,))
+    expected = outputs(model, x)
+    assert bool(expected[0].isfinite().all())
+    assert bool(expected[0].any())
+
+    Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(graph)
+
+    # At its ends float16 has few digits, but wrong constants make inf, nan or zero.
+    assert distance(graph.run(x), expected) < 0.05
