@@ -132,8 +132,8 @@ class Tree(nn.Module):
         self.stem_is_output, self.is_residual = stem_is_output, is_residual
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        stem = self.stem(x)
-        ends = [branch(stem.clone()) for branch in self.branches]  # in-place steps must not change the stem
+        stem = self.stem(x.clone())  # a model that changes its input is refused
+        ends = [branch(stem.clone()) for branch in self.branches]
         ends = [end + stem if self.is_residual and end.shape == stem.shape else end for end in ends]
         return (stem, *ends) if self.stem_is_output else tuple(ends)
 
