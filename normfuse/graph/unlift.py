@@ -34,6 +34,8 @@ def unlift(program: ExportedProgram) -> Graph:
         if node.op == "output":
             continue
         spec = targets.get(node.name) if node.op == "placeholder" else None
+        if node.op == "placeholder" and _is_fixed(node):
+            continue
         if spec is None or spec.kind is InputKind.USER_INPUT:
             _refuse_unknown(node)
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -49,6 +51,11 @@ def unlift(program: ExportedProgram) -> Graph:
     _settle_sizes(graph)
     module = fx.GraphModule(root, graph)
     return Graph(module, tuple(input_names), _output_names(program, values))
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Return whether an input is None, a number or a flag, whose value the exporter has written into the graph."""
+    return isinstance(node.meta.get("val"), int | float | str | None) and not node.users
 
 
 def _drop_dead_code(graph: fx.Graph) -> None:

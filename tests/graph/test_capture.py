@@ -81,6 +81,19 @@ def test_an_unused_input_stays() -> None:
     assert graph.input_names == ("x", "unused")
 
 
+def test_inputs_by_keyword_and_inputs_that_are_no_tensors() -> None:
+    class Optional(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, shift: Tensor) -> Tensor:
+            return x * scale + shift if mask is None else x * mask
+
+    x, shift = sample(3, 5), sample(3, 1)
+    program = torch.export.export(Optional(), (x, None), {"scale": 2.0, "shift": shift})
+    graph = capture(program)
+    verify(graph)
+    assert graph.input_names == ("x", "shift")
+    assert torch.equal(graph.run(x, shift)[0], x * 2.0 + shift)
+
+
 def test_any_number_of_inputs() -> None:
     class Sum(nn.Module):
         def forward(self, *parts: Tensor) -> Tensor:
