@@ -30,6 +30,7 @@ class FindAffines(Pass):
     2. the sum of two affines of the same tensor (x itself among them) is one affine: RepBN's BN(x) + eta x,
     3. an affine behind a permute or reshape with no other reader moves in front of it,
     4. a uniform scale behind a product of two variables (attention's 1 / sqrt(d)) moves to the left one.
+    Left alone: what changes the tensor's type, and constants that this type cannot hold (float16 ends at 65504).
 
     Exact in real arithmetic; the constants are float64 (ours).
     """

@@ -96,7 +96,7 @@ def _refuse_mutation(program: ExportedProgram) -> None:
             "the model changes its own state or its inputs when it runs",
             where=", ".join(changed),
             expected="a forward that is a pure function of its inputs in eval mode",
-            hint="call model.eval() before exporting, and keep counters out of forward",
+            hint="call model.eval() before exporting, keep counters out of forward, clone an input before changing it",
         )
 
 
