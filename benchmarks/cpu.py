@@ -16,7 +16,7 @@ import torch
 from benchmarks.deit import NORMS, deit_small, images
 from benchmarks.peers.onnxruntime_static import quantize_u8s8
 from normfuse.bench.environment import default_threads, describe_environment
-from normfuse.bench.timing import EngineSpec, Timing, measure_memory, time_engines
+from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
 from normfuse.build import build_quantized, write_float
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
@@ -48,7 +48,11 @@ def main() -> None:
         engines = [engine for norm in NORMS for engine in build(norm, given.layers, Path(folder), threads)]
         for batch in given.batches:
             timings = time_engines(
-                engines, batch=batch, threads=threads, rounds=given.rounds, progress=render.ShownProgress()
+                engines,
+                batch=batch,
+                threads=threads,
+                schedule=Schedule(rounds=given.rounds),
+                progress=render.ShownProgress(),
             )
             memory = {spec.label: measure_memory(spec, batch=batch, threads=threads) for spec in engines}
             found[f"batch {batch}"] = _show(engines, timings, memory, batch, threads)
