@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 def quantize_u8s8(source: Path, target: Path, *, input_name: str, batches: Iterable[Floats]) -> None:
     """Write an int8 QDQ model: pre-processed, unsigned activations, signed weights per channel, min-max ranges."""
+    logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger of every one-dimensional weight
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.onnx"
         quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)

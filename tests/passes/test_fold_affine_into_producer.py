@@ -73,8 +73,8 @@ def test_the_bias_is_scaled_by_the_whole_scale() -> None:
             lambda m, x: (y := m.f(x)).relu() + m.n(y), {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(3)}, id="read (1)"
         ),
         pytest.param(
-            lambda m, x: m.n(m.f(x).unsqueeze(1).expand(-1, 3, -1)),
-            {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(3)},
+            lambda m, x: m.n(m.f(x.reshape(-1, 1, 5) * m.t)),
+            {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(3), "t": torch.ones(3, 5)},
             id="another axis of the same size (2)",
         ),
         pytest.param(

@@ -70,6 +70,9 @@ CASES = {
     "bn1d where N equals C, before a linear on N": Case(
         lambda m, x: m.f(m.n(x)), (4, 5, 5), lambda: {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(5)}, left=1
     ),
+    "bn1d where N equals C, behind a linear": Case(
+        lambda m, x: m.n(m.f(x)), (4, 3, 5), lambda: {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(3)}, left=1
+    ),
     "bn1d on transposed (B, N, C), before a linear": Case(
         lambda m, x: m.f(m.n(x.transpose(1, 2)).transpose(1, 2)),
         (4, 7, 5),
