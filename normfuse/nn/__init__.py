@@ -1,8 +1,9 @@
 """Norms to train with that become a constant affine at inference, and fold, and what is published beside them."""
 
+from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstBN
 from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_norm import PRepBN, RepBN
 from normfuse.nn.replace_norms import replace_norms
 from normfuse.nn.unified_norm import UnifiedNorm
 
-__all__ = ["PRepBN", "PowerNorm", "RepBN", "UnifiedNorm", "replace_norms"]
+__all__ = ["BatchChannelNorm", "EstBN", "PRepBN", "PowerNorm", "RepBN", "UnifiedNorm", "replace_norms"]
