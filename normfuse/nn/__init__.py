@@ -5,5 +5,18 @@ from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_norm import PRepBN, RepBN
 from normfuse.nn.replace_norms import replace_norms
 from normfuse.nn.unified_norm import UnifiedNorm
+from normfuse.nn.weight_standardization import Deviation, StandardizedConv2d, standardize_convs, standardize_weight
 
-__all__ = ["BatchChannelNorm", "EstBN", "PRepBN", "PowerNorm", "RepBN", "UnifiedNorm", "replace_norms"]
+__all__ = [
+    "BatchChannelNorm",
+    "Deviation",
+    "EstBN",
+    "PRepBN",
+    "PowerNorm",
+    "RepBN",
+    "StandardizedConv2d",
+    "UnifiedNorm",
+    "replace_norms",
+    "standardize_convs",
+    "standardize_weight",
+]
