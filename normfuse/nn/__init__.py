@@ -1,6 +1,7 @@
 """Norms to train with that become a constant affine at inference, and fold, and what is published beside them."""
 
 from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstBN
+from normfuse.nn.linear_attention import SimplifiedLinearAttention
 from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_norm import PRepBN, RepBN
 from normfuse.nn.replace_norms import replace_norms
@@ -14,6 +15,7 @@ __all__ = [
     "PRepBN",
     "PowerNorm",
     "RepBN",
+    "SimplifiedLinearAttention",
     "StandardizedConv2d",
     "UnifiedNorm",
     "replace_norms",
