@@ -5,19 +5,24 @@ from normfuse.nn.linear_attention import SimplifiedLinearAttention
 from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_norm import PRepBN, RepBN
 from normfuse.nn.replace_norms import replace_norms
+from normfuse.nn.rms_norm import CRMSNorm, RMSNorm, compress_channels, expand_channels
 from normfuse.nn.unified_norm import UnifiedNorm
 from normfuse.nn.weight_standardization import Deviation, StandardizedConv2d, standardize_convs, standardize_weight
 
 __all__ = [
     "BatchChannelNorm",
+    "CRMSNorm",
     "Deviation",
     "EstBN",
     "PRepBN",
     "PowerNorm",
+    "RMSNorm",
     "RepBN",
     "SimplifiedLinearAttention",
     "StandardizedConv2d",
     "UnifiedNorm",
+    "compress_channels",
+    "expand_channels",
     "replace_norms",
     "standardize_convs",
     "standardize_weight",
