@@ -1,6 +1,7 @@
 """Norms to train with that become a constant affine at inference, and fold, and what is published beside them."""
 
 from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstBN
+from normfuse.nn.instance_batch_norm import IBN
 from normfuse.nn.linear_attention import SimplifiedLinearAttention
 from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_norm import PRepBN, RepBN
@@ -10,6 +11,7 @@ from normfuse.nn.unified_norm import UnifiedNorm
 from normfuse.nn.weight_standardization import Deviation, StandardizedConv2d, standardize_convs, standardize_weight
 
 __all__ = [
+    "IBN",
     "BatchChannelNorm",
     "CRMSNorm",
     "Deviation",
