@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE, IDENTITY, Affine, read_affine, write_affine
-from normfuse.graph.channel import axis_before
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Match, Rule, anything, apply_rules, call, constant
+from normfuse.rewrite.commuting import backward
 from normfuse.rewrite.views import VIEW_RULES
 
 __all__ = ["FindAffines"]
@@ -260,8 +260,8 @@ class AffineBeforeView(Rule[Affine]):
         found = read_affine(graph, match.root)
         if query.only_reader(match["view"]) is None:
             return None
-        axis = 0 if found.is_uniform else axis_before(match["view"], found.axis)
-        return None if axis is None else Affine(found.scale, found.shift, axis)
+        moved = backward(graph, match["view"], found)
+        return moved if isinstance(moved, Affine) and moved.scale.numel() == found.scale.numel() else None
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Put a new affine in front of the view and let the view read it."""

@@ -7,9 +7,10 @@ from typing import Final
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
-from normfuse.passes.fold_affine_into_producer import FoldAffineIntoProducer
+from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.lower_affines import LowerAffines
+from normfuse.passes.rescale_stream import RescaleStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Phase
@@ -30,8 +31,9 @@ FOLD: Final = Phase(
     "norms",
     (
         FindAffines(),  # every affine is one node before any fold looks for it
-        FoldAffineIntoProducer(),  # always exact, so before the consumers get their chance
+        FoldAffineIntoProducers(),  # always exact, so before the consumers get their chance
         FoldAffineIntoConsumers(),  # what no producer took
+        RescaleStream(),  # the one that divides, so the last
     ),
 )
 

@@ -77,6 +77,20 @@ class Affine:
             return None
         return Affine(self.scale + other.scale, self.shift + other.shift, axis).spread()
 
+    def inverse(self) -> Affine:
+        """Return the affine that undoes this one.
+
+        Raises:
+            ZeroDivisionError: a scale is zero.
+        """
+        if bool((self.scale == 0).any()):
+            raise ZeroDivisionError("a scale of zero has no inverse")
+        return Affine(self.scale.reciprocal(), -self.shift / self.scale, self.axis)
+
+    def scaling(self) -> Affine:
+        """Return the same scale without the shift."""
+        return Affine(self.scale, torch.zeros_like(self.scale), self.axis)
+
     def spread(self) -> Affine:
         """Return the same affine with both vectors of one size."""
         size = max(self.scale.numel(), self.shift.numel())

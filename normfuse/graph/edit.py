@@ -64,6 +64,12 @@ class Editor:
         self.redirect(node, new)
         return new
 
+    def substitute(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one call (or the output) read ``new`` wherever it reads ``old`` and refresh its fake value."""
+        node.replace_input_with(old, new)
+        if node.op == "call_function":
+            node.meta["val"] = compute_value(self.graph, node)
+
     def redirect(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> None:
         """Let the readers of ``old`` (all, or those that ``only`` accepts) read ``new``."""
         kept = dict(new.meta)
@@ -73,8 +79,11 @@ class Editor:
             self.graph.module.graph.erase_node(old)
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
-        """Change one positional argument of a call and refresh its fake value."""
-        args = list(node.args) + [None] * (index + 1 - len(node.args))
+        """Change one positional argument of a call (a keyword one becomes positional) and refresh its fake value."""
+        args = list(node.args)
+        for argument in node.target._schema.arguments[len(args) : index + 1]:  # type: ignore[union-attr]
+            args.append(node.kwargs.get(argument.name, argument.default_value))
+            node.kwargs = {key: kept for key, kept in node.kwargs.items() if key != argument.name}
         args[index] = value
         node.args = tuple(args)
         node.meta["val"] = compute_value(self.graph, node)

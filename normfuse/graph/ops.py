@@ -47,11 +47,48 @@ CAT: Final = ATEN.cat.default
 CLONE: Final = ATEN.clone.default
 DROPOUT: Final = ATEN.dropout.default
 GETITEM: Final = operator.getitem
+PAD: Final = ATEN.pad.default
+ROLL: Final = ATEN.roll.default
+FLIP: Final = ATEN.flip.default
+REPEAT: Final = ATEN.repeat.default
+INDEX_SELECT: Final = ATEN.index_select.default
+EMBEDDING: Final = ATEN.embedding.default
+RMS_NORM: Final = ATEN.rms_norm.default
+GROUP_NORM: Final = ATEN.group_norm.default
+INSTANCE_NORM: Final = ATEN.instance_norm.default
 
 CONVOLUTIONS: Final = {CONV1D: 1, CONV2D: 2, CONV3D: 3}
 """Convolution overloads and their number of spatial axes."""
 
 TRANSPOSED_CONVOLUTIONS: Final = {CONV_TRANSPOSE1D: 1, CONV_TRANSPOSE2D: 2, CONV_TRANSPOSE3D: 3}
+
+AVERAGE_POOLS: Final = {ATEN.avg_pool1d.default: 1, ATEN.avg_pool2d.default: 2, ATEN.avg_pool3d.default: 3}
+"""Average pooling with windows, and its number of spatial axes."""
+
+ADAPTIVE_AVERAGE_POOLS: Final = {
+    ATEN.adaptive_avg_pool1d.default: 1,
+    ATEN.adaptive_avg_pool2d.default: 2,
+    ATEN.adaptive_avg_pool3d.default: 3,
+}
+"""Average pooling to a given size; nothing is padded."""
+
+UPSAMPLINGS: Final = {
+    ATEN.upsample_nearest1d.vec: 1,
+    ATEN.upsample_nearest2d.vec: 2,
+    ATEN.upsample_nearest3d.vec: 3,
+    ATEN._upsample_nearest_exact2d.vec: 2,
+    ATEN.upsample_linear1d.vec: 1,
+    ATEN.upsample_bilinear2d.vec: 2,
+    ATEN.upsample_trilinear3d.vec: 3,
+    ATEN.upsample_bicubic2d.vec: 2,
+}
+"""Interpolations: the weights of every output position sum to one."""
+
+MAXIMUM_POOLS: Final = {ATEN.max_pool1d.default: 1, ATEN.max_pool2d.default: 2, ATEN.max_pool3d.default: 3}
+"""Maximum pooling; its padding is minus infinity."""
+
+ONLINE_NORMS: Final = frozenset({LAYER_NORM, RMS_NORM, GROUP_NORM, INSTANCE_NORM})
+"""Norms that take their statistics from the current input; each applies a gamma and a beta at no cost."""
 
 VIEWS: Final = frozenset({PERMUTE, TRANSPOSE, VIEW, RESHAPE})
 """Rearrangements of the same elements (after canonicalization: permute and reshape only)."""

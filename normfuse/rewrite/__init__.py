@@ -1,7 +1,8 @@
-"""Find, decide, edit: patterns, rules and the driver that applies them."""
+"""Find, decide, edit: patterns, rules and the driver that applies them; how affines move and what takes them in."""
 
-from normfuse.rewrite.driver import apply_rules
+from normfuse.rewrite.changes import describe_fold
+from normfuse.rewrite.driver import Audit, apply_rules
 from normfuse.rewrite.pattern import Match, anything, call, constant
 from normfuse.rewrite.rule import Rule
 
-__all__ = ["Match", "Rule", "anything", "apply_rules", "call", "constant"]
+__all__ = ["Audit", "Match", "Rule", "anything", "apply_rules", "call", "constant", "describe_fold"]

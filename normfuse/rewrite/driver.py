@@ -4,61 +4,107 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from torch import fx
 
 from normfuse.errors import InternalError
+from normfuse.graph import query
 from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
 from normfuse.graph.text import render_node
-from normfuse.report import PassReport, Refusal
+from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.rule import Rule
 
-__all__ = ["apply_rules"]
+__all__ = ["Audit", "apply_rules"]
 
 MAXIMUM_SWEEPS: Final = 16
 
 
-def apply_rules(graph: Graph, rules: Sequence[Rule[Any]], *, name: str, sweeps: int = MAXIMUM_SWEEPS) -> PassReport:
+class Audit(Protocol):
+    """Looks over the driver's shoulder: what must not be applied, and whether what was applied is right."""
+
+    def allows(self, rule: str, node: str) -> bool:
+        """Return whether ``rule`` may be applied at ``node``."""
+
+    def accepts(self, graph: Graph, rule: str, node: str) -> bool:
+        """Return whether ``graph``, just changed by ``rule`` at ``node``, still computes the same; else it is undone."""
+
+
+def apply_rules(
+    graph: Graph, rules: Sequence[Rule[Any]], *, name: str, sweeps: int = MAXIMUM_SWEEPS, audit: Audit | None = None
+) -> PassReport:
     """Sweep over the graph until no rule applies.
 
     Refusals are those of the last sweep: what the final graph still holds and why.
 
     Raises:
-        InternalError: rules keep undoing each other; the message names the last two.
+        InternalError: rules keep undoing each other; the message names those of the last two sweeps and their nodes.
     """
-    started = time.perf_counter()
-    edit, applied, sites = Editor(graph), list[str](), list[dict[str, str]]()
+    started, edit = time.perf_counter(), Editor(graph)
+    applied, sites = list[str](), list[dict[str, str]]()
+    before: list[str] = []
     for _ in range(sweeps):
-        names, refused, told = _sweep(graph, rules, edit)
+        sweep = _Sweep(graph, rules, edit, audit)
         edit.finish()
-        applied += names
-        sites += told
-        if not names:
-            seconds = time.perf_counter() - started
-            counts = PassReport.count(applied)
-            return PassReport(name=name, applied=counts, refused=tuple(refused), sites=tuple(sites), seconds=seconds)
-    raise InternalError(f"{name} does not come to an end", where=f"rules {' and '.join(sorted(set(applied[-2:])))}")
+        applied += sweep.applied
+        sites += sweep.sites
+        if not sweep.applied and not sweep.undone:
+            return PassReport(
+                name=name,
+                applied=PassReport.count(applied),
+                refused=tuple(sweep.refused),
+                sites=tuple(sites),
+                seconds=time.perf_counter() - started,
+            )
+        before, last = sweep.lines, before
+    raise InternalError(f"{name} does not come to an end", where="; ".join(dict.fromkeys([*last, *before])))
 
 
-def _sweep(
-    graph: Graph, rules: Sequence[Rule[Any]], edit: Editor
-) -> tuple[list[str], list[Refusal], list[dict[str, str]]]:
-    applied, refused, sites = list[str](), list[Refusal](), list[dict[str, str]]()
-    for node in list(graph.nodes):
-        for rule in rules:
-            if _is_gone(node) or (match := rule.pattern.match(node)) is None:
-                continue
-            plan = rule.plan(graph, match)
-            if isinstance(plan, Refusal):
-                refused.append(plan)
-            elif plan is not None:
-                sites += [site] if (site := rule.describe(match, plan)) else []
-                _rewrite(rule, match, plan, edit)
-                applied.append(rule.name)
-                break
-    return applied, refused, sites
+class _Sweep:
+    """One walk over the nodes; the first rule that matches a node and has a plan is applied."""
+
+    def __init__(self, graph: Graph, rules: Sequence[Rule[Any]], edit: Editor, audit: Audit | None) -> None:
+        self._graph, self._edit, self._audit = graph, edit, audit
+        self.applied, self.refused = list[str](), list[Refusal]()
+        self.sites, self.lines = list[dict[str, str]](), list[str]()
+        self.undone = False
+        for node in list(graph.nodes):
+            if any(self._try(rule, node) for rule in rules) and self.undone:
+                return  # the nodes are those of the copy now
+
+    def _try(self, rule: Rule[Any], node: fx.Node) -> bool:
+        """Return whether the rule was applied (and perhaps undone)."""
+        if _is_gone(node) or (match := rule.pattern.match(node)) is None:
+            return False
+        plan = rule.plan(self._graph, match)
+        if plan is None:
+            return False
+        if isinstance(plan, Refusal):
+            self.refused.append(plan)
+            return False
+        name, line = node.name, f"{rule.name}: {render_node(node).strip()}"
+        if self._audit is not None and not self._audit.allows(rule.name, name):
+            self.refused.append(Refusal(name, Reason.WRONG, layer=query.layer_of(node)))
+            return False
+        site = rule.describe(match, plan)
+        kept = self._graph.copy() if self._audit is not None else None
+        _rewrite(rule, match, plan, self._edit)
+        if self._audit is not None and kept is not None and not self._audited(rule, name, kept):
+            return True
+        self.applied.append(rule.name)
+        self.lines.append(line)
+        self.sites += [site] if site else []
+        return True
+
+    def _audited(self, rule: Rule[Any], name: str, kept: Graph) -> bool:
+        assert self._audit is not None
+        self._edit.finish()
+        if self._audit.accepts(self._graph, rule.name, name):
+            return True
+        self._graph.module = kept.module
+        self.undone = True
+        return False
 
 
 def _rewrite(rule: Rule[Any], match: Any, plan: Any, edit: Editor) -> None:

@@ -1,0 +1,94 @@
+"""Carries a frozen norm's affine along the residual stream: post-norm networks become norm-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+from typing import ClassVar, Final
+
+import torch
+
+from normfuse.graph import Graph, query
+from normfuse.graph.affine import AFFINE, Affine
+from normfuse.graph.edit import Editor
+from normfuse.pipeline import Fact, Pass
+from normfuse.report import PassReport, Reason, Refusal
+from normfuse.rewrite import Audit, Match, Rule, apply_rules, call, describe_fold
+from normfuse.rewrite.carry import Carrying
+from normfuse.rewrite.changes import Blocked, Settled
+
+__all__ = ["RescaleStream"]
+
+RANGES: Final = {torch.float16: 8.0}
+"""Largest log2 of the ratio of two channels' scales, by type: float16 has 30 octaves for the values themselves."""
+
+WIDE_RANGE: Final = 64.0
+"""The same for the types with an exponent of 8 bits or more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescaleStream(Pass):
+    """Take an affine off the stream, into what reads the stream and what is written to it (methods 13.4).
+
+        before   x' = a * (x + f(x)) + c,  then g(x'), x' + g(x'), ...
+        after    s' = x + f(x),  then g(a s' + c) and s' + g(a s' + c) / a, ...
+
+    The first linear map of g takes in the affine, its last one the division; the affine behind the next sum takes
+    over ``a`` and ``c``, and so on along the stream, until the last linear map that reads it. Class tokens, position
+    tables and embeddings that are added or concatenated are divided as well. Exact in real arithmetic.
+    1. Whatever meets the stream is made by linear maps, tables, constants or affines, and nobody else reads it.
+    2. No scale is zero.
+    3. The product of the scales so far stays within ``largest_range`` octaves over the channels (0: what the type
+       allows); beyond, the affine stays and the next one starts anew.
+    """
+
+    name: ClassVar[str] = "rescale-stream"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.AFFINES, Fact.FOLDED})
+    largest_range: float = 0.0
+    audit: Audit | None = None
+
+    def run(self, graph: Graph) -> PassReport:
+        """Apply the rule wherever it holds and say of every affine left why it stays."""
+        return apply_rules(graph, [CarryAlongStream(self.largest_range)], name=self.name, audit=self.audit)
+
+
+class CarryAlongStream(Rule[Settled]):
+    """Everything that an affine meets is divided by its scale."""
+
+    name: ClassVar[str] = "carry-along-stream"
+    pattern = call(AFFINE)
+
+    def __init__(self, largest_range: float) -> None:
+        self._largest_range = largest_range
+
+    def plan(self, graph: Graph, match: Match) -> Settled | Refusal | None:
+        """Return every new constant, or why there is one that cannot be made."""
+        carrying = Carrying(graph, match.root, query.readers(match.root), rescales=True)
+        found = carrying.blocked or self._beyond(carrying) or carrying.changes.settle(graph)
+        if isinstance(found, Blocked):
+            return Refusal(match.root.name, found.reason, found.where, query.layer_of(match.root))
+        return found
+
+    def _beyond(self, carrying: Carrying) -> Blocked | None:
+        for node, total in carrying.changes.affines.items():
+            largest = self._largest_range or RANGES.get(query.dtype(node), WIDE_RANGE)
+            if octaves(total) > largest:
+                return Blocked(node, Reason.RANGE)
+        return None
+
+    def rewrite(self, match: Match, plan: Settled, edit: Editor) -> None:
+        """Write the constants and let the affine's readers read its input."""
+        edit.redirect(match.root, match.root.args[0])  # type: ignore[arg-type]
+        plan.write(edit)
+
+    def describe(self, match: Match, plan: Settled) -> dict[str, str]:
+        """Say which affine went into which layers."""
+        return describe_fold(match.root, plan, "x = a s + c along the stream: readers W diag(a), writers diag(1/a) W")
+
+
+def octaves(found: Affine) -> float:
+    """Return log2 of the ratio of the largest to the smallest scale."""
+    size = found.scale.abs()
+    smallest = float(size.min())
+    return log2(float(size.max()) / smallest) if smallest else float("inf")
+
