@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, fx
@@ -24,8 +25,8 @@ __all__ = ["FindAffines"]
 class FindAffines(Pass):
     """Write every constant per-channel affine as one node, as near to its producer as it can stand.
 
-    Found: batch norm in eval mode; products, quotients, sums and differences with a constant that varies
-    along one axis at most; gamma and beta of layer norm. Then:
+    Found: batch norm in eval mode, instance norm with kept statistics; products, quotients, sums and differences with
+    a constant that varies along one axis at most; gamma and beta of layer, RMS, group and instance norm. Then:
     1. an affine of an affine is one affine,
     2. the sum of two affines of the same tensor (x itself among them) is one affine: RepBN's BN(x) + eta x,
     3. an affine behind a permute or reshape with no other reader moves in front of it,
@@ -43,7 +44,8 @@ class FindAffines(Pass):
         """Apply the rules to a fixpoint."""
         rules: list[Rule[Any]] = [
             BatchNormIsAffine(),
-            LayerNormEndsInAffine(),
+            FrozenInstanceNormIsAffine(),
+            NormEndsInAffine(),
             ScaleIsAffine(),
             ShiftIsAffine(),
             AffineOfAffine(),
@@ -61,51 +63,95 @@ class BatchNormIsAffine(Rule[Affine]):
     name: ClassVar[str] = "batch-norm-is-affine"
     pattern = call(ops.GETITEM, args=(call(ops.BATCH_NORM, as_="norm"),))
 
-    def plan(self, graph: Graph, match: Match) -> Affine | Refusal | None:
+    def plan(self, graph: Graph, match: Match) -> Affine | Refusal:
         """Return the affine in float64; eps stands inside the root."""
-        _, gamma, beta, mean, variance, _, eps = match["norm"].args
-        given = [node for node in (gamma, beta, mean, variance) if isinstance(node, fx.Node)]
-        if not all(query.is_constant(node) for node in given):
-            return Refusal(match.root.name, Reason.NOT_CONSTANT, layer=query.layer_of(match.root))
-        mean64, variance64 = (query.constant(graph, node).double() for node in given[-2:])
-        scale = torch.rsqrt(variance64 + float(eps))  # type: ignore[arg-type]
-        if isinstance(gamma, fx.Node):
-            scale = scale * query.constant(graph, gamma).double()
-        shift = -mean64 * scale
-        if isinstance(beta, fx.Node):
-            shift = shift + query.constant(graph, beta).double()
-        found = Affine(scale, shift, 1)
-        return found if found.fits(query.dtype(match.root)) else None
+        norm = match["norm"]
+        return _frozen_statistics(graph, match.root, norm.args[1:5], float(norm.args[6]))  # type: ignore[arg-type]
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Replace the norm's first result."""
         write_affine(edit, match.root, match["norm"].args[0], plan)  # type: ignore[arg-type]
 
 
-class LayerNormEndsInAffine(Rule[Affine]):
-    """layer_norm(x; gamma, beta) = gamma * layer_norm(x) + beta, over the last axis."""
+def _frozen_statistics(graph: Graph, node: fx.Node, parameters: Sequence[Any], eps: float) -> Affine | Refusal:
+    """Return the affine of gamma, beta, mean and variance (the first two may be None)."""
+    given = [parameter for parameter in parameters if isinstance(parameter, fx.Node)]
+    if not all(query.is_constant(parameter) for parameter in given):
+        return Refusal(node.name, Reason.NOT_CONSTANT, layer=query.layer_of(node))
+    gamma, beta, mean, variance = (
+        query.constant(graph, parameter).double() if isinstance(parameter, fx.Node) else None for parameter in parameters
+    )
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)
+    found = Affine(scale, -mean * scale + (0.0 if beta is None else beta), 1)
+    fits = found.fits(query.dtype(node))
+    return found if fits else Refusal(node.name, Reason.OVERFLOW, layer=query.layer_of(node))
 
-    name: ClassVar[str] = "layer-norm-ends-in-affine"
-    pattern = call(ops.LAYER_NORM)
 
-    def plan(self, graph: Graph, match: Match) -> Affine | None:
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """gamma and beta of a norm, and where the norm's call has them."""
+
+    affine: Affine
+    positions: tuple[int, ...]
+
+
+POSITIONS: Final = {ops.LAYER_NORM: (2, 3), ops.RMS_NORM: (2,), ops.GROUP_NORM: (2, 3), ops.INSTANCE_NORM: (1, 2)}
+"""Arguments of gamma and beta."""
+
+
+class NormEndsInAffine(Rule[_Ending]):
+    """norm(x; gamma, beta) = gamma * norm(x) + beta, along the last axis (layer, RMS) or axis 1 (group, instance)."""
+
+    name: ClassVar[str] = "norm-ends-in-affine"
+    pattern = call(*ops.ONLINE_NORMS)
+
+    def plan(self, graph: Graph, match: Match) -> _Ending | None:
         """Return gamma and beta."""
-        node = match.root
-        gamma, beta = query.argument(node, 2, "weight"), query.argument(node, 3, "bias")
-        given = [parameter for parameter in (gamma, beta) if parameter is not None]
-        over_last_axis = len(node.args[1]) == 1  # type: ignore[arg-type]
-        if not given or not over_last_axis or not all(query.is_constant(parameter) for parameter in given):
+        node, positions = match.root, POSITIONS[match.root.target]
+        parameters = [query.argument(node, index, name) for index, name in zip(positions, ("weight", "bias"), strict=False)]
+        given = [parameter for parameter in parameters if parameter is not None]
+        over_last = node.target in (ops.LAYER_NORM, ops.RMS_NORM)
+        if not given or not all(query.is_constant(parameter) for parameter in given) or _is_frozen(node):
             return None
+        if over_last and len(node.args[1]) != 1:  # type: ignore[arg-type]
+            return None
+        gamma, beta = [*parameters, None][:2]
         scale = query.constant(graph, gamma).double() if gamma is not None else IDENTITY.scale
         shift = query.constant(graph, beta).double() if beta is not None else IDENTITY.shift
-        return Affine(scale, shift, query.rank(node) - 1).spread()
+        return _Ending(Affine(scale, shift, query.rank(node) - 1 if over_last else 1).spread(), positions)
 
-    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+    def rewrite(self, match: Match, plan: _Ending, edit: Editor) -> None:
         """Split the norm in two."""
         node = match.root
-        eps = query.argument(node, 4, "eps", 1e-5)
-        core = edit.call(ops.LAYER_NORM, node.args[0], node.args[1], None, None, eps, at=node)
-        write_affine(edit, node, core, plan)
+        bare = edit.call(node.target, *node.args, at=node, **node.kwargs)
+        for position in plan.positions:
+            edit.set_argument(bare, position, None)
+        write_affine(edit, node, bare, plan.affine)
+
+
+def _is_frozen(node: fx.Node) -> bool:
+    """Return whether an instance norm uses the statistics it has kept."""
+    return node.target is ops.INSTANCE_NORM and not query.argument(node, 5, "use_input_stats")
+
+
+class FrozenInstanceNormIsAffine(Rule[Affine]):
+    """An instance norm that uses the statistics it has kept is a batch norm."""
+
+    name: ClassVar[str] = "frozen-instance-norm-is-affine"
+    pattern = call(ops.INSTANCE_NORM)
+
+    def plan(self, graph: Graph, match: Match) -> Affine | Refusal | None:
+        """Return the affine in float64; eps stands inside the root."""
+        node = match.root
+        if not _is_frozen(node):
+            return None
+        return _frozen_statistics(graph, node, node.args[1:5], float(node.args[7]))  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
+        """Replace the norm."""
+        write_affine(edit, match.root, match.root.args[0], plan)  # type: ignore[arg-type]
 
 
 def _vector_along_one_axis(graph: Graph, value: object, x: fx.Node) -> tuple[Tensor, int] | None:
@@ -156,6 +202,8 @@ class ScaleIsAffine(Rule[_Operand]):
         """Return the variable operand and its scale."""
         node = match.root
         if node.target is ops.NEG:
+            if not _is_floating_variable(node.args[0]):
+                return None
             return _Operand(node.args[0], Affine(-IDENTITY.scale, IDENTITY.shift, 0))  # type: ignore[arg-type]
         x, other = node.args[:2]
         if not _is_floating_variable(x) and node.target is ops.MUL:

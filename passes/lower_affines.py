@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -19,9 +19,9 @@ __all__ = ["LowerAffines"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowerAffines(Pass):
-    """Write every affine left as layer norm's gamma and beta, or as a product and a sum.
+    """Write every affine left as a norm's gamma and beta, or as a product and a sum.
 
-    1. Behind a layer norm without gamma and beta that nobody else reads, the norm takes them back.
+    1. Behind a norm without gamma and beta that nobody else reads, the norm takes them back.
     2. Elsewhere a product, a sum, or both; a scale of one and a shift of zero are left out.
     """
 
@@ -30,32 +30,39 @@ class LowerAffines(Pass):
 
     def run(self, graph: Graph) -> PassReport:
         """Leave no affine behind."""
-        rules: list[Rule[Any]] = [AffineIntoLayerNorm(), AffineIsArithmetic()]
+        rules: list[Rule[Any]] = [AffineIntoNorm(), AffineIsArithmetic()]
         return apply_rules(graph, rules, name=self.name)
 
 
-class AffineIntoLayerNorm(Rule[Affine]):
-    """gamma * layer_norm(x) + beta = layer_norm(x; gamma, beta) (1)."""
+POSITIONS: Final = {ops.LAYER_NORM: (2, 3), ops.RMS_NORM: (2,), ops.GROUP_NORM: (2, 3), ops.INSTANCE_NORM: (1, 2)}
+"""Arguments of gamma and beta."""
 
-    name: ClassVar[str] = "affine-into-layer-norm"
-    pattern = call(AFFINE, args=(call(ops.LAYER_NORM, as_="norm"),))
+
+class AffineIntoNorm(Rule[Affine]):
+    """gamma * norm(x) + beta = norm(x; gamma, beta) (1)."""
+
+    name: ClassVar[str] = "affine-into-norm"
+    pattern = call(AFFINE, args=(call(*ops.ONLINE_NORMS, as_="norm"),))
 
     def plan(self, graph: Graph, match: Match) -> Affine | None:
         """Return the affine if the norm can take it."""
         norm, found = match["norm"], read_affine(graph, match.root)
-        is_bare = query.argument(norm, 2, "weight") is None and query.argument(norm, 3, "bias") is None
-        over_last = len(norm.args[1]) == 1 and found.axis == query.rank(norm) - 1  # type: ignore[arg-type]
-        takes = is_bare and over_last and not found.is_uniform and query.only_reader(norm) is not None
-        return found if takes else None
+        positions = POSITIONS[norm.target]
+        is_bare = all(len(norm.args) <= index or norm.args[index] is None for index in positions)
+        axis = query.rank(norm) - 1 if norm.target in (ops.LAYER_NORM, ops.RMS_NORM) else 1
+        is_along = not found.is_uniform and found.axis == axis
+        if norm.target in (ops.LAYER_NORM, ops.RMS_NORM):
+            is_along = is_along and len(norm.args[1]) == 1  # type: ignore[arg-type]
+        has_place = len(positions) > 1 or not bool(found.shift.any())
+        return found if is_bare and is_along and has_place and query.only_reader(norm) is not None else None
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:
         """Join the two."""
         norm, dtype = match["norm"], query.dtype(match.root)
         label = query.layer_of(match.root) or match.root.name
-        gamma = edit.constant(plan.scale.to(dtype), f"{label}.weight", like=norm)
-        beta = edit.constant(plan.shift.to(dtype), f"{label}.bias", like=norm)
-        eps = query.argument(norm, 4, "eps", 1e-5)
-        edit.replace(match.root, ops.LAYER_NORM, norm.args[0], norm.args[1], gamma, beta, eps)
+        joined = edit.replace(match.root, norm.target, *norm.args, **norm.kwargs)
+        for index, vector, name in zip(POSITIONS[norm.target], (plan.scale, plan.shift), ("weight", "bias"), strict=False):
+            edit.set_argument(joined, index, edit.constant(vector.to(dtype), f"{label}.{name}", like=norm))
 
 
 class AffineIsArithmetic(Rule[Affine]):

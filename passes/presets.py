@@ -10,6 +10,7 @@ from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.lower_affines import LowerAffines
+from normfuse.passes.recognize_norms import RecognizeNorms
 from normfuse.passes.rescale_stream import RescaleStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.split_joint_projections import SplitJointProjections
@@ -22,6 +23,7 @@ CANONICAL: Final = Phase(
     (
         Canonicalize(),  # rules below know one spelling per operation
         FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
+        RecognizeNorms(),  # before the sums and products it is spelled with are taken for affines
         SplitJointProjections(),  # before attention is spelled out: its scale then meets q's own linear map
         SpellOutAttention(),  # constants first: a mask that is all true goes; its scale is an affine of q
     ),

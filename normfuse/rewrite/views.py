@@ -43,6 +43,8 @@ def _keeps(node: fx.Node, source: fx.Node) -> bool:
         return same
     if node.target is ATEN.permute.default:
         return list(node.args[1]) == list(range(query.rank(source)))  # type: ignore[arg-type]
+    if node.target is ops.PAD:
+        return not any(node.args[1])  # type: ignore[arg-type]
     if node.target in (ATEN._to_copy.default, ATEN.to.dtype, ATEN.to.dtype_layout, ATEN.type_as.default):
         return query.dtype(node) == query.dtype(source)
     return False
