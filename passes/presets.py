@@ -10,6 +10,8 @@ from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.lower_affines import LowerAffines
+from normfuse.passes.merge_linear_maps import MergeLinearMaps
+from normfuse.passes.recentre_stream import RecentreStream
 from normfuse.passes.recognize_norms import RecognizeNorms
 from normfuse.passes.rescale_stream import RescaleStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
@@ -35,7 +37,9 @@ FOLD: Final = Phase(
         FindAffines(),  # every affine is one node before any fold looks for it
         FoldAffineIntoProducers(),  # always exact, so before the consumers get their chance
         FoldAffineIntoConsumers(),  # what no producer took
-        RescaleStream(),  # the one that divides, so the last
+        RescaleStream(),  # the one that divides, so the last of these three
+        MergeLinearMaps(),  # adapters have taken in their factor by now
+        RecentreStream(),  # reads bare norms: their gamma and beta have gone
     ),
 )
 

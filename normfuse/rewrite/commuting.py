@@ -21,7 +21,7 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import Affine
 from normfuse.report import Reason
 
-__all__ = ["backward", "forward", "source_of"]
+__all__ = ["Wiring", "backward", "forward", "source_of", "wirings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +62,30 @@ def backward(graph: Graph, node: fx.Node, wanted: Affine) -> Affine | Reason:
 
     Channels that ``node`` leaves out keep the identity.
     """
-    source = source_of(node)
-    assert source is not None
     if (reason := _refused(node, wanted)) is not None:
         return reason
-    for axis in range(query.rank(source)):
-        size = query.shape(source)[axis]
-        if not isinstance(size, int):
-            continue
-        wiring = _WIRINGS[node.target](graph, node, axis)
-        if wiring is not None and (found := _placed(wanted, wiring, axis, size)) is not None:
+    if wanted.is_uniform:
+        return wanted
+    for axis, wiring in wirings(graph, node).items():
+        if (found := _placed(wanted, wiring, axis, _size(node, axis))) is not None:
             return found
-    return wanted if wanted.is_uniform else Reason.AXIS
+    return Reason.AXIS
+
+
+def wirings(graph: Graph, node: fx.Node) -> dict[int, Wiring]:
+    """Return the wiring of every axis of the input that arrives on one axis of the output."""
+    source = source_of(node)
+    assert source is not None
+    found = {
+        axis: _WIRINGS[node.target](graph, node, axis)
+        for axis, size in enumerate(query.shape(source))
+        if isinstance(size, int)
+    }
+    return {axis: wiring for axis, wiring in found.items() if wiring is not None}
 
 
 def _placed(wanted: Affine, wiring: Wiring, axis: int, size: int) -> Affine | None:
     """Return the affine of the input's ``axis`` that gives the wanted one behind the wiring."""
-    covers_all = wiring.index.unique().numel() == size
-    if wanted.is_uniform:
-        return wanted if covers_all else None
     wide = wanted.spread()
     if wiring.axis != wide.axis or wiring.index.numel() != wide.scale.numel():
         return None
