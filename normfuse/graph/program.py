@@ -33,6 +33,7 @@ def to_program(graph: Graph) -> ExportedProgram:
         (node, name) for node, name in zip(graph.inputs, graph.input_names, strict=True)
     ]:
         copies[node] = lifted.placeholder(name)
+        copies[node].name = name  # fx would call an input named like a builtin (input, id) something else
         copies[node].meta.update(node.meta)
     for node in graph.nodes:
         if node.op == "call_function":
