@@ -173,8 +173,11 @@ def inspection(found: Mapping[str, Any]) -> None:
             line(f"PROBLEM: {problem}")
         files = [(name, digest[:16]) for name, digest in found["manifest"]["files"].items()]
         table("files", ("file", "sha256"), files)
+        if found["problems"] or not {"comparison", "verdict"} <= found["report"].keys():
+            line("the report is not shown: it is of the files that were written")
+            return
         comparison(found["report"])
-        line(f"verdict: {found['manifest']['verdict']['verdict']}")
+        line(f"verdict: {found['report']['verdict']['verdict']}")
         return
     line(f"{found['kind']}, {found['constant_bytes'] / 1e6:.2f} MB of constants")
     for note in found["notes"]:
