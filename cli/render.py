@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -34,12 +36,15 @@ __all__ = [
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print a value as JSON."""
-    print(json.dumps(value, indent=2, sort_keys=False, default=str))
+    try:
+        print(json.dumps(value, indent=2, sort_keys=False, default=str), flush=True)
+    except BrokenPipeError:
+        _silence(sys.stdout)
 
 
 def talk(text: str) -> None:
     """Say something that is no result."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    _Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def error(problem: NormfuseError) -> None:
@@ -49,7 +54,7 @@ def error(problem: NormfuseError) -> None:
 
 def line(text: str = "") -> None:
     """Print one line of the result."""
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    _Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -61,9 +66,25 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*row)
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     console.width = max(console.width, 100) if not console.is_terminal else console.width
     console.print(drawn, markup=False)
+
+
+class _Console(Console):
+    """A console whose reader may leave: the work goes on, and the exit code stays the command's own."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from here on."""
+        self.quiet = True
+        _silence(self.file)
+
+
+def _silence(stream: IO[str]) -> None:
+    # The descriptor is replaced, so that flushing what is left of the output does not fail at the end.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _cell(value: object) -> str:
@@ -79,7 +100,7 @@ class ShownProgress:
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
         """Show a bar (or a pulse, where the length is unknown) until the context ends."""
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
+        with Bars(*columns, console=_Console(stderr=True), transient=False) as bars:
             shown = bars.add_task(label, total=total)
             yield lambda steps: bars.advance(shown, steps)
             if total is None:
