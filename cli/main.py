@@ -20,7 +20,7 @@ COMMANDS: Final = {
     "benchmark": "Measure artifacts again, side by side.",
     "inspect": "Show what a model holds and what would be folded, or what an artifact is.",
     "verify": "Check that an artifact's files are the ones that were written.",
-    "doctor": "Show what is installed, what this processor can do, and what is missing.",
+    "doctor": "Check what is installed, compile and run a small model, and show what this processor can do.",
 }
 
 

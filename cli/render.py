@@ -213,15 +213,18 @@ def inspection(found: Mapping[str, Any]) -> None:
 
 
 def diagnosis(found: Mapping[str, Any]) -> None:
-    """Show the environment and what is missing."""
-    environment = found["environment"]
-    rows = [(name, value) for name, value in environment.items() if name != "packages"]
-    table("environment", ("", ""), [*rows, *environment["packages"].items()])
-    line(f"8-bit placement: {found['placement']['name']} ({found['placement']['reason']})")
+    """Show the environment, what is installed, and how the trial ended."""
+    facts = {name: value for name, value in found["environment"].items() if name != "packages"}
+    table("environment", ("", ""), list(facts.items()))
+    rows = [(each["name"], each["found"], each["least"], each["extra"]) for each in found["packages"]]
+    table("packages", ("package", "installed", "at least", "only for"), rows)
+    if placement := found["placement"]:
+        line(f"8-bit placement: {placement['name']} ({placement['reason']})")
     for text in found["missing"]:
         line(f"missing: {text}")
     for text in found["optional_missing"]:
         line(f"not installed: {text}")
+    line(f"trial: {'ok' if found['trial']['ok'] else 'FAILED'}: {found['trial']['detail']}")
 
 
 def _fixed(value: float | None, digits: int, *, unit: str = "") -> str | None:
