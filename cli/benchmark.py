@@ -27,17 +27,17 @@ __all__ = ["command"]
 def command(folders: tuple[Path, ...], against: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Measure artifacts again, side by side."""
     from normfuse.cli import render
-    from normfuse.cli.opening import opened_samples
+    from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.comparing import compare_artifacts
-    from normfuse.loading import load_model
 
-    evaluation = opened_samples(options.pop("evaluation"), options.pop("preprocess"))
+    shown = render.progress(quiet=quiet)
+    evaluation = opened_samples(options.pop("evaluation"), options.pop("preprocess"), progress=shown)
     arch, trust = options.pop("arch"), options.pop("trust_pickle")
     found = compare_artifacts(
         folders,
-        against=load_model(against, arch=arch, trust_pickle=trust) if against else None,
+        against=opened_model(against, arch=arch, trust_pickle=trust, progress=shown) if against else None,
         evaluation=evaluation,
-        progress=render.progress(quiet=quiet),
+        progress=shown,
         **options,
     )
     render.as_json(found) if as_json else render.comparison(found)

@@ -34,21 +34,20 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
     """Fold, quantize, verify and measure MODEL; write the artifact to a folder."""
     from normfuse.artifact import check_output
     from normfuse.cli import render
-    from normfuse.cli.opening import opened_samples
+    from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.compiler import compile as compile_model
-    from normfuse.loading import load_model
     from normfuse.recipe import Recipe
 
     calib, evaluation, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))
-    arch, trust = options.pop("arch"), options.pop("trust_pickle")
+    arch, trust, shown = options.pop("arch"), options.pop("trust_pickle"), render.progress(quiet=quiet)
     recipe = (Recipe.read(recipe_file) if recipe_file else Recipe()).with_options(**options)
     check_output(output)
     built = compile_model(
-        load_model(model, arch=arch, trust_pickle=trust),
-        calibration=opened_samples(calib, preprocess),
-        evaluation=opened_samples(evaluation, preprocess),
+        opened_model(model, arch=arch, trust_pickle=trust, progress=shown),
+        calibration=opened_samples(calib, preprocess, other=evaluation, progress=shown),
+        evaluation=opened_samples(evaluation, preprocess, other=calib, progress=shown),
         recipe=recipe,
-        progress=render.progress(quiet=quiet),
+        progress=shown,
     )
     built.save(output)
     render.as_json(built.report) if as_json else render.report(built.report, output)

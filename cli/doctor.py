@@ -1,10 +1,11 @@
-"""``normfuse doctor``: what is installed, what this processor can do, and what is missing."""
+"""``normfuse doctor``: is what is installed enough, does it work, and what can this processor do?"""
 
 from __future__ import annotations
 
 import click
 
 from normfuse.cli.options import json_option, quiet_option
+from normfuse.errors import CheckFailed, MissingDependency
 
 __all__ = ["command"]
 
@@ -13,10 +14,12 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 def command(as_json: bool, quiet: bool) -> int:
-    """Show what is installed, what this processor can do, and what is missing."""
+    """Check what is installed, compile and run a small model, and show what this processor can do."""
     from normfuse.cli import render
     from normfuse.diagnosis import diagnose
 
-    found = diagnose()
+    found = diagnose(render.progress(quiet=quiet))
     render.as_json(found) if as_json else render.diagnosis(found)
-    return 0 if found["ok"] else 5
+    if found["missing"]:
+        return MissingDependency.exit_code
+    return 0 if found["ok"] else CheckFailed.exit_code

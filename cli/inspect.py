@@ -23,14 +23,16 @@ __all__ = ["command"]
 def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: Any) -> int:
     """Show what a model holds and what would be folded, or what an artifact is."""
     from normfuse.cli import render
-    from normfuse.cli.opening import opened_samples
+    from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.inspection import inspect_artifact, inspect_model
-    from normfuse.loading import load_model
 
+    shown = render.progress(quiet=quiet)
     if path.is_dir():
         found = inspect_artifact(path)
     else:
-        samples = opened_samples(options.pop("calib"), options.pop("preprocess"))
-        found = inspect_model(load_model(path, **options), samples, with_text=with_text)
+        samples = opened_samples(options.pop("calib"), options.pop("preprocess"), progress=shown)
+        model = opened_model(path, **options, progress=shown)
+        with shown.task("capturing and folding"):
+            found = inspect_model(model, samples, with_text=with_text)
     render.as_json(found) if as_json else render.inspection(found)
     return 0

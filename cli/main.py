@@ -20,7 +20,7 @@ COMMANDS: Final = {
     "benchmark": "Measure artifacts again, side by side.",
     "inspect": "Show what a model holds and what would be folded, or what an artifact is.",
     "verify": "Check that an artifact's files are the ones that were written.",
-    "doctor": "Show what is installed, what this processor can do, and what is missing.",
+    "doctor": "Check what is installed, compile and run a small model, and show what this processor can do.",
 }
 
 
@@ -56,6 +56,7 @@ def main() -> None:
     """Run the command line and exit with architecture's codes (0, 1, 2, 3, 4, 5, 70, 130)."""
     from normfuse.cli import render
 
+    stdout = sys.stdout
     try:
         code = cli.main(standalone_mode=False)
     except NormfuseError as error:
@@ -65,11 +66,12 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        render.talk("interrupted: nothing was written")
+        render.talk("interrupted")
         code = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output is gone; the descriptor is replaced so that the exit does not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        # Where the reader of its help is gone, click replaces the stream and exits; render looks after the rest.
+        if sys.stdout is stdout:
+            raise
         code = 0
     except Exception as error:
         if os.environ.get("NORMFUSE_TRACEBACK"):

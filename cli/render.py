@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -34,12 +36,15 @@ __all__ = [
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print a value as JSON."""
-    print(json.dumps(value, indent=2, sort_keys=False, default=str))
+    try:
+        print(json.dumps(value, indent=2, sort_keys=False, default=str), flush=True)
+    except BrokenPipeError:
+        _silence(sys.stdout)
 
 
 def talk(text: str) -> None:
     """Say something that is no result."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    _Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def error(problem: NormfuseError) -> None:
@@ -49,7 +54,7 @@ def error(problem: NormfuseError) -> None:
 
 def line(text: str = "") -> None:
     """Print one line of the result."""
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    _Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -61,9 +66,25 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*row)
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     console.width = max(console.width, 100) if not console.is_terminal else console.width
     console.print(drawn, markup=False)
+
+
+class _Console(Console):
+    """A console whose reader may leave: the work goes on, and the exit code stays the command's own."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from here on."""
+        self.quiet = True
+        _silence(self.file)
+
+
+def _silence(stream: IO[str]) -> None:
+    # The descriptor is replaced, so that flushing what is left of the output does not fail at the end.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _cell(value: object) -> str:
@@ -79,7 +100,7 @@ class ShownProgress:
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
         """Show a bar (or a pulse, where the length is unknown) until the context ends."""
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
+        with Bars(*columns, console=_Console(stderr=True), transient=False) as bars:
             shown = bars.add_task(label, total=total)
             yield lambda steps: bars.advance(shown, steps)
             if total is None:
@@ -173,8 +194,11 @@ def inspection(found: Mapping[str, Any]) -> None:
             line(f"PROBLEM: {problem}")
         files = [(name, digest[:16]) for name, digest in found["manifest"]["files"].items()]
         table("files", ("file", "sha256"), files)
+        if found["problems"] or not {"comparison", "verdict"} <= found["report"].keys():
+            line("the report is not shown: it is of the files that were written")
+            return
         comparison(found["report"])
-        line(f"verdict: {found['manifest']['verdict']['verdict']}")
+        line(f"verdict: {found['report']['verdict']['verdict']}")
         return
     line(f"{found['kind']}, {found['constant_bytes'] / 1e6:.2f} MB of constants")
     for note in found["notes"]:
@@ -189,15 +213,18 @@ def inspection(found: Mapping[str, Any]) -> None:
 
 
 def diagnosis(found: Mapping[str, Any]) -> None:
-    """Show the environment and what is missing."""
-    environment = found["environment"]
-    rows = [(name, value) for name, value in environment.items() if name != "packages"]
-    table("environment", ("", ""), [*rows, *environment["packages"].items()])
-    line(f"8-bit placement: {found['placement']['name']} ({found['placement']['reason']})")
+    """Show the environment, what is installed, and how the trial ended."""
+    facts = {name: value for name, value in found["environment"].items() if name != "packages"}
+    table("environment", ("", ""), list(facts.items()))
+    rows = [(each["name"], each["found"], each["least"], each["extra"]) for each in found["packages"]]
+    table("packages", ("package", "installed", "at least", "only for"), rows)
+    if placement := found["placement"]:
+        line(f"8-bit placement: {placement['name']} ({placement['reason']})")
     for text in found["missing"]:
         line(f"missing: {text}")
     for text in found["optional_missing"]:
         line(f"not installed: {text}")
+    line(f"trial: {'ok' if found['trial']['ok'] else 'FAILED'}: {found['trial']['detail']}")
 
 
 def _fixed(value: float | None, digits: int, *, unit: str = "") -> str | None:

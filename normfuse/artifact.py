@@ -8,14 +8,14 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import normfuse
+from normfuse.atomic import synchronize, writing
 from normfuse.errors import BadInput, InternalError, UsageError
 
 __all__ = ["Artifact", "ArtifactWriter", "check_output", "read_artifact", "verify_artifact"]
@@ -89,7 +89,7 @@ class ArtifactWriter:
 
     def __enter__(self) -> Self:
         check_output(self._target)
-        with self._writing():
+        with writing(self._target):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir()
         return self
@@ -100,7 +100,7 @@ class ArtifactWriter:
         Raises:
             BadInput: the disk is full or cannot be written.
         """
-        with self._writing():
+        with writing(self._target):
             shutil.copyfile(source, self._place(name))
             data = source.with_name(f"{source.name}.data")
             if data.exists():
@@ -113,7 +113,7 @@ class ArtifactWriter:
         Raises:
             BadInput: the disk is full or cannot be written.
         """
-        with self._writing():
+        with writing(self._target):
             self._place(name).write_text(text, encoding="utf-8", newline="\n")
 
     def add_json(self, name: str, value: object) -> None:
@@ -130,7 +130,7 @@ class ArtifactWriter:
         Raises:
             BadInput: the disk is full or cannot be written.
         """
-        with self._writing():
+        with writing(self._target):
             files = {path.name: _sha256(path) for path in sorted(self.folder.iterdir())}
         own = {"format": FORMAT, "schema": SCHEMA, "normfuse": normfuse.__version__}
         self.add_json(MANIFEST, {**own, **facts, "files": files})
@@ -142,7 +142,7 @@ class ArtifactWriter:
             if kind is None:
                 if not (self.folder / MANIFEST).exists():
                     raise InternalError("an artifact was left without a manifest", where="ArtifactWriter.finish")
-                with self._writing():
+                with writing(self._target):
                     self._publish()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -150,9 +150,8 @@ class ArtifactWriter:
                 shutil.rmtree(self._old, ignore_errors=True)
 
     def _publish(self) -> None:
-        # On disk before it is visible: after a power failure no file of an artifact may be empty.
         for path in (*self.folder.iterdir(), self.folder):
-            _sync(path)
+            synchronize(path)
         check_output(self._target)  # it may have become something else meanwhile
         try:
             if os.path.lexists(self._target):
@@ -162,21 +161,12 @@ class ArtifactWriter:
             if self._old.exists() and not os.path.lexists(self._target):
                 self._old.rename(self._target)
             raise
-        _sync(self._target.parent)
+        synchronize(self._target.parent)
 
     def _place(self, name: str) -> Path:
         if not _is_plain(name):
             raise InternalError(f"{name!r} is no plain file name", where="ArtifactWriter")
         return self.folder / name
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BadInput(
-                f"the output cannot be written: {error.strerror or error}", where=str(self._target)
-            ) from error
 
 
 def read_artifact(folder: str | Path) -> Artifact:
@@ -292,14 +282,6 @@ def _strict(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_strict(inner) for inner in value]
     return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

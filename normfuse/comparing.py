@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from normfuse.artifact import Artifact, read_artifact
+from normfuse.artifact import read_artifact
 from normfuse.bench.environment import default_threads, describe_environment
+from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.bench.timing import EngineSpec
 from normfuse.build import write_float
 from normfuse.compiler import capture_model
 from normfuse.data import InputSpec, Samples, check_samples
-from normfuse.graph import Graph
 from normfuse.graph.program import to_program
 from normfuse.loading import LoadedModel
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
-from normfuse.runtime.onnx_session import open_onnx
+from normfuse.runtime.onnx_session import Port, open_onnx
 
 __all__ = ["compare_artifacts"]
 
@@ -37,34 +40,43 @@ def compare_artifacts(
     """Return a comparison as plain data; with ``against``, eager PyTorch and float onnxruntime are in it.
 
     Raises:
-        BadInput: a folder is no artifact.
+        BadInput: a folder is no artifact, or the samples do not fit the first one.
+        UnsupportedModel: the model cannot be captured with inputs like the first artifact's.
         CheckFailed: an engine crashed.
     """
     threads = default_threads(threads)
     artifacts = [read_artifact(folder) for folder in folders]
+    ports = open_onnx(artifacts[0].model, threads=threads).inputs
+    bound = check_samples(evaluation, _specifications(ports)) if evaluation is not None else None
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-        engines = _baselines(against, Path(folder), progress) if against is not None else []
+        engines = _baselines(against, _examples(ports, bound), Path(folder), progress) if against is not None else []
+        labels = _labels(folders, taken=[engine.label for engine in engines])
         engines += [
-            EngineSpec(_label(found, folders), "onnxruntime", found.model, found.session_config) for found in artifacts
+            EngineSpec(label, "onnxruntime", found.model, found.session_config)
+            for label, found in zip(labels, artifacts, strict=True)
         ]
-        bound = _bound(evaluation, artifacts[0]) if evaluation is not None else None
-        first = open_onnx(artifacts[0].model, threads=threads).inputs[0].shape[0]
-        fixed = first if isinstance(first, int) else None
-        what = Measured(engines=engines, evaluation=bound, fixed_batch=fixed)
+        what = Measured(engines=engines, evaluation=bound, fixed_batch=ports[0].shape[0])
         comparison = compare_engines(what, batch=batch, threads=threads, speed=True, progress=progress)
     return {"comparison": comparison.as_dict(), "environment": describe_environment().as_dict()}
 
 
-def _label(artifact: Artifact, folders: Sequence[Path]) -> str:
-    names = [folder.resolve().name for folder in folders]
-    own = artifact.folder.resolve().name
-    return own if names.count(own) == 1 else str(artifact.folder)
+def _labels(folders: Sequence[Path], *, taken: Sequence[str]) -> list[str]:
+    """Return one label per folder: its name, where names are equal its path, where paths are too a number after it."""
+    names = Counter([*taken, *(folder.resolve().name for folder in folders)])
+    used = set(taken)
+    labels = []
+    for folder in folders:
+        name = folder.resolve().name if names[folder.resolve().name] == 1 else str(folder)
+        numbered = (f"{name} ({number})" for number in count(2))
+        labels.append(next(label for label in chain([name], numbered) if label not in used))
+        used.add(labels[-1])
+    return labels
 
 
-def _baselines(model: LoadedModel, folder: Path, progress: Progress) -> list[EngineSpec]:
-    graph = capture_model(model)
+def _baselines(model: LoadedModel, examples: Sequence[Tensor], folder: Path, progress: Progress) -> list[EngineSpec]:
     with progress.task("building the float baseline"):
-        _save(graph, folder / "eager.pt2")
+        graph = capture_model(model, examples)
+        torch.export.save(to_program(graph), folder / "eager.pt2")
         write_float(graph, folder / "float.onnx")
     return [
         EngineSpec("float", "onnxruntime", folder / "float.onnx"),
@@ -72,15 +84,16 @@ def _baselines(model: LoadedModel, folder: Path, progress: Progress) -> list[Eng
     ]
 
 
-def _save(graph: Graph, path: Path) -> None:
-    torch.export.save(to_program(graph), path)
+def _examples(ports: Sequence[Port], samples: Samples | None) -> list[Tensor]:
+    """Return what to capture a module with: samples where there are enough for a batch, else random arrays."""
+    size = ports[0].shape[0]
+    if samples is not None and len(samples) >= (size or 1):
+        arrays = next(samples.batches(size or 1)).inputs
+    else:
+        wanted = [Wanted(port.name, port.shape, port.dtype) for port in ports]
+        arrays = make_inputs(wanted, batch=size or 1, seed=0)
+    return [torch.from_numpy(arrays[port.name]) for port in ports]
 
 
-def _bound(samples: Samples, artifact: Artifact) -> Samples:
-    ports = open_onnx(artifact.model, threads=1).inputs
-    return check_samples(samples, [InputSpec(port.name, _sizes(port.shape), port.dtype.name) for port in ports])
-
-
-def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
-    """Return the shape with None for every axis of any size; the first is the batch."""
-    return (None, *(size if isinstance(size, int) else None for size in shape[1:]))
+def _specifications(ports: Sequence[Port]) -> list[InputSpec]:
+    return [InputSpec(port.name, (None, *port.shape[1:]), port.dtype.name) for port in ports]

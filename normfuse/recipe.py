@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -52,8 +53,9 @@ class Recipe:
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
         _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
         _check(self.batch > 0, "batch", self.batch, "a positive number")
-        _check(self.max_drop >= 0, "max_drop", self.max_drop, "accuracy points, 0 or more")
-        _check(self.min_speedup >= 0, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+        # TOML and JSON files with an infinity could not be read again.
+        _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
+        _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
 
     def with_options(self, **options: Any) -> Self:
         """Return the recipe with those options changed that are not None (as text, number or enum)."""
@@ -104,15 +106,17 @@ class Recipe:
 
 
 def _parse(kind: type[Any], name: str, value: Any) -> Any:
-    if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
-        return value
+    """Return the value as the field's type; nothing is rounded, and no truth value is a number."""
+    expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
+    if isinstance(value, bool) is not (kind is bool):
+        raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected)
     try:
-        if kind is bool:
+        parsed = kind(value)
+        if isinstance(value, (int, float)) and parsed != value:
             raise ValueError(value)
-        return kind(value)
-    except (ValueError, TypeError) as error:
-        expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
+    except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected) from error
+    return parsed
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from torch import fx
+from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor
@@ -33,9 +33,10 @@ class Canonicalize(Pass):
     2. view, flatten, unflatten, unsqueeze and squeeze become reshape, so that no view depends on strides.
     3. transpose and t become permute; permutes merge, reshapes merge, and those that change nothing go.
     4. A matrix product with a constant 2-D right side, and addmm, become linear.
-    5. A convolution's padding given as a word becomes numbers; padding that is not the same on both sides stays.
+    5. A linear map's constant bias becomes one number per output; one that differs between rows is added behind it.
+    6. A convolution's padding given as a word becomes numbers; padding that is not the same on both sides stays.
 
-    Exact: not one arithmetic operation changes (4 keeps the same product).
+    Exact: not one arithmetic operation changes (4 and 5 keep product and sum).
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -43,7 +44,7 @@ class Canonicalize(Pass):
 
     def run(self, graph: Graph) -> PassReport:
         """Apply the rules to a fixpoint."""
-        return apply_rules(graph, [*VIEW_RULES, ProductIsLinear(), PaddingIsNumbers()], name=self.name)
+        return apply_rules(graph, [*VIEW_RULES, *ARITHMETIC_RULES], name=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,48 @@ class ProductIsLinear(Rule[_Linear]):
 
 
 @dataclass(frozen=True, slots=True)
+class _Bias:
+    """The bias with one number per output, or None where it differs between rows."""
+
+    per_output: Tensor | None
+
+
+class BiasIsOnePerOutput(Rule[_Bias]):
+    """A bias that is broadcast, linear(x, W, b), is written out, or is a sum behind linear(x, W) (5)."""
+
+    name: ClassVar[str] = "bias-is-one-per-output"
+    pattern = call(ops.LINEAR)
+
+    def plan(self, graph: Graph, match: Match) -> _Bias | None:
+        """Return the new bias."""
+        node = match.root
+        weight, bias = node.args[1], query.argument(node, 2, "bias")
+        if not query.is_constant(bias) or query.rank(weight) != 2:  # type: ignore[arg-type]
+            return None
+        shape, outputs = tuple(query.shape(bias)), query.shape(weight)[0]  # type: ignore[arg-type]
+        if shape == (outputs,):
+            return None
+        is_one_row = all(size == 1 for size in shape[:-1])
+        return _Bias(query.constant(graph, bias).reshape(-1).expand(int(outputs)) if is_one_row else None)
+
+    def rewrite(self, match: Match, plan: _Bias, edit: Editor) -> None:
+        """Call linear with the new bias, or add the bias as it is."""
+        node = match.root
+        x, weight, bias = *node.args[:2], query.argument(node, 2, "bias")
+        if plan.per_output is None:
+            edit.replace(node, ops.ADD, edit.call(ops.LINEAR, x, weight, at=node), bias)
+            return
+        edit.replace(node, ops.LINEAR, x, weight, edit.constant(plan.per_output, f"{bias.target}_expanded", like=bias))
+
+
+@dataclass(frozen=True, slots=True)
 class _Padding:
     padding: list[int]
     dilation: list[int]
 
 
 class PaddingIsNumbers(Rule[_Padding]):
-    """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2) (5)."""
+    """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2) (6)."""
 
     name: ClassVar[str] = "padding-is-numbers"
     pattern = call(*PADDED_BY_WORD)
@@ -111,3 +147,6 @@ class PaddingIsNumbers(Rule[_Padding]):
         groups = query.argument(node, 6, "groups", 1)
         target = PADDED_BY_WORD[node.target]
         edit.replace(node, target, x, weight, bias, stride, plan.padding, plan.dilation, groups)
+
+
+ARITHMETIC_RULES: Final[tuple[Rule[Any], ...]] = (ProductIsLinear(), BiasIsOnePerOutput(), PaddingIsNumbers())

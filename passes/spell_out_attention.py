@@ -27,7 +27,8 @@ class SpellOutAttention(Pass):
     The scale stands at q, where it folds into q's linear map. A mask that lets everything through goes.
     Exact up to rounding. Applies where
     1. attention is not causal, has no dropout and no grouped heads,
-    2. the mask is absent, constant and all true, or an additive float mask,
+    2. the mask is absent, constant and all true, or an additive constant in which every row lets something through
+       (of a row that lets nothing through, attention makes zeros and a plain softmax makes NaN),
     3. the axes of q, k and v are known in number (any batch).
     """
 
@@ -48,9 +49,7 @@ class DropOpenMask(Rule[None]):
 
     def plan(self, graph: Graph, match: Match) -> Any:
         """Return a plan if the mask comes from a constant that is all true."""
-        source = query.argument(match.root, 3, "attn_mask")
-        while query.is_call(source, ops.EXPAND, *ops.VIEWS):
-            source = source.args[0]
+        source = _behind_views(query.argument(match.root, 3, "attn_mask"))
         if not query.is_constant(source):
             return None
         mask = query.constant(graph, source)
@@ -86,8 +85,8 @@ class AttentionIsProducts(Rule[_Attention]):
         is_plain = not query.argument(node, 4, "dropout_p", 0.0) and not query.argument(node, 5, "is_causal", False)
         if not is_plain or node.kwargs.get("enable_gqa", False):
             return Refusal(node.name, Reason.UNKNOWN_OPERATOR, "causal or grouped attention", query.layer_of(node))
-        if mask is not None and not query.dtype(mask).is_floating_point:
-            return Refusal(node.name, Reason.UNKNOWN_OPERATOR, "a boolean mask", query.layer_of(node))
+        if mask is not None and (obstacle := _obstacle(graph, mask)):
+            return Refusal(node.name, Reason.UNKNOWN_OPERATOR, obstacle, query.layer_of(node))
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)
         assert isinstance(v, fx.Node)
@@ -108,3 +107,22 @@ class AttentionIsProducts(Rule[_Attention]):
             scores = edit.call(ops.ADD, scores, plan.mask, at=node)
         weights = edit.call(ops.SOFTMAX, scores, -1, at=node, name=f"{node.name}_weights")
         edit.replace(node, ops.MATMUL, weights, plan.v)
+
+
+def _behind_views(mask: Any) -> Any:
+    while query.is_call(mask, ops.EXPAND, *ops.VIEWS):
+        mask = mask.args[0]
+    return mask
+
+
+def _obstacle(graph: Graph, mask: fx.Node) -> str:
+    """Return what keeps the mask from being added in front of a plain softmax (2), or an empty string."""
+    if not query.dtype(mask).is_floating_point:
+        return "a boolean mask"
+    source = _behind_views(mask)
+    if not query.is_constant(source):
+        return "a mask that is not constant"
+    shut = query.constant(graph, source).isneginf()
+    # Behind a view the rows are others, so one shut position is enough to refuse.
+    is_row_shut = bool((shut.all(dim=-1) if source is mask else shut).any())
+    return "a mask with a row that lets nothing through" if is_row_shut else ""

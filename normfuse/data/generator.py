@@ -12,7 +12,7 @@ import numpy as np
 
 from normfuse.data.arrays import as_labels
 from normfuse.data.samples import Array, Labels, Sample, Samples
-from normfuse.errors import BadInput, UsageError
+from normfuse.errors import BadInput, NormfuseError, UsageError
 
 __all__ = ["read"]
 
@@ -28,7 +28,7 @@ def read(source: str) -> Samples:
 
     Raises:
         UsageError: it cannot be imported or called.
-        BadInput: it gives no samples, or things that are no samples.
+        BadInput: it raises an error, gives no samples, or things that are no samples.
     """
     make = _import(source)
     names: tuple[str, ...] = ()
@@ -56,12 +56,7 @@ def _read(make: Callable[[], Any], source: str) -> Iterator[Sample]:
 
 
 def _pairs(make: Callable[[], Any], source: str) -> Iterator[Pair]:
-    iterable = make()
-    if not isinstance(iterable, Iterable):
-        raise UsageError(
-            f"the callable returned {type(iterable).__name__}", where=source, expected="an iterable of samples"
-        )
-    for index, item in enumerate(iterable):
+    for index, item in enumerate(_items(make, source)):
         where = f"{source}, sample {index}"
         pair = isinstance(item, tuple | list)
         if pair and len(item) != 2:
@@ -74,11 +69,34 @@ def _pairs(make: Callable[[], Any], source: str) -> Iterator[Pair]:
         yield arrays, None if label is None else _array(label, f"{where}, label")
 
 
+def _items(make: Callable[[], Any], source: str) -> Iterator[Any]:
+    given = 0
+    try:
+        iterable = make()
+        if not isinstance(iterable, Iterable):
+            raise UsageError(
+                f"the callable returned {type(iterable).__name__}", where=source, expected="an iterable of samples"
+            )
+        for item in iterable:
+            yield item
+            given += 1
+    except NormfuseError:
+        raise
+    # The user's own code may raise anything.
+    except Exception as error:
+        raise BadInput(
+            f"the callable raised {type(error).__name__}: {error}",
+            where=f"{source}, sample {given}",
+            expected="an iterable of samples",
+            hint="run the callable alone, outside of normfuse",
+        ) from error
+
+
 def _array(value: Any, where: str) -> Array:
     try:
         # A torch tensor, without importing torch for those who have none in their data.
         array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"this is no array: {error}", where=where, expected=EXPECTED) from error
     if array.dtype.hasobject:
         raise BadInput(f"this is no array of numbers but {type(value).__name__}", where=where, expected=EXPECTED)
@@ -102,9 +120,10 @@ def _import(source: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    # Importing runs the user's own code, which may raise anything.
+    except Exception as error:
         raise UsageError(
-            f"the samples cannot be imported: {error}",
+            f"the samples cannot be imported: {type(error).__name__}: {error}",
             where=source,
             expected="package.module:callable",
             hint="run from the folder that holds the package, or install it",

@@ -28,10 +28,22 @@ def load_samples(source: str | Path, *, preprocess: Preprocess | None = None) ->
     axis (an array, a tensor, or a mapping by input name), or pairs of such a sample and its label.
 
     Raises:
-        BadInput: the source is missing, empty, broken, or holds Python objects.
+        BadInput: the source is missing, empty, cannot be read, is broken, or holds Python objects.
         UsageError: it is none of the forms, or ``preprocess`` is given for arrays or missing for images.
         MissingDependency: images need Pillow.
     """
+    try:
+        return _open(source, preprocess)
+    except OSError as error:
+        raise BadInput(
+            f"the samples cannot be read: {error.strerror or error}",
+            where=str(source),
+            expected=FORMS,
+            hint="check the path, and who may read it",
+        ) from error
+
+
+def _open(source: str | Path, preprocess: Preprocess | None) -> Samples:
     path = Path(source)
     if not path.exists():
         if CALLABLE.fullmatch(str(source)):

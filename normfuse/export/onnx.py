@@ -90,16 +90,18 @@ def _translate(graph: Graph) -> ir.Model:
 
 
 def _name_interface(model: ir.Model, graph: Graph) -> None:
-    """Give outputs their names and every symbolic size a readable one (the first axis is the batch)."""
-    names: dict[str, str] = {}
+    """Give outputs their names, and every size that is not fixed a readable one: equal names are equal sizes."""
     for value, name in zip(model.graph.outputs, graph.output_names, strict=True):
         value.name = name
+    names: dict[str, str] = {}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None:
             continue
         for axis, size in enumerate(value.shape):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = names.setdefault(size.value, "batch" if axis == 0 else f"size_{len(names)}")
+                # The first free size at the front of an input is the batch; what differs from it is something else.
+                is_batch = axis == 0 and "batch" not in names.values() and value.is_graph_input()
+                value.shape[axis] = names.setdefault(size.value, "batch" if is_batch else f"size_{len(names)}")
     _drop_other_symbols(model)
 
 

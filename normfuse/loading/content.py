@@ -37,9 +37,22 @@ def recognize(path: Path) -> Content:
     """Return what ``path`` holds.
 
     Raises:
-        BadInput: it does not exist, is a folder, is empty, is broken, or is no model; the message says which.
+        BadInput: it does not exist, is a folder, is empty, cannot be read, is broken, or is no model; the message
+            says which.
     """
-    _refuse_nothing(path)
+    try:
+        _refuse_nothing(path)
+        return _recognize(path)
+    except OSError as error:
+        raise BadInput(
+            f"the model file cannot be read: {error.strerror or error}",
+            where=str(path),
+            expected=MODEL_FILES,
+            hint="check the path, and who may read it",
+        ) from error
+
+
+def _recognize(path: Path) -> Content:
     with path.open("rb") as file:
         head = file.read(64)
         if head.startswith(b"PK\x03\x04"):

@@ -167,9 +167,10 @@ def _import(arch: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    # Importing runs the user's own code, which may raise anything.
+    except Exception as error:
         raise UsageError(
-            f"arch cannot be imported: {error}",
+            f"arch cannot be imported: {type(error).__name__}: {error}",
             where=arch,
             expected="package.module:factory",
             hint="run from the folder that holds the package, or install it",

@@ -1,6 +1,7 @@
 """Norms to train with that become a constant affine at inference, and fold, and what is published beside them."""
 
 from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstBN
+from normfuse.nn.evo_norm import EvoNormB0
 from normfuse.nn.instance_batch_norm import IBN
 from normfuse.nn.linear_attention import SimplifiedLinearAttention
 from normfuse.nn.power_norm import PowerNorm
@@ -16,6 +17,7 @@ __all__ = [
     "CRMSNorm",
     "Deviation",
     "EstBN",
+    "EvoNormB0",
     "PRepBN",
     "PowerNorm",
     "RMSNorm",

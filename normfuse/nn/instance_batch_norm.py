@@ -32,17 +32,18 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int, *, ratio: float = 0.5, eps: float = 1e-5) -> None:
         super().__init__()
-        self.instance_channels = int(channels * ratio)
-        if not 0 < self.instance_channels < channels:
+        first = int(channels * ratio)
+        if not 0 < first < channels:
             raise UsageError(
                 f"ratio {ratio} of {channels} channels leaves one part empty",
                 where="IBN",
                 expected="at least one channel of each kind",
                 hint="another ratio, or nn.InstanceNorm2d or nn.BatchNorm2d alone",
             )
-        self.IN = nn.InstanceNorm2d(self.instance_channels, eps=eps, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.instance_channels, eps=eps)
+        self.IN = nn.InstanceNorm2d(first, eps=eps, affine=True)
+        self.BN = nn.BatchNorm2d(channels - first, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` (batch, channels, height, width) normalized."""
-        return torch.cat((self.IN(x[:, : self.instance_channels]), self.BN(x[:, self.instance_channels :])), dim=1)
+        first, rest = torch.split(x, [self.IN.num_features, self.BN.num_features], dim=1)
+        return torch.cat((self.IN(first), self.BN(rest)), dim=1)

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` (..., channels) normalized."""
-        normed = _over_root(x, _wide(x).square().sum(dim=-1, keepdim=True) / self.channels + self.eps)
+        normed = _over_root(x, _wide(x).square().mean(dim=-1, keepdim=True) + self.eps)
         return normed if self.weight is None else normed * self.weight
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,18 @@ def compare_codes(
 
 
 def output_error(found: Any, expected: Any) -> float:
-    """Return the largest absolute difference relative to the largest magnitude expected."""
-    scale = float(np.max(np.abs(expected), initial=0.0)) or 1.0
-    return float(np.max(np.abs(np.asarray(found, dtype=np.float64) - expected), initial=0.0)) / scale
+    """Return the largest absolute difference relative to the largest finite magnitude expected.
+
+    Infinite where nothing can be told or nothing agrees: another shape, a NaN on either side (it would vanish in any
+    maximum), an infinity on one side only. The same infinity on both sides is no difference.
+    """
+    found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    finite = np.isfinite(expected)
+    if found.shape != expected.shape or not np.array_equal(found[~finite], expected[~finite]):
+        return math.inf
+    scale = float(np.max(np.abs(expected[finite]), initial=0.0)) or 1.0
+    error = float(np.max(np.abs(found[finite] - expected[finite]), initial=0.0)) / scale
+    return error if math.isfinite(error) else math.inf
 
 
 class _Forcing:

@@ -60,7 +60,13 @@ def some_labels():
     return [(np.ones(2), 1), np.ones(2)]
 def float_labels():
     return [(np.ones(2), 1.5)]
+def raises():
+    raise FileNotFoundError("no data.bin")
+def raises_later():
+    yield np.ones(3)
+    yield DATA["q"]
 bfloat16 = lambda: [torch.ones(2, dtype=torch.bfloat16)]
+sparse = lambda: [torch.ones(2).to_sparse()]
 not_callable = 3
 """
 
@@ -177,12 +183,41 @@ def test_callable_must_give_the_same_every_time(name: str) -> None:
         ("some_labels", BadInput, "1 of 2 samples have no label"),
         ("float_labels", BadInput, "labels are float64"),
         ("bfloat16", BadInput, "no array"),
+        ("sparse", BadInput, "no array"),
+        ("raises", BadInput, "raised FileNotFoundError: no data.bin"),
+        ("raises_later", BadInput, "raised KeyError"),
     ],
 )
 def test_bad_callables(name: str, error: type[BadInput | UsageError], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         load_samples(f"samples_for_tests:{name}")
     assert "samples_for_tests" in caught.value.where
+
+
+def test_the_sample_that_raised_is_named() -> None:
+    with pytest.raises(BadInput) as caught:
+        load_samples("samples_for_tests:raises_later")
+    assert caught.value.where == "samples_for_tests:raises_later, sample 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("def make(:", "SyntaxError"), ("make = undefined", "NameError"), ("1 / 0", "ZeroDiv")]
+)
+def test_a_module_that_cannot_be_run(folder: Path, content: str, message: str) -> None:
+    name = f"broken_{message}"
+    (folder / f"{name}.py").write_text(content)
+    with pytest.raises(UsageError, match=f"cannot be imported: {message}"):
+        load_samples(f"{name}:make")
+
+
+def test_a_source_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # not chmod: a superuser reads such folders
+    with pytest.raises(BadInput, match="cannot be read: Permission denied") as caught:
+        load_samples(folder)
+    assert caught.value.where == str(folder)
 
 
 def test_missing_module() -> None:

@@ -75,3 +75,23 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="strange"):
         export_onnx(graph, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+class TwoBatches(nn.Module):
+    """An output of several rows per sample, and an input whose rows are none of the batch's."""
+
+    def forward(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        return x.reshape(-1, 2), words.relu()
+
+
+def test_only_the_batch_is_called_batch(tmp_path: Path) -> None:
+    graph = capture(TwoBatches(), [torch.randn(2, 6), torch.randn(5, 3)])
+    export_onnx(graph, tmp_path / "model.onnx")
+    session = open_onnx(tmp_path / "model.onnx")
+    axes = {port.name: port.axes[0] for port in (*session.inputs, *session.outputs)}
+    assert axes["x"] == "batch"
+    assert axes["words"] not in ("", "batch")
+    assert [axes[port.name] == axes["words"] for port in session.outputs] == [False, True]
+    assert axes[session.outputs[0].name] != "batch"
+    found = session(x=torch.randn(4, 6).numpy(), words=torch.randn(7, 3).numpy())
+    assert [array.shape for array in found.values()] == [(12, 2), (7, 3)]

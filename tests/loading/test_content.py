@@ -69,6 +69,19 @@ def test_stranger(tmp_path: Path, case: str) -> None:
     assert caught.value.hint
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(37, 19).state_dict(), path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # not chmod: a superuser reads such files
+    with pytest.raises(BadInput, match="cannot be read: Permission denied") as caught:
+        load_model(path)
+    assert caught.value.where == str(path)
+
+
 @pytest.mark.parametrize("keep", [0.2, 0.6, 0.97])
 def test_truncated_archive(tmp_path: Path, keep: float) -> None:
     whole = tmp_path / "whole.pt"

@@ -35,6 +35,8 @@ def arch_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "arch_for_tests.py").write_text(SOURCE)
+    (package / "bad_syntax_for_tests.py").write_text("def build(:")
+    (package / "bad_name_for_tests.py").write_text("build = torch.nn.Linear")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "arch_for_tests", raising=False)
     monkeypatch.chdir(package)
@@ -114,6 +116,8 @@ def test_weights_need_arch(tmp_path: Path) -> None:
         (":build", UsageError, "wrong form"),
         ("no_such_package:build", UsageError, "cannot be imported"),
         ("arch_for_tests:buidl", UsageError, "cannot be imported"),
+        ("bad_syntax_for_tests:build", UsageError, r"SyntaxError: .*bad_syntax_for_tests\.py, line 1"),
+        ("bad_name_for_tests:build", UsageError, "cannot be imported: NameError"),
         ("arch_for_tests:number", BadInput, "is a int"),
         ("arch_for_tests:not_a_module", BadInput, "returned dict"),
         ("arch_for_tests:broken", BadInput, "raised KeyError"),

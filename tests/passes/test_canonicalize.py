@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.fold_constants import FoldConstants
+from normfuse.pipeline import Phase, Pipeline
 from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, seeded
 
 ATEN = ops.ATEN
@@ -130,6 +132,27 @@ def test_other_products_stay(function: Any, shape: tuple[int, ...]) -> None:
     Canonicalize().run(graph)
     assert not any(query.is_call(node, ops.LINEAR) for node in graph.nodes)
     assert distance(graph.run(x), [function(Small(function, **parts), x)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        pytest.param(lambda m, x: torch.addmm(m.one, x, m.w), (4, 5), id="addmm, one for all"),
+        pytest.param(lambda m, x: nn.functional.linear(x, m.w.mT, m.one), (2, 4, 5), id="linear, one for all"),
+        pytest.param(lambda m, x: nn.functional.linear(x, m.w.mT, m.one[0]), (2, 4, 5), id="linear, a number"),
+        pytest.param(lambda m, x: nn.functional.linear(x, m.w.mT, m.rows[:1]), (2, 4, 5), id="linear, one row"),
+        pytest.param(lambda m, x: nn.functional.linear(x, m.w.mT, m.rows), (2, 4, 5), id="linear, a row per token"),
+        pytest.param(lambda m, x: nn.functional.linear(x[0, 0], m.w.mT, m.rows[:1]), (2, 4, 5), id="makes an axis"),
+    ],
+)
+def test_a_bias_is_one_number_per_output(function: Any, shape: tuple[int, ...]) -> None:
+    x, parts = sample(*shape), {"w": sample(5, 3), "one": sample(1), "rows": sample(4, 3)}
+    graph = capture(Small(function, **parts), (x,))
+    Pipeline(phases=(Phase("canonical", (Canonicalize(), FoldConstants(), Canonicalize())),)).run(graph)
+    (linear,) = [node for node in graph.nodes if query.is_call(node, ops.LINEAR)]
+    bias = query.argument(linear, 2, "bias")
+    assert bias is None or query.shape(bias) == (3,)
+    assert distance(graph.run(x), [function(Small(function, **parts), x)]) < 1e-15
 
 
 @pytest.mark.parametrize(

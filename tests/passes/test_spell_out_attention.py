@@ -1,67 +1,123 @@
-"""Attention spelled out: equal, its scale folded into q, open masks dropped, the rest refused."""
+"""Attention spelled out: equal, its scale folded into q, open masks dropped, the rest refused with a reason."""
 
-from __future__ import annotations
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfuse.graph import Graph, capture, ops, verify
+from normfuse.graph import Graph, capture, ops
+from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
-from normfuse.pipeline import Pipeline
-from normfuse.report import PassReport
+from normfuse.passes.spell_out_attention import SpellOutAttention
+from normfuse.pipeline import Phase, Pipeline
+from normfuse.report import Reason
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
+
+TOKENS = 5
+ROW_SHUT = torch.zeros(1, 1, TOKENS, TOKENS).index_fill(2, torch.tensor([2]), -torch.inf)
+CORNER_SHUT = torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -torch.inf)
+ADDITIVE = torch.linspace(-2, 2, TOKENS * TOKENS).reshape(1, 1, TOKENS, TOKENS)
 
 
-class Attend(nn.Module):
-    def __init__(self, mask: str) -> None:
-        super().__init__()
-        self.mask = mask
-        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).reshape(*x.shape[:2], 2, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
-        tokens = x.shape[1]
-        masks = {
-            "none": None,
-            "open": torch.ones(1, 1, tokens, tokens, dtype=torch.bool),
-            "float": torch.linspace(-2, 2, tokens * tokens).reshape(1, 1, tokens, tokens),
-            "bool": torch.eye(tokens, dtype=torch.bool)[None, None],
-        }
-        if self.mask == "causal":
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[self.mask], scale=0.3)
+def sample(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(9))
 
 
-def fold(model: nn.Module, x: Tensor) -> tuple[Graph, list[PassReport]]:
-    graph = capture(model.eval(), [x])
-    reports = Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(graph)
-    verify(graph)
-    return graph, reports
+def attend(m: Any, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    q, k, v = (part(x).reshape(*x.shape[:2], 2, 4).transpose(1, 2) for part in (m.q, m.k, m.v))
+    result: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    return result
+
+
+def model(function: Any, **parts: Tensor) -> nn.Module:
+    return randomized(Small(function, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 8), **parts)).double()
+
+
+def ready(original: nn.Module, x: Tensor) -> Graph:
+    graph = capture(original, (x,))
+    Pipeline(phases=(Phase("canonical", (Canonicalize(), FoldConstants())),)).run(graph)
+    return graph
 
 
 def count(graph: Graph, target: object) -> int:
     return sum(node.target is target for node in graph.nodes)
 
 
-@pytest.mark.parametrize("mask", ["none", "open", "float"])
-def test_attention_becomes_two_products_without_a_scale(mask: str) -> None:
-    x = torch.randn(3, 5, 6)
-    model = Attend(mask)
-    graph, _ = fold(model, x)
-    assert count(graph, ops.ATTENTION) == 0
-    assert count(graph, ops.MATMUL) == 2
-    assert count(graph, ops.MUL) == 0, "the scale went into q's linear map"
-    torch.testing.assert_close(graph.run(x)[0], model(x))
-    other = torch.randn(7, 5, 6)
-    torch.testing.assert_close(graph.run(other)[0], model(other))
+SPELLED = [
+    pytest.param(attend, id="no mask"),
+    pytest.param(lambda m, x: attend(m, x, scale=0.3), id="a scale of its own"),
+    pytest.param(lambda m, x: attend(m, x, torch.ones(1, 1, 5, 5, dtype=torch.bool)), id="an open mask"),
+    pytest.param(lambda m, x: attend(m, x, m.additive), id="an additive mask"),
+    pytest.param(lambda m, x: attend(m, x, m.corner, scale=0.3), id="a mask with shut positions in every row but one"),
+    pytest.param(lambda m, x: attend(m, x, m.additive.expand(x.shape[0], 2, 5, 5)), id="an additive mask, expanded"),
+]
 
 
-@pytest.mark.parametrize("mask", ["bool", "causal"])
-def test_other_masks_are_left_whole_with_a_reason(mask: str) -> None:
-    x = torch.randn(3, 5, 6)
-    model = Attend(mask)
-    graph, reports = fold(model, x)
-    assert count(graph, ops.ATTENTION) == 1
-    assert [refusal.detail for report in reports if report.name == "spell-out-attention" for refusal in report.refused]
-    torch.testing.assert_close(graph.run(x)[0], model(x))
+def test_picture(golden: Golden) -> None:
+    graph = ready(model(SPELLED[3].values[0], additive=ADDITIVE.double()), sample(3, TOKENS, 6).double())
+    before = graph.text()
+    SpellOutAttention().run(graph)
+    assert picture(before, graph.text()) == golden
+
+
+@pytest.mark.parametrize("function", SPELLED)
+def test_numbers_and_contract(function: Any) -> None:
+    x = sample(3, TOKENS, 6).double()
+    original = model(function, additive=ADDITIVE.double(), corner=CORNER_SHUT.double())
+    graph = ready(original, x)
+    assert check_pass_contract(SpellOutAttention(), graph, (x,)).changed
+    SpellOutAttention().run(graph)
+    assert (count(graph, ops.ATTENTION), count(graph, ops.MATMUL)) == (0, 2)
+    for batch in (3, 7):
+        x = sample(batch, TOKENS, 6).double()
+        # Sums of at most 8 products in float64, in another order.
+        assert distance(graph.run(x), [original(x)]) < 1e-13
+
+
+def test_the_scale_goes_into_q() -> None:
+    original, x = model(lambda m, x: attend(m, x, scale=0.3)), sample(3, TOKENS, 6).double()
+    graph = capture(original, (x,))
+    Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(graph)
+    assert count(graph, ops.MUL) == 0
+    assert distance(graph.run(x), [original(x)]) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("function", "detail"),
+    [
+        pytest.param(lambda m, x: attend(m, x, is_causal=True), "causal or grouped attention", id="causal (1)"),
+        pytest.param(lambda m, x: attend(m, x, m.row > -1), "a boolean mask", id="a boolean mask (2)"),
+        pytest.param(
+            lambda m, x: attend(m, x, m.row), "a mask with a row that lets nothing through", id="shut row (2)"
+        ),
+        pytest.param(
+            lambda m, x: attend(m, x, m.corner.permute(0, 1, 3, 2).expand(x.shape[0], 2, 5, 5)[:, :1]),
+            "a mask that is not constant",
+            id="computed from a constant (2)",
+        ),
+        pytest.param(
+            lambda m, x: attend(m, x, m.row.expand(x.shape[0], 2, 5, 5)),
+            "a mask with a row that lets nothing through",
+            id="a shut row, expanded (2)",
+        ),
+        pytest.param(
+            lambda m, x: attend(m, x, x[:, None, :, :5].log()), "a mask that is not constant", id="from the input (2)"
+        ),
+    ],
+)
+def test_refusals(function: Any, detail: str) -> None:
+    x = sample(3, TOKENS, 6).double()
+    x[:, 2] = 0  # log makes a shut row of it
+    x = x.abs()
+    original = model(function, row=ROW_SHUT.double(), corner=CORNER_SHUT.double())
+    graph = ready(original, x)
+    before = graph.text()
+    report = SpellOutAttention().run(graph)
+    assert [(refusal.reason, refusal.detail) for refusal in report.refused] == [(Reason.UNKNOWN_OPERATOR, detail)]
+    assert graph.text() == before
+    assert not report.changed
+    assert distance(graph.run(x), [original(x)]) < 1e-13
+    assert bool(graph.run(x)[0].isfinite().all())

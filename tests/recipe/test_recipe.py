@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,26 @@ def test_options_left_out_keep_the_recipe() -> None:
         ({"target": "tpu"}, "target"),
         ({"benchmark": "yes"}, "benchmark"),
         ({"max_drop": -0.1}, "max_drop"),
+        ({"max_drop": math.inf}, "max_drop"),
+        ({"max_drop": math.nan}, "max_drop"),
+        ({"min_speedup": math.inf}, "min_speedup"),
+        ({"bits": 8.9}, "bits"),
+        ({"bits": math.inf}, "bits"),
+        ({"samples": True}, "samples"),
+        ({"max_drop": True}, "max_drop"),
+        ({"benchmark": 1}, "benchmark"),
     ],
 )
 def test_wrong_values_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         Recipe().with_options(**options)
+
+
+def test_conversions_that_lose_nothing_are_made() -> None:
+    found = Recipe().with_options(bits=32.0, max_drop=1, samples="7")
+    assert (found.bits, found.max_drop, found.samples) == (32, 1.0, 7)
+    assert isinstance(found.bits, int)
+    assert isinstance(found.max_drop, float)
 
 
 def test_unknown_option_gets_a_suggestion() -> None:
