@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph
 
-__all__ = ["Certifier", "SiteCheck"]
+__all__ = ["TOLERANCE", "Certifier", "Remembered", "SiteCheck", "difference"]
 
 TOLERANCE: Final = 1e-9
 """Largest error of a right fold, relative to the tensor's largest magnitude: float64 rounds at 1e-16, and a channel
@@ -165,7 +165,7 @@ def _compute(graph: Graph, node: fx.Node, values: Values) -> Any:
 def _comes_back(name: str, value: Any, old: Values, tolerance: float, outcome: _Outcome) -> bool:
     if name not in old or not isinstance(value, Tensor):
         return False
-    absolute, relative = _difference(value, old[name])
+    absolute, relative = difference(value, old[name])
     if relative > tolerance:
         return False
     _note(outcome, name, absolute, relative)
@@ -179,7 +179,7 @@ def _compare_outputs(node: fx.Node, values: Values, old: Values, outcome: _Outco
     values[""] = found if not old else expected
     for index, (ours, reference) in enumerate(zip(found, expected, strict=True)):
         if ours is not reference:
-            _note(outcome, f"output {index}", *_difference(ours, reference))
+            _note(outcome, f"output {index}", *difference(ours, reference))
 
 
 def _note(outcome: _Outcome, name: str, absolute: float, relative: float) -> None:
@@ -187,7 +187,7 @@ def _note(outcome: _Outcome, name: str, absolute: float, relative: float) -> Non
     outcome.absolute, outcome.relative = max(outcome.absolute, absolute), max(outcome.relative, relative)
 
 
-def _difference(value: Tensor, reference: Any) -> tuple[float, float]:
+def difference(value: Tensor, reference: Any) -> tuple[float, float]:
     """Return the largest difference, absolute and relative to the reference's largest magnitude (inf: not comparable)."""
     if not isinstance(reference, Tensor) or value.shape != reference.shape:
         return float("inf"), float("inf")

@@ -83,9 +83,9 @@ class FoldBefore(Rule[_Plan]):
             edit.substitute(reader, match.root, match.root.args[0])  # type: ignore[arg-type]
         plan.settled.write(edit)
 
-    def describe(self, match: Match, plan: _Plan) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: _Plan) -> dict[str, str]:
         """Say which affine went into which layers."""
-        return describe_fold(match.root, plan.settled, "W' = W diag(a), b' = b + W c")
+        return describe_fold(graph, match.root, plan.settled, "W' = W diag(a), b' = b + W c")
 
 
 def _refusal(node: fx.Node, blocked: Blocked) -> Refusal:

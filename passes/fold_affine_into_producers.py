@@ -68,6 +68,6 @@ class FoldBehind(Rule[Settled]):
         plan.write(edit)
         edit.redirect(match.root, match.root.args[0])  # type: ignore[arg-type]
 
-    def describe(self, match: Match, plan: Settled) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: Settled) -> dict[str, str]:
         """Say which affine went into which layers."""
-        return describe_fold(match.root, plan, "W' = diag(a) W, b' = a b + c")
+        return describe_fold(graph, match.root, plan, "W' = diag(a) W, b' = a b + c")

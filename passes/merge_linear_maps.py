@@ -78,10 +78,10 @@ class SumOfLinearMaps(Rule[_Merged]):
         """Let one map compute both."""
         edit.redirect(match.root, _written(edit, plan))
 
-    def describe(self, match: Match, plan: _Merged) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: _Merged) -> dict[str, str]:
         """Say which layers became one."""
         merged = [query.layer_of(match[name]) or match[name].name for name in ("left", "right")]
-        return _site(match.root, " + ".join(merged), plan.node, "(W + V) x + (b + d)")
+        return _site(" + ".join(merged), plan.node, "(W + V) x + (b + d)")
 
 
 class ChainOfLinearMaps(Rule[_Merged]):
@@ -107,9 +107,9 @@ class ChainOfLinearMaps(Rule[_Merged]):
         """Let the first map compute both."""
         edit.redirect(match.root, _written(edit, plan))
 
-    def describe(self, match: Match, plan: _Merged) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: _Merged) -> dict[str, str]:
         """Say which layers became one."""
-        return _site(match.root, query.layer_of(match.root) or match.root.name, plan.node, "V W x + (V b + d)")
+        return _site(query.layer_of(match.root) or match.root.name, plan.node, "V W x + (V b + d)")
 
 
 def _written(edit: Editor, plan: _Merged) -> fx.Node:
@@ -120,9 +120,8 @@ def _written(edit: Editor, plan: _Merged) -> fx.Node:
     return edit.call(node.target, node.args[0], weight, bias, *node.args[3:], at=node, name=f"{node.name}_", **node.kwargs)
 
 
-def _site(node: fx.Node, what: str, into: fx.Node, formula: str) -> dict[str, str]:
-    target = query.layer_of(into) or into.name
-    return {"node": node.name, "affine": what, "into": target, "formula": formula, "repair": ""}
+def _site(what: str, into: fx.Node, formula: str) -> dict[str, str]:
+    return {"affine": what, "into": query.layer_of(into) or into.name, "formula": formula}
 
 
 def _branch(graph: Graph, node: object) -> _Merged | None:

@@ -16,9 +16,10 @@ from normfuse.passes.recognize_norms import RecognizeNorms
 from normfuse.passes.rescale_stream import RescaleStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.split_joint_projections import SplitJointProjections
-from normfuse.pipeline import Phase
+from normfuse.pipeline import Pass, Phase
+from normfuse.rewrite import Audit
 
-__all__ = ["CANONICAL", "FOLD", "LOWER"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "folds"]
 
 CANONICAL: Final = Phase(
     "canonical",
@@ -31,16 +32,26 @@ CANONICAL: Final = Phase(
     ),
 )
 
-FOLD: Final = Phase(
-    "norms",
-    (
-        FindAffines(),  # every affine is one node before any fold looks for it
-        FoldAffineIntoProducers(),  # always exact, so before the consumers get their chance
-        FoldAffineIntoConsumers(),  # what no producer took
-        RescaleStream(),  # the one that divides, so the last of these three
-        MergeLinearMaps(),  # adapters have taken in their factor by now
-        RecentreStream(),  # reads bare norms: their gamma and beta have gone
-    ),
-)
+AFFINES: Final = Phase("affines", (FindAffines(),))  # every affine is one node before any fold looks for it
+
+
+def folds(*, audit: Audit | None = None, rescales: bool = True, recentres: bool = False) -> Phase:
+    """Return the folds in order, each step looked over by ``audit``.
+
+    ``rescales`` carries affines along the residual stream; ``recentres`` makes RMS norms of layer norms.
+    """
+    passes: list[Pass] = [
+        FoldAffineIntoProducers(audit=audit),  # always exact, so before the consumers get their chance
+        FoldAffineIntoConsumers(audit=audit),  # what no producer took
+    ]
+    if rescales:
+        passes.append(RescaleStream(audit=audit))  # the one that divides, so the last of these three
+    passes.append(MergeLinearMaps(audit=audit))  # adapters have taken in their factor by now
+    if recentres:
+        passes.append(RecentreStream(audit=audit))  # reads bare norms: their gamma and beta have gone
+    return Phase("norms", tuple(passes))
+
+
+FOLD: Final = Phase("norms", (*AFFINES.passes, *folds().passes))
 
 LOWER: Final = Phase("lower", (LowerAffines(),))  # the exporter knows no affine

@@ -91,15 +91,13 @@ class LayerNormIsRmsNorm(Rule[_Region]):
                 eps = query.argument(norm, 4, "eps", 1e-5)
                 edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
 
-    def describe(self, match: Match, plan: _Region) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: _Region) -> dict[str, str]:
         """Say which norms read the stream and which layers write it."""
         writers = [*plan.maps, *plan.tables, *(reader for reader, _, _ in plan.constants)]
         return {
-            "node": match.root.name,
             "affine": ", ".join(query.layer_of(norm) or norm.name for norm in plan.norms if _is_bare(norm)),
             "into": ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in writers)),
             "formula": "layer norm = RMS norm of the centred stream: W' = W - mean(W), b' = b - mean(b)",
-            "repair": "",
         }
 
 

@@ -81,9 +81,9 @@ class CarryAlongStream(Rule[Settled]):
         edit.redirect(match.root, match.root.args[0])  # type: ignore[arg-type]
         plan.write(edit)
 
-    def describe(self, match: Match, plan: Settled) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: Settled) -> dict[str, str]:
         """Say which affine went into which layers."""
-        return describe_fold(match.root, plan, "x = a s + c along the stream: readers W diag(a), writers diag(1/a) W")
+        return describe_fold(graph, match.root, plan, "x = a s + c along the stream: readers W diag(a), writers diag(1/a) W")
 
 
 def octaves(found: Affine) -> float:

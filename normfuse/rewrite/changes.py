@@ -150,12 +150,21 @@ def is_identity(found: Affine) -> bool:
     return bool(torch.all(found.scale == 1) and torch.all(found.shift == 0))
 
 
-def describe_fold(node: fx.Node, settled: Settled, formula: str) -> dict[str, str]:
-    """Return what a report says of an affine that is folded: which, into what, by which formula and repair."""
+def describe_fold(graph: Graph, node: fx.Node, settled: Settled, formula: str) -> dict[str, str]:
+    """Return what a report says of an affine that is folded: which, into what, how, and how large it is."""
+    found = read_affine(graph, node)
     return {
-        "node": node.name,
         "affine": query.layer_of(node) or node.name,
         "into": ", ".join(settled.taken_by),
         "formula": formula,
         "repair": settled.repaired_by,
+        "scale": _extent(found.scale),
+        "shift": _extent(found.shift),
     }
+
+
+def _extent(vector: Tensor) -> str:
+    """Return the smallest and the largest magnitude, and how many entries are negative or zero."""
+    size = vector.abs()
+    negative, zero = int((vector < 0).sum()), int((vector == 0).sum())
+    return f"{float(size.min()):.3g} to {float(size.max()):.3g}, {negative} negative, {zero} zero of {vector.numel()}"

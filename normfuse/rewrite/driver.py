@@ -87,14 +87,14 @@ class _Sweep:
         if self._audit is not None and not self._audit.allows(rule.name, name):
             self.refused.append(Refusal(name, Reason.WRONG, layer=query.layer_of(node)))
             return False
-        site = rule.describe(match, plan)
+        site = rule.describe(self._graph, match, plan)
         kept = self._graph.copy() if self._audit is not None else None
         _rewrite(rule, match, plan, self._edit)
         if self._audit is not None and kept is not None and not self._audited(rule, name, kept):
             return True
         self.applied.append(rule.name)
         self.lines.append(line)
-        self.sites += [site] if site else []
+        self.sites += [{"rule": rule.name, "node": name, **site}] if site else []
         return True
 
     def _audited(self, rule: Rule[Any], name: str, kept: Graph) -> bool:

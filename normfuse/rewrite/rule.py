@@ -29,6 +29,6 @@ class Rule(ABC, Generic[PlanT]):
     def rewrite(self, match: Match, plan: PlanT, edit: Editor) -> None:
         """Edit the graph as planned."""
 
-    def describe(self, match: Match, plan: PlanT) -> dict[str, str]:
-        """Return what a report should say of this site (empty: nothing but the count)."""
+    def describe(self, graph: Graph, match: Match, plan: PlanT) -> dict[str, str]:
+        """Return what a report should say of this site, before it is rewritten (empty: nothing but the count)."""
         return {}

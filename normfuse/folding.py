@@ -1,0 +1,145 @@
+"""``fold``: every norm that can fold, folded and certified; the result is a model that PyTorch runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.artifact import ArtifactWriter
+from normfuse.bench.environment import describe_environment
+from normfuse.certificate import TOLERANCE, Certifier, Remembered, difference
+from normfuse.graph import Graph, query
+from normfuse.graph.affine import AFFINE
+from normfuse.graph.edit import converted
+from normfuse.graph.program import to_program
+from normfuse.graph.text import operator_name
+from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, folds
+from normfuse.pipeline import Fact, Pipeline
+from normfuse.progress import Progress
+from normfuse.report import PassReport
+
+__all__ = ["Folded", "fold_graph"]
+
+FORMAT: Final = "normfuse certificate"
+SCHEMA: Final = 1
+
+NORMS: Final = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A folded model: its graph, and what was folded into what, with the proof, as plain data."""
+
+    graph: Graph
+    certificate: dict[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the whole model is what it was and no fold had to be undone."""
+        return bool(self.certificate["holds"])
+
+    @property
+    def module(self) -> nn.Module:
+        """The folded model as a module in eval mode; it takes and returns what the original does."""
+        return to_program(self.graph).module()
+
+    def save(self, target: str | Path) -> None:
+        """Write ``model.pt2`` (a torch.export archive) and ``certificate.json`` to a folder, whole or not at all.
+
+        Raises:
+            UsageError: the folder exists and is no artifact.
+            BadInput: it cannot be written.
+        """
+        with ArtifactWriter(Path(target)) as writer:
+            torch.export.save(to_program(self.graph), str(writer.folder / "model.pt2"))
+            writer.add_json("certificate.json", self.certificate)
+            writer.finish({"kind": "fold", "environment": describe_environment().as_dict()})
+
+
+def fold_graph(
+    original: Graph, samples: Sequence[Sequence[Tensor]], *, recentres: bool, origin: str, progress: Progress
+) -> Folded:
+    """Fold a graph: first in float64, every step checked on the samples, then in the model's own type the same steps.
+
+    Args:
+        original: the captured model; it is not changed.
+        samples: inputs to check with, in the order of the graph's inputs.
+        recentres: whether layer norms become RMS norms where they can.
+        origin: where the samples come from, for the certificate.
+        progress: shows what takes long.
+    """
+    with progress.task("folding in float64 and checking every step"):
+        wide = converted(original, torch.float64)
+        reports = Pipeline(phases=(CANONICAL, AFFINES)).run(wide)
+        found = _affines(wide)
+        certifier = Certifier(wide, samples)
+        given = frozenset({Fact.CANONICAL, Fact.AFFINES})
+        audited = Pipeline(phases=(folds(audit=certifier, recentres=recentres),), given=given).run(wide)
+        left = _affines(wide)
+    with progress.task("folding"):
+        graph = original.copy()
+        remembered = folds(audit=Remembered(certifier.undone), recentres=recentres)
+        Pipeline(phases=(CANONICAL, AFFINES, remembered, LOWER)).run(graph)
+    with progress.task("comparing the models"):
+        error = _error(converted(original, torch.float64), wide, [[_wide(value) for value in s] for s in samples])
+        own = _error(original, graph, samples)
+    certificate = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "holds": bool(error <= TOLERANCE and not certifier.undone),
+        "samples": {"count": len(samples), "origin": origin},
+        "tolerance": TOLERANCE,
+        "error": {"float64": error, "own_type": own},
+        "norms": {"before": _norms(original), "after": _norms(graph)},
+        "affines": {"found": found, "folded": found - left, "left": left},
+        "sites": _sites(audited, certifier),
+        "left": [refusal.as_dict() for refusal in _left([*reports, *audited])],
+        "undone": [{"rule": rule, "node": node} for rule, node in sorted(certifier.undone)],
+    }
+    return Folded(graph, certificate)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _affines(graph: Graph) -> int:
+    return sum(query.is_call(node, AFFINE) for node in graph.nodes)
+
+
+def _norms(graph: Graph) -> dict[str, int]:
+    """Return how many norms of each kind a graph computes."""
+    names = Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function")
+    found = {kind: sum(count for name, count in names.items() if kind in name) for kind in NORMS}
+    return {kind: count for kind, count in found.items() if count}
+
+
+def _error(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -> float:
+    """Return the largest difference of any output, relative to its largest magnitude (inf: not comparable)."""
+    worst = 0.0
+    for sample in samples:
+        for ours, reference in zip(found.run(*sample), expected.run(*sample), strict=True):
+            worst = max(worst, difference(ours, reference)[1])
+    return worst
+
+
+def _sites(reports: Sequence[PassReport], certifier: Certifier) -> list[dict[str, Any]]:
+    """Join what the rules say of their steps with what the check said of them."""
+    kept = {(check.rule, check.node): check for check in certifier.checks if check.holds}
+    sites: list[dict[str, Any]] = []
+    for site in (site for report in reports for site in report.sites):
+        check = kept[(site["rule"], site["node"])]
+        sites.append({**site, "absolute": check.absolute, "relative": check.relative, "compared": list(check.compared)})
+    return sites
+
+
+def _left(reports: Sequence[PassReport]) -> list[Any]:
+    """Return the last reason for everything that stayed."""
+    last = {refusal.node: refusal for report in reports for refusal in report.refused}
+    return list(last.values())
