@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE, IDENTITY, Affine, read_affine, write_affine
 from normfuse.graph.edit import Editor
+from normfuse.graph.progression import steps_left
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Match, Rule, anything, apply_rules, call, constant
@@ -66,6 +67,9 @@ class BatchNormIsAffine(Rule[Affine]):
     def plan(self, graph: Graph, match: Match) -> Affine | Refusal:
         """Return the affine in float64; eps stands inside the root."""
         norm = match["norm"]
+        if left := steps_left(norm):
+            detail = f"{left} training forwards are left; train until iter is 0"
+            return Refusal(match.root.name, Reason.PROGRESSION, detail, query.layer_of(norm))
         return _frozen_statistics(graph, match.root, norm.args[1:5], float(norm.args[6]))  # type: ignore[arg-type]
 
     def rewrite(self, match: Match, plan: Affine, edit: Editor) -> None:

@@ -14,8 +14,11 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import UnsupportedModel
 from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
+from normfuse.graph.progression import mark_unfinished, unfinished_steps
 
 __all__ = ["unlift"]
+
+UNFINISHED = "still mix in layer norm when they train, so eval mode is not what was trained; train until iter is 0"
 
 
 def unlift(program: ExportedProgram) -> Graph:
@@ -49,8 +52,12 @@ def unlift(program: ExportedProgram) -> Graph:
     _drop_dead_code(graph)
     _refuse_randomness(graph)
     _settle_sizes(graph)
+    steps = unfinished_steps({**program.constants, **program.state_dict})
+    for node in graph.nodes:
+        mark_unfinished(node, steps)
+    notes = (f"{len(steps)} PRepBN layers {UNFINISHED}: {', '.join(steps)}",) if steps else ()
     module = fx.GraphModule(root, graph)
-    return Graph(module, tuple(input_names), _output_names(program, values))
+    return Graph(module, tuple(input_names), _output_names(program, values), notes)
 
 
 def _is_fixed(node: fx.Node) -> bool:
