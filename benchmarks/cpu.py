@@ -18,6 +18,7 @@ from benchmarks.peers.onnxruntime_static import quantize_u8s8
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
 from normfuse.build import build_quantized, write_float
+from normfuse.checks import require
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import capture
@@ -73,7 +74,7 @@ def build(norm: str, layers: int, folder: Path, threads: int) -> list[EngineSpec
         batches=(batch.numpy() for batch in images(SAMPLES).split(2)),
     )
     folded, _ = write_float(graph, folder / f"{label}_folded.onnx")
-    build_quantized(
+    int8 = build_quantized(
         folded,
         lambda: ([image[None]] for image in images(SAMPLES)),
         folder / f"{label}_int8.onnx",
@@ -83,9 +84,16 @@ def build(norm: str, layers: int, folder: Path, threads: int) -> list[EngineSpec
         threads=threads,
         progress=render.ShownProgress(),
     )
+    require(int8.checks)  # a fast engine that computes something else is no figure
     files = {TORCH: ".pt2", PLAIN: "_plain.onnx", OWN_INT8: "_own.onnx", FOLDED: "_folded.onnx", INT8: "_int8.onnx"}
+    config = {INT8: int8.session_config}
     return [
-        EngineSpec(f"{norm} {name}", "torch" if name == TORCH else "onnxruntime", folder / f"{label}{end}")
+        EngineSpec(
+            f"{norm} {name}",
+            "torch" if name == TORCH else "onnxruntime",
+            folder / f"{label}{end}",
+            config.get(name, {}),
+        )
         for name, end in files.items()
     ]
 

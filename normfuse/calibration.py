@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph, query
 from normfuse.graph.quantization import QuantizationRequest, requests
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
@@ -35,8 +35,8 @@ Source = Callable[[], Iterable[Sequence[Tensor]]]
 class ChosenRange:
     """The range of one tensor, which method gave it, and the local output error of every candidate.
 
-    ``errors`` are sums of squared differences at the outputs of the operators that read the tensor,
-    relative to the smallest; empty where no competition was needed.
+    ``errors`` are sums of squared differences at the outputs of the operators that read the tensor (see
+    ``calibrate``), relative to the smallest; empty where no competition was needed.
     """
 
     range: Range
@@ -48,7 +48,7 @@ class ChosenRange:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Chosen ranges by node name, and the number of samples they come from."""
+    """Chosen ranges by the name of the node that makes the tensor, and the number of samples they come from."""
 
     chosen: Mapping[str, ChosenRange]
     samples: int
@@ -76,15 +76,16 @@ def calibrate(
     total: int | None = None,
     progress: Progress | None = None,
 ) -> Ranges:
-    """Return a range for every requested tensor of the graph (ours).
+    """Return a range for every requested tensor of the graph that the samples reach (ours).
 
     Samples run one by one, statistics are exact counts and exact sums, so the result depends neither on
     how samples were batched nor on their order; memory does not grow with their number. With
     ``AUTO`` the candidates (min-max, percentiles, MSE, entropy) compete by the squared error that they leave
-    at the outputs of the operators reading the tensor.
+    at the outputs of the linear maps and convolutions reading the codes; any other reader adds the error of the
+    tensor itself.
 
     Args:
-        graph: a float graph with requests on its nodes (``place-quantizers``).
+        graph: a float graph with requests (``place-quantizers``).
         source: called for each run; see ``Source``.
         method: one method for all tensors, or the competition.
         total: the number of samples, for the progress bar.
@@ -94,14 +95,20 @@ def calibrate(
         BadInput: there are no samples, or a tensor is not finite; the message names layer and sample.
     """
     shown = progress or Silent()
-    wanted = dict(requests(graph))
+    wanted = {request.node: request for request in requests(graph)}
     histograms = {node: DyadicHistogram() for node in wanted}
     count = _observe(graph, source, histograms, shown, total)
-    offered = {node: _offer(histograms[node], request, method) for node, request in wanted.items()}
+    seen = [request for node, request in wanted.items() if histograms[node].total]
+    offered = {request.node: _offer(histograms[request.node], request, method) for request in seen}
     errors: dict[fx.Node, dict[str, float]] = {}
     if any(len(ranges) > 1 for ranges in offered.values()):
         errors = _compete(graph, source, offered, wanted, shown, total)
-    chosen = {node.name: _choose(node, offered[node], errors.get(node, {}), histograms[node]) for node in wanted}
+    chosen = {
+        request.source.name: _choose(
+            request, offered[request.node], errors.get(request.node, {}), histograms[request.node]
+        )
+        for request in seen
+    }
     return Ranges(chosen, count)
 
 
@@ -111,21 +118,16 @@ def _observe(
     count = 0
 
     def watch(node: fx.Node, value: Any) -> Any:
-        if (histogram := histograms.get(_own(node))) is not None:
+        if (histogram := histograms.get(node)) is not None:
             if not bool(torch.isfinite(value).all()):
                 raise BadInput(
                     "an activation is not finite",
-                    where=f"{query.layer_of(node) or node.name}, calibration sample {count}",
+                    where=f"{query.layer_of(node) or node.all_input_nodes[0].name}, calibration sample {count}",
                     expected="finite values everywhere",
                     hint="check the model on this sample, or leave the sample out",
                 )
             histogram.update(value)
         return value
-
-    by_name = {node.name: node for node in histograms}
-
-    def _own(node: fx.Node) -> fx.Node:
-        return by_name.get(node.name, node)
 
     with progress.task("observing ranges", total) as advance:
         for sample in source():
@@ -162,20 +164,17 @@ def _compete(
     total: int | None,
 ) -> dict[fx.Node, dict[str, float]]:
     """Return, for every tensor and candidate, the squared error at the outputs of the tensor's readers."""
-    sums = {node: {label: ExactSum() for label in ranges} for node, ranges in offered.items()}
+    sums = {node: {label: ExactSum() for label in ranges} for node, ranges in offered.items() if len(ranges) > 1}
     params = {
         node: {label: asymmetric(r.minimum, r.maximum, wanted[node].type) for label, r in ranges.items()}
         for node, ranges in offered.items()
     }
-    weights = {node: _reader_weights(graph, node, wanted[node]) for node in offered}
-    by_name = {node.name: node for node in offered}
+    readers = {node: [_linear_part(graph, reader) for reader in wanted[node].readers] for node in sums}
 
     def watch(node: fx.Node, value: Any) -> Any:
-        own = by_name.get(node.name)
-        if own is not None and len(offered[own]) > 1:
-            for label, candidate in params[own].items():
-                difference = quantize_dequantize(value, candidate) - value
-                sums[own][label].add(_output_error(difference, weights[own]))
+        for label, total_ in sums.get(node, {}).items():
+            difference = quantize_dequantize(value, params[node][label]) - value
+            total_.add(_output_error(difference, readers[node]))
         return value
 
     with progress.task("choosing ranges", total) as advance:
@@ -185,31 +184,27 @@ def _compete(
     return {node: {label: total_.value() for label, total_ in errors.items()} for node, errors in sums.items()}
 
 
-def _reader_weights(graph: Graph, node: fx.Node, request: QuantizationRequest) -> list[Tensor]:
-    """Return the weights of the linear layers that read the tensor's codes; other readers count as identity."""
-    weights = []
-    for reader in query.readers(node):
-        linear = read_linear_map(graph, reader) if reader.name in request.readers else None
-        if linear is not None and reader.target is ops.LINEAR:
-            weights.append(linear.weight)
-    return weights
+def _linear_part(graph: Graph, reader: fx.Node) -> Callable[[Tensor], Tensor]:
+    """Return the reader without its bias if it is a linear map or a convolution, else the identity."""
+    linear = read_linear_map(graph, reader)
+    if linear is None:
+        return lambda difference: difference
+    operator: Any = reader.target
+    options = {key: value for key, value in reader.kwargs.items() if key != "bias"}
+    return lambda difference: operator(difference, linear.weight, None, *reader.args[3:], **options)
 
 
-def _output_error(difference: Tensor, weights: Sequence[Tensor]) -> float:
-    # Linear maps: W q(x) - W x = W (q(x) - x), so one product per candidate is enough.
-    if not weights:
-        return float(difference.double().square().sum())
-    flat = difference.reshape(-1, difference.shape[-1])
-    return sum(float((flat @ weight.mT).double().square().sum()) for weight in weights)
+def _output_error(difference: Tensor, readers: Sequence[Callable[[Tensor], Tensor]]) -> float:
+    # Linear maps: A q(x) - A x = A (q(x) - x), so one product per candidate is enough.
+    return sum(float(reader(difference).double().square().sum()) for reader in readers)
 
 
 def _choose(
-    node: fx.Node, offered: Mapping[str, Range], errors: Mapping[str, float], histogram: DyadicHistogram
+    request: QuantizationRequest, offered: Mapping[str, Range], errors: Mapping[str, float], histogram: DyadicHistogram
 ) -> ChosenRange:
     label = min(offered, key=lambda name: (errors.get(name, 0.0), list(offered).index(name)))
     smallest = min(errors.values(), default=0.0)
     relative = {name: error / smallest if smallest > 0 else 1.0 for name, error in errors.items()}
     observed = Range(histogram.minimum, histogram.maximum)
-    return ChosenRange(
-        range=offered[label], method=label, layer=query.layer_of(node), observed=observed, errors=relative
-    )
+    layer = query.layer_of(request.source)
+    return ChosenRange(range=offered[label], method=label, layer=layer, observed=observed, errors=relative)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from normfuse.errors import CheckFailed
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
 from normfuse.runtime.agreement import compare_codes, output_error
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["Check", "check_codes", "check_export", "check_fold"]
+__all__ = ["Check", "check_codes", "check_export", "check_fold", "require", "samples_in"]
 
 FOLD_FLOAT64: Final = 1e-10
 """Folding is exact in real arithmetic: in float64 only rounding is left."""
@@ -61,34 +63,69 @@ def check_fold(original: Graph, folded_in_float64: Graph, samples: Sequence[Sequ
     ``folded_in_float64`` went through the same passes as the graph that ships, from float64 constants.
     """
     reference = converted(original, torch.float64)
-    worst = 0.0
+    errors = []
     for sample in samples:
         wide = [value.double() if value.is_floating_point() else value for value in sample]
         pairs = zip(reference.run(*wide), folded_in_float64.run(*wide), strict=True)
-        worst = max([worst, *(output_error(found.numpy(), wanted.numpy()) for wanted, found in pairs)])
-    return Check("folded model = original, float64", worst, FOLD_FLOAT64, f"{len(samples)} samples")
+        errors += [output_error(found.numpy(), wanted.numpy()) for wanted, found in pairs]
+    return Check("folded model = original, float64", _worst(errors), FOLD_FLOAT64, _samples(samples_in(samples)))
 
 
 def check_export(original: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int) -> Check:
     """Compare the model in PyTorch with the float engine (folded and exported), relative to the output's scale."""
     session = open_onnx(path, threads=threads)
-    worst = 0.0
+    errors = []
     for sample in samples:
         feeds = {name: value.numpy() for name, value in zip(original.input_names, sample, strict=True)}
         found = session.run(feeds)
         pairs = zip(original.output_names, original.run(*sample), strict=True)
-        worst = max([worst, *(output_error(found[name], wanted.numpy()) for name, wanted in pairs)])
-    return Check("float engine = PyTorch, float32", worst, EXPORT_FLOAT32, f"{len(samples)} samples")
+        errors += [output_error(found[name], wanted.numpy()) for name, wanted in pairs]
+    return Check("float engine = PyTorch, float32", _worst(errors), EXPORT_FLOAT32, _samples(samples_in(samples)))
 
 
 def check_codes(
-    graph: Graph, path: Path, samples: Iterable[Sequence[Tensor]], *, threads: int, session_config: Mapping[str, str]
+    graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int, session_config: Mapping[str, str]
 ) -> list[Check]:
-    """Compare the quantized engine with its simulation: codes of every quantizer, and the outputs."""
+    """Compare the quantized engine with its simulation: codes of every quantizer, if there are any, and the outputs."""
     found = compare_codes(graph, path, samples, threads=threads, session_config=session_config)
+    seen = _samples(samples_in(samples))
+    outputs = Check("engine's outputs = simulation's", found.output_error, SIMULATION_FLOAT32, seen)
+    if not found.tensors and not found.missing:
+        return [outputs]
     share = max((tensor.share_different for tensor in found.tensors), default=0.0)
-    detail = f"{len(found.tensors)} tensors, {found.samples} samples, at most {share:.2%} of a tensor's codes differ"
-    return [
-        Check("engine's codes = simulation's", float(found.largest_difference), float(ONE_CODE), detail),
-        Check("engine's outputs = simulation's", found.output_error, SIMULATION_FLOAT32, f"{found.samples} samples"),
-    ]
+    detail = f"{len(found.tensors)} tensors, {seen}, at most {share:.2%} of a tensor's codes differ"
+    largest = float(found.largest_difference)
+    if found.missing:
+        largest, detail = math.inf, f"not found in the engine: {', '.join(found.missing)}; {detail}"
+    return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), outputs]
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Refuse to go on where a check does not hold.
+
+    Raises:
+        CheckFailed: one or more do not; the message has their figures.
+    """
+    failed = [check for check in checks if not check.holds]
+    if failed:
+        figures = "; ".join(f"{check.name}: {check.value:.3g} ({check.detail})" for check in failed)
+        raise CheckFailed(
+            f"a check failed: {figures}",
+            where="verification",
+            expected="; ".join(f"{check.name}: {check.bound:.3g} at most" for check in failed),
+            hint="see that the model's outputs are finite on these samples, then report it with the model if you can",
+        )
+
+
+def samples_in(batches: Iterable[Sequence[Tensor]]) -> int:
+    """Return the number of samples in batches of one tensor per input (an input of size 1 is shared by a batch)."""
+    return sum(max((len(value) for value in batch if value.ndim), default=1) for batch in batches)
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """Return the largest error; infinite where nothing was compared, which proves nothing."""
+    return max(errors, default=math.inf)
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'' if count == 1 else 's'}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from normfuse.bench.accuracy import Accuracy, Closeness, Engine, compare_outputs, top_1
+from normfuse.bench.accuracy import Accuracy, Array, Closeness, Engine, compare_outputs, top_1
 from normfuse.bench.comparison import Comparison, Row
-from normfuse.bench.timing import EngineSpec, measure_memory, time_engines
-from normfuse.data import Samples
+from normfuse.bench.inputs import write_inputs
+from normfuse.bench.timing import EngineSpec, Timing, measure_memory, time_engines
+from normfuse.bench.worker_process import Load
+from normfuse.data import Batch, Samples
 from normfuse.progress import Progress
-from normfuse.runtime.onnx_session import open_onnx
+from normfuse.runtime.onnx_session import OnnxSession, open_onnx
 
 __all__ = ["Measured", "compare_engines"]
 
@@ -22,38 +24,57 @@ LIMIT_WITHOUT_LABELS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What to measure: engines by label (the first is the baseline), and on which samples."""
+    """What to measure: engines by label (the first is the baseline), and on which samples.
+
+    Without samples the engines run on random arrays in which every axis of any size, but the batch, is of size 1.
+    """
 
     engines: Sequence[EngineSpec]
     evaluation: Samples | None
     fixed_batch: int | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def compare_engines(what: Measured, *, batch: int, threads: int, speed: bool, progress: Progress) -> Comparison:
     """Return latency, memory, size and accuracy of every engine, from one run.
 
-    Accuracy is measured for the onnxruntime engines, with the same samples through the same preprocessing; without
-    labels their outputs are compared with the first one's.
+    All engines are timed on the first samples, so that sizes and values are those of real data. Accuracy is measured
+    for the onnxruntime engines, with the same samples through the same preprocessing; without labels their outputs
+    are compared with the first one's.
     """
     batch = what.fixed_batch or batch
-    timings = time_engines(what.engines, batch=batch, threads=threads, progress=progress) if speed else {}
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        inputs = None
+        if what.evaluation is not None:
+            inputs = write_inputs(Path(folder) / "inputs.npz", what.evaluation, batch=batch)
+        load = Load(batch=batch, threads=threads, inputs=inputs)
+        timings, peaks = _speed(what, load, progress) if speed else ({}, {})
     rows = []
-    with progress.task("memory and accuracy", len(what.engines)) as advance:
+    with progress.task("measuring accuracy", len(what.engines)) as advance:
         for engine in what.engines:
             right, near = _accuracy(what, engine, threads=threads)
             rows.append(
                 Row(
                     label=engine.label,
                     timing=timings.get(engine.label),
-                    peak_bytes=measure_memory(engine, batch=batch, threads=threads) if speed else None,
-                    file_bytes=what.sizes.get(engine.label, _size(engine.path)),
+                    peak_bytes=peaks.get(engine.label),
+                    file_bytes=_size(engine.path),
                     accuracy=right,
                     closeness=near,
                 )
             )
             advance(1)
     return Comparison(rows=tuple(rows), baseline=what.engines[0].label, batch=batch, threads=threads)
+
+
+def _speed(what: Measured, load: Load, progress: Progress) -> tuple[dict[str, Timing], dict[str, int]]:
+    """Return timing and peak memory by label."""
+    timings = time_engines(what.engines, batch=load.batch, threads=load.threads, inputs=load.inputs, progress=progress)
+    peaks = {}
+    with progress.task("measuring memory", len(what.engines)) as advance:
+        for engine in what.engines:
+            peaks[engine.label] = measure_memory(engine, batch=load.batch, threads=load.threads, inputs=load.inputs)
+            advance(1)
+    return timings, peaks
 
 
 def _size(path: Path) -> int:
@@ -65,21 +86,32 @@ def _accuracy(what: Measured, spec: EngineSpec, *, threads: int) -> tuple[Accura
     samples, first = what.evaluation, what.engines[0]
     if samples is None or spec.kind != "onnxruntime":
         return None, None
-    engine = _engine(spec, threads)
+    session = _open(spec, threads)
     if samples.labels is not None:
-        return top_1(engine, ((batch.inputs, batch.labels) for batch in _batches(what, samples))), None
+        return top_1(_first_output(session), _labelled(_batches(what, session, samples))), None
     if spec is first:
         return None, None
-    limited = samples.first(LIMIT_WITHOUT_LABELS)
-    return None, compare_outputs(engine, _engine(first, threads), (batch.inputs for batch in _batches(what, limited)))
+    batches = _batches(what, session, samples.first(LIMIT_WITHOUT_LABELS))
+    reference = _first_output(_open(first, threads))
+    return None, compare_outputs(_first_output(session), reference, (batch.inputs for batch in batches))
 
 
-def _batches(what: Measured, samples: Samples) -> Iterator[Any]:
-    size = what.fixed_batch or EVALUATION_BATCH
-    return (batch for batch in samples.batches(size) if what.fixed_batch is None or len(batch) == size)
+def _batches(what: Measured, session: OnnxSession, samples: Samples) -> Iterator[Batch]:
+    if what.fixed_batch is not None:
+        return (batch for batch in samples.batches(what.fixed_batch) if len(batch) == what.fixed_batch)
+    # Samples of several sizes do not fit into one batch.
+    has_free_sizes = any(None in port.shape[1:] for port in session.inputs)
+    return samples.batches(1 if has_free_sizes else EVALUATION_BATCH)
 
 
-def _engine(spec: EngineSpec, threads: int) -> Engine:
-    session = open_onnx(spec.path, threads=threads, session_config=spec.session_config)
+def _labelled(batches: Iterable[Batch]) -> Iterator[tuple[dict[str, Array], Array]]:
+    return ((batch.inputs, batch.labels) for batch in batches if batch.labels is not None)
+
+
+def _open(spec: EngineSpec, threads: int) -> OnnxSession:
+    return open_onnx(spec.path, threads=threads, session_config=spec.session_config)
+
+
+def _first_output(session: OnnxSession) -> Engine:
     name = session.outputs[0].name
     return lambda inputs: session.run(dict(inputs))[name]

@@ -38,14 +38,14 @@ MATRIX_RANK: Final = 2
 class InsertQuantizers(Pass):
     """Quantize the requested activations and the weights of the linear maps that read them.
 
-        before   y = linear(x, W, b)
+        before   y = linear(request(x), W, b)
         after    y = linear(dq(q(x)), dq(codes of W), b)
 
     1. Activations: one scale and zero point per tensor, from the observed ranges (0 is always exact).
     2. Weights: symmetric codes per output channel, clipped where that leaves less squared error; biases: int32
        codes at scale_x * scale_w. A linear map is written on rows, the one form that onnxruntime runs in
        integers with its bias inside (a product and a sum fall back to float there).
-    3. A tensor without a range stays float, with a refusal.
+    3. A tensor without a range stays float, with a refusal, and its request is withdrawn.
 
     Not exact: this is where accuracy is spent. The graph's float operators then compute what integer kernels
     compute, up to float rounding.
@@ -60,26 +60,26 @@ class InsertQuantizers(Pass):
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
-        refused: list[Refusal] = []
-        activations = weights = 0
+        refused, applied = list[Refusal](), list[str]()
+        scales: dict[fx.Node, Tensor] = {}
         with editing(graph) as edit:
-            for node, request in list(requests(graph)):
-                if (found := self.ranges.get(node.name)) is None:
-                    refused.append(Refusal(node.name, Reason.NO_RANGE, layer=query.layer_of(node)))
+            for request in requests(graph):
+                if (found := self.ranges.get(request.source.name)) is None:
+                    refused.append(Refusal(request.source.name, Reason.NO_RANGE, layer=query.layer_of(request.source)))
+                    applied.append("withdrawn")
+                    edit.redirect(request.node, request.source)
                     continue
-                _quantize_activation(edit, node, request, asymmetric(found.minimum, found.maximum, request.type))
-                activations += 1
-            for node in list(graph.nodes):
-                linear = read_linear_map(graph, node)
-                if linear is not None and query.is_call(node.args[0], DEQUANTIZE):
-                    self._quantize_weight(edit, node, linear)
-                    weights += 1
-        return PassReport(
-            name=self.name, applied={"activation": activations, "weight": weights}, refused=tuple(refused)
-        )
+                params = asymmetric(found.minimum, found.maximum, request.type)
+                scales |= dict.fromkeys(request.readers, params.scale)
+                _quantize_activation(edit, request, params)
+                applied.append("activation")
+            for node, scale in scales.items():
+                if (linear := read_linear_map(graph, node)) is not None:
+                    self._quantize_weight(edit, node, linear, scale)
+                    applied.append("weight")
+        return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused))
 
-    def _quantize_weight(self, edit: Editor, node: fx.Node, linear: LinearMap) -> None:
-        input_scale = query.constant(edit.graph, node.args[0].args[1])  # type: ignore[union-attr, arg-type]
+    def _quantize_weight(self, edit: Editor, node: fx.Node, linear: LinearMap, input_scale: Tensor) -> None:
         params = weight_params(linear.weight, 0, self.weight, clip=WeightClip.MSE)
         if linear.bias is not None:
             params = scale_for_bias(params, input_scale=float(input_scale), bias=linear.bias)
@@ -98,13 +98,14 @@ class InsertQuantizers(Pass):
             edit.set_argument(node, 2, bias)
 
 
-def _quantize_activation(edit: Editor, node: fx.Node, request: QuantizationRequest, params: QuantParams) -> None:
-    scale = edit.constant(params.scale, f"{node.name}_scale", like=node)
-    zero = _zero_point(edit, node, params, node.name)
+def _quantize_activation(edit: Editor, request: QuantizationRequest, params: QuantParams) -> None:
+    source, place = request.source, request.node
+    scale = edit.constant(params.scale, f"{source.name}_scale", like=source)
+    zero = _zero_point(edit, source, params, source.name)
     limits = (request.type.minimum, request.type.maximum)
-    codes = edit.call(QUANTIZE, node, scale, zero, PER_TENSOR, *limits, at=node, after=True, name=f"{node.name}_codes")
-    values = edit.call(DEQUANTIZE, codes, scale, zero, PER_TENSOR, at=codes, after=True, name=f"{node.name}_values")
-    edit.redirect(node, values, only=lambda reader: reader.name in request.readers)
+    codes = edit.call(QUANTIZE, source, scale, zero, PER_TENSOR, *limits, at=place, name=f"{source.name}_codes")
+    values = edit.call(DEQUANTIZE, codes, scale, zero, PER_TENSOR, at=place, name=f"{source.name}_values")
+    edit.redirect(place, values)
 
 
 def _zero_point(edit: Editor, at: fx.Node, params: QuantParams, stem: str) -> fx.Node:
@@ -126,18 +127,29 @@ def _bias_params(params: QuantParams, input_scale: Tensor) -> QuantParams:
 
 def _write_linear(edit: Editor, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
     """Write y = x W + b on rows: [tokens, in] x [in, out]; the codes are reshaped, not the floats (2)."""
-    values = node.args[0]
-    assert isinstance(values, fx.Node)
-    sizes = [size if isinstance(size, int) else -1 for size in query.shape(node)]
-    if len(sizes) == MATRIX_RANK:
-        rows = values
-    else:
-        codes, scale, zero, axis = values.args
-        flat = edit.call(ops.RESHAPE, codes, [-1, query.shape(values)[-1]], at=node)
+    rows = node.args[0]
+    assert isinstance(rows, fx.Node)
+    is_matrix = query.rank(node) == MATRIX_RANK
+    if not is_matrix:
+        codes, scale, zero, axis = rows.args
+        flat = edit.call(ops.RESHAPE, codes, [-1, query.shape(rows)[-1]], at=node)
+        sizes = _sizes(edit, node, codes)  # type: ignore[arg-type]
         rows = edit.call(DEQUANTIZE, flat, scale, zero, axis, at=node)
     operands = (ops.ATEN.mm.default, rows, weight) if bias is None else (ops.ATEN.addmm.default, bias, rows, weight)
     product = edit.call(*operands, at=node, name=f"{node.name}_rows")
-    if len(sizes) == MATRIX_RANK:
+    if is_matrix:
         edit.redirect(node, product)
     else:
         edit.replace(node, ops.RESHAPE, product, sizes)
+
+
+def _sizes(edit: Editor, node: fx.Node, codes: fx.Node) -> list[int | fx.Node]:
+    """Return the shape of a linear map's output for a reshape; its leading axes are those of the codes."""
+    sizes = query.shape(node)
+    dynamic = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(dynamic) == 1:  # the reshape finds out itself, and no size is computed at run time
+        return [size if isinstance(size, int) else -1 for size in sizes]
+    return [
+        edit.call(ops.ATEN.sym_size.int, codes, axis, at=node) if axis in dynamic else int(size)
+        for axis, size in enumerate(sizes)
+    ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from normfuse.graph import Graph, ops, query
-from normfuse.graph.quantization import request_quantization, requested
+from normfuse.graph.edit import editing
+from normfuse.graph.metadata import value_of
+from normfuse.graph.quantization import is_requested, request_quantization
 from normfuse.graph.text import operator_name
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant.placement import Placement
@@ -21,15 +24,19 @@ __all__ = ["PlaceQuantizers"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceQuantizers(Pass):
-    """Note on every tensor that the target wants quantized its type and who reads the codes.
+    """Put a request on every tensor that the target wants quantized, in front of those who read the codes.
 
-    1. The inputs of linear maps and convolutions with constant weights.
-    2. Where the target says so, both inputs of attention's two products.
-    3. Where the target says so, the outputs of convolutions (behind their ReLU), and the sums of two such
+        before   y = linear(x, W, b)
+        after    y = linear(request(x), W, b)
+
+    1. Requested are the inputs of linear maps and convolutions that have constant weights, read a float32 tensor
+       that is no constant, and sum up at least ``placement.smallest_inner`` products per output.
+    2. Where the target says so, also what such convolutions write (behind their ReLU), and the sums of two such
        outputs, so that a residual CNN never leaves its codes.
-    4. Norms, softmax and GELU are never cut apart.
+    3. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
+    4. Operators that normfuse does not know stay float and are named.
 
-    Nothing is computed differently yet: ranges come first.
+    Exact: a request passes its input on. Ranges come next, then quantizers in the place of the requests.
     """
 
     name: ClassVar[str] = "place-quantizers"
@@ -39,71 +46,80 @@ class PlaceQuantizers(Pass):
     placement: Placement
 
     def run(self, graph: Graph) -> PassReport:
-        """Annotate the graph."""
-        refused: list[Refusal] = []
-        counts = {"linear": 0, "convolution": 0, "attention-product": 0, "sum": 0}
-        for node in graph.nodes:
-            kind = self._kind(node)
-            if kind is None:
-                refused += _unknown(node)
-                continue
-            if (refusal := self._too_small(graph, node)) is not None:
-                refused.append(refusal)
-                continue
-            for value in self._inputs(node):
-                request_quantization(value, self.placement.activation, frozenset({node.name}))
-            counts[kind] += 1
+        """Edit the graph."""
+        refused = {node: found for node in graph.nodes if (found := self._refusal(graph, node)) is not None}
+        wishes = _inputs(graph, refused)
         if self.placement.convolution_outputs:
-            counts["sum"] = self._close_convolutions(graph)
+            wishes += _outputs(graph, refused)
+        with editing(graph) as edit:
+            for source, readers in _by_source(wishes).items():
+                request_quantization(edit, source, self.placement.activation, readers)
         return PassReport(
-            name=self.name,
-            applied={rule: count for rule, count in counts.items() if count},
-            refused=tuple(refused),
+            name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )
 
-    def _kind(self, node: fx.Node) -> str | None:
-        if query.is_call(node, ops.LINEAR):
-            return "linear"
-        if query.is_call(node, *ops.CONVOLUTIONS):
-            return "convolution"
-        if query.is_call(node, ops.MATMUL) and self.placement.attention_products:
-            return "attention-product"
-        return None
-
-    def _inputs(self, node: fx.Node) -> Iterator[fx.Node]:
-        operands = node.args[:2] if node.target is ops.MATMUL else node.args[:1]
-        return (value for value in operands if isinstance(value, fx.Node))
-
-    def _too_small(self, graph: Graph, node: fx.Node) -> Refusal | None:
-        if node.target is ops.MATMUL:
-            return None
-        layer = query.layer_of(node)
-        linear = read_linear_map(graph, node)
+    def _refusal(self, graph: Graph, node: fx.Node) -> Refusal | None:
+        """Return why ``node`` computes floats (1, 4), or None."""
+        if not _is_linear_map(node):
+            return _unknown(node)
+        layer, source, linear = query.layer_of(node), _input(node), read_linear_map(graph, node)
         if linear is None:
             return Refusal(node.name, Reason.NOT_CONSTANT, "its weight", layer)
-        if not query.dtype(node).is_floating_point:
-            return Refusal(node.name, Reason.UNSUPPORTED_TYPE, str(query.dtype(node)), layer)
+        if query.is_constant(source):
+            return Refusal(node.name, Reason.NO_RANGE, "its input is a constant", layer)
+        if query.dtype(source) is not torch.float32:
+            return Refusal(node.name, Reason.UNSUPPORTED_TYPE, str(query.dtype(source)), layer)
         inner = linear.weight[0].numel()
         if inner < self.placement.smallest_inner:
             return Refusal(node.name, Reason.TOO_SMALL, f"{inner} inputs per output", layer)
         return None
 
-    def _close_convolutions(self, graph: Graph) -> int:
-        """Request what convolutions write, and the sums of what they write; return the number of sums."""
-        sums = 0
-        written: set[fx.Node] = set()
-        for node in graph.nodes:
-            is_convolution = query.is_call(node, *ops.CONVOLUTIONS) and requested(_input(node)) is not None
-            is_sum = query.is_call(node, ops.ADD) and all(value in written for value in node.args[:2])
-            if not (is_convolution or is_sum):
-                continue
-            sums += is_sum
-            value = _behind_relu(node)
-            inner = [reader for reader in query.readers(value) if reader.op != "output"]
-            if len(inner) == len(query.readers(value)):
-                written.add(value)
-                request_quantization(value, self.placement.activation, frozenset(reader.name for reader in inner))
-        return sums
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """Who shall read the codes of a tensor, and by which rule."""
+
+    rule: str
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
+
+
+def _inputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
+    """Return what linear maps read (1) and is not requested yet."""
+    return [
+        _Wish("linear" if node.target is ops.LINEAR else "convolution", _input(node), (node,))
+        for node in graph.nodes
+        if _is_linear_map(node) and node not in refused and not is_requested(_input(node))
+    ]
+
+
+def _outputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
+    """Return what convolutions and sums behind them write (2, 3) and is not requested yet."""
+    wishes, written = list[_Wish](), set[fx.Node]()
+    for node in graph.nodes:
+        is_convolution = query.is_call(node, *ops.CONVOLUTIONS) and node not in refused
+        is_sum = query.is_call(node, ops.ADD) and all(_behind_request(value) in written for value in node.args[:2])
+        if not (is_convolution or is_sum):
+            continue
+        value = _behind_relu(node)
+        readers = query.readers(value)
+        if any(reader.op == "output" or (_is_linear_map(reader) and reader in refused) for reader in readers):
+            continue
+        written.add(value)
+        if new := tuple(reader for reader in readers if not is_requested(reader)):
+            wishes.append(_Wish("sum" if is_sum else "convolution-output", value, new))
+    return wishes
+
+
+def _by_source(wishes: Iterable[_Wish]) -> dict[fx.Node, set[fx.Node]]:
+    readers: dict[fx.Node, set[fx.Node]] = {}
+    for wish in wishes:
+        readers.setdefault(wish.source, set()).update(wish.readers)
+    return readers
+
+
+def _is_linear_map(node: fx.Node) -> bool:
+    return query.is_call(node, ops.LINEAR, *ops.CONVOLUTIONS)
 
 
 def _input(node: fx.Node) -> fx.Node:
@@ -112,14 +128,23 @@ def _input(node: fx.Node) -> fx.Node:
     return source
 
 
+def _behind_request(value: object) -> object:
+    return _input(value) if isinstance(value, fx.Node) and is_requested(value) else value
+
+
 def _behind_relu(node: fx.Node) -> fx.Node:
     reader = query.only_reader(node)
     return reader if reader is not None and query.is_call(reader, ops.RELU) else node
 
 
-def _unknown(node: fx.Node) -> list[Refusal]:
-    """Return a refusal for a call that computes floats in a way that normfuse has no integer form for."""
-    is_float_call = node.op == "call_function" and query.is_tensor(node) and query.dtype(node).is_floating_point
-    if not is_float_call or node.target in ops.KNOWN:
-        return []
-    return [Refusal(node.name, Reason.UNKNOWN_OPERATOR, operator_name(node.target), query.layer_of(node))]
+def _unknown(node: fx.Node) -> Refusal | None:
+    """Return a refusal for a call that computes floats in a way that normfuse has no integer form for (4)."""
+    if node.op != "call_function" or node.target in ops.KNOWN or is_requested(node) or not _makes_floats(node):
+        return None
+    return Refusal(node.name, Reason.UNKNOWN_OPERATOR, operator_name(node.target), query.layer_of(node))
+
+
+def _makes_floats(node: fx.Node) -> bool:
+    value = value_of(node)
+    results = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(result, torch.Tensor) and result.is_floating_point() for result in results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from normfuse.errors import BadInput
 
-__all__ = ["Accuracy", "Closeness", "compare_outputs", "top_1"]
+__all__ = ["Accuracy", "Array", "Closeness", "Engine", "check_labels", "compare_outputs", "top_1"]
 
 Array = NDArray[Any]
 Engine = Callable[[Mapping[str, Array]], Array]
@@ -75,22 +75,39 @@ def top_1(engine: Engine, batches: Iterable[tuple[Mapping[str, Array], Array]]) 
 
 
 def _checked_labels(labels: Array, output: Array) -> Array:
+    check_labels(labels, output.shape)
     flat = np.asarray(labels).reshape(-1)
-    if output.ndim != 2 or len(output) != len(flat):
-        raise BadInput(
-            f"the first output is {list(output.shape)} for {len(flat)} labels",
-            where="evaluation",
-            expected=f"[{len(flat)}, classes] for top-1 accuracy",
-            hint="leave the labels out to compare outputs instead",
-        )
-    classes = output.shape[1]
+    if len(output) != len(flat):
+        raise _no_classes(output.shape, len(flat))
+    return flat
+
+
+def check_labels(labels: Array, shape: Sequence[int | None]) -> None:
+    """Refuse labels that are no classes of a first output of this shape (None: an axis of any size).
+
+    Raises:
+        BadInput: the output is not [batch, classes], or a label is no class.
+    """
+    flat = np.asarray(labels).reshape(-1)
+    if len(shape) != 2:
+        raise _no_classes(shape, len(flat))
+    classes = shape[1] if shape[1] is not None else np.inf
     if len(flat) and not (np.issubdtype(flat.dtype, np.integer) and flat.min() >= 0 and flat.max() < classes):
         raise BadInput(
             f"labels are {flat.dtype} from {flat.min()} to {flat.max()}",
             where="evaluation data",
             expected=f"integers from 0 to {classes - 1}, the classes of the model",
         )
-    return flat
+
+
+def _no_classes(shape: Sequence[int | None], count: int) -> BadInput:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return BadInput(
+        f"the first output is [{sizes}] for {count} labels",
+        where="evaluation",
+        expected=f"[{count}, classes] for top-1 accuracy",
+        hint="leave the labels out to compare outputs instead",
+    )
 
 
 def compare_outputs(engine: Engine, reference: Engine, batches: Iterable[Mapping[str, Array]]) -> Closeness:

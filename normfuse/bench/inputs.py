@@ -5,15 +5,19 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normfuse.errors import BadInput
 
-__all__ = ["Wanted", "make_inputs"]
+if TYPE_CHECKING:  # a worker measures its own memory, so it imports nothing that it does not need
+    from normfuse.data import Samples
+
+__all__ = ["Wanted", "make_inputs", "write_inputs"]
 
 Array = NDArray[Any]
 
@@ -32,7 +36,7 @@ def make_inputs(wanted: Sequence[Wanted], *, batch: int, seed: int, source: Path
 
     Random floats are normal, never zeros or denormals, which run faster or slower than data does; integers are
     0 or 1, valid as class, token and mask alike. Axes of any size other than the batch get size 1, so measure
-    models that have some with ``source``.
+    models that have some with ``source`` (``write_inputs``).
 
     Args:
         wanted: the engine's inputs.
@@ -75,4 +79,25 @@ def _samples(port: Wanted, arrays: Mapping[str, Array], batch: int, source: Path
     if port.name not in arrays or arrays[port.name].shape[:1] in ((), (0,)):
         raise BadInput(f"there are no samples of {port.name}", where=str(source), expected=", ".join(sorted(arrays)))
     found = arrays[port.name]
+    if not port.shape:
+        return np.asarray(found[0], dtype=port.dtype)  # one number for the whole batch
     return np.ascontiguousarray(found[np.arange(batch) % len(found)], dtype=port.dtype)
+
+
+def write_inputs(path: Path, samples: Samples, *, batch: int) -> Path:
+    """Write the first ``batch`` samples as an ``.npz`` for ``make_inputs``; return its path.
+
+    Samples of other shapes than the first are left out: one batch has one shape. What is missing is repeated by
+    whoever reads the file.
+
+    Raises:
+        BadInput: the samples cannot be read.
+    """
+    group = [sample.inputs for sample in islice(samples.read(), batch)]
+    alike = [arrays for arrays in group if all(arrays[name].shape == group[0][name].shape for name in samples.names)]
+    # Not numpy.savez: inputs may be called like its own parameters.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in samples.names:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.stack([arrays[name] for arrays in alike]), allow_pickle=False)
+    return path

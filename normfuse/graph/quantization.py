@@ -1,43 +1,68 @@
-"""Which tensors of a graph are to be quantized, for whom, and how: requests as typed notes on nodes."""
+"""``normfuse::request``: stands where a tensor is to be quantized, and passes it on unchanged until it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from normfuse.graph import metadata
+from normfuse.graph import query
+from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
 from normfuse.quant import IntegerType
 
-__all__ = ["QuantizationRequest", "request_quantization", "requested", "requests"]
+__all__ = ["QuantizationRequest", "is_requested", "request_quantization", "requests"]
 
-KEY = "quantization_request"
+
+@torch.library.custom_op("normfuse::request", mutates_args=())
+def request(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
+    """Return ``x`` (ours); the other arguments are those of the ``IntegerType`` that it shall get."""
+    return x.clone()  # an operator must not return its input itself
+
+
+@request.register_fake
+def _(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+REQUEST: Final = torch.ops.normfuse.request.default
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRequest:
-    """The node's value shall be quantized to ``type``; ``readers`` (node names) read the codes."""
+    """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself."""
 
+    node: fx.Node
+    source: fx.Node
     type: IntegerType
-    readers: frozenset[str]
+
+    @property
+    def readers(self) -> list[fx.Node]:
+        """The nodes that shall read codes, in graph order."""
+        return query.readers(self.node)
 
 
-def request_quantization(node: fx.Node, type_: IntegerType, readers: frozenset[str]) -> None:
-    """Ask that the node's value be quantized for these readers, besides those that asked before."""
-    before = requested(node)
-    metadata.note(node, KEY, QuantizationRequest(type_, readers | (before.readers if before else frozenset())))
+def request_quantization(edit: Editor, source: fx.Node, type_: IntegerType, readers: Collection[fx.Node]) -> None:
+    """Let these readers of ``source`` read a request for it instead."""
+    wanted = (type_.bits, type_.signed, type_.narrow)
+    node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
+    edit.redirect(source, node, only=lambda reader: reader in readers)
 
 
-def requested(node: fx.Node) -> QuantizationRequest | None:
-    """Return what was asked for the node, or None."""
-    found = metadata.noted(node, KEY)
-    return found if isinstance(found, QuantizationRequest) else None
+def is_requested(node: object) -> bool:
+    """Return whether ``node`` is a request."""
+    return query.is_call(node, REQUEST)
 
 
-def requests(graph: Graph) -> Iterator[tuple[fx.Node, QuantizationRequest]]:
-    """Yield every node whose value is to be quantized, in graph order."""
-    for node in graph.nodes:
-        if (found := requested(node)) is not None:
-            yield node, found
+def requests(graph: Graph) -> list[QuantizationRequest]:
+    """Return the requests of the graph, in its order."""
+    return [_read(node) for node in graph.nodes if is_requested(node)]
+
+
+def _read(node: fx.Node) -> QuantizationRequest:
+    source, bits, signed, narrow = node.args
+    assert isinstance(source, fx.Node)
+    return QuantizationRequest(node, source, IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow)))  # type: ignore[arg-type]

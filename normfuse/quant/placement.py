@@ -18,9 +18,10 @@ class Placement:
         name: how reports call it.
         activation: codes of activations (per tensor).
         weight: codes of weights (per output channel, symmetric).
-        attention_products: whether q k^T and the product with v run in integers.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
-        smallest_inner: linear maps with fewer inputs per output stay float: they are too small to gain.
+        smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
+            with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
+            float's speed, 7 and 8 break even, 16 gain 1.2.
         session_config: onnxruntime session entries that the artifact needs to run as simulated.
         reason: why it is so, for the report.
     """
@@ -28,7 +29,6 @@ class Placement:
     name: str
     activation: IntegerType
     weight: IntegerType
-    attention_products: bool = False
     convolution_outputs: bool = True
     smallest_inner: int = 8
     session_config: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normfuse.bench.inputs import Wanted, make_inputs
+from normfuse.bench.inputs import Wanted, make_inputs, write_inputs
+from normfuse.data import Sample, Samples
 from normfuse.errors import BadInput
 
 WANTED = [
@@ -63,3 +64,18 @@ def test_samples_of_a_file_are_cut_and_repeated(tmp_path: Path) -> None:
     wanted = [Wanted("x", (None, 2), np.dtype(np.float32))]
     assert make_inputs(wanted, batch=2, seed=0, source=path)["x"].tolist() == [[0, 1], [2, 3]]
     assert make_inputs(wanted, batch=4, seed=0, source=path)["x"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+
+
+def test_samples_written_for_a_measurement_are_read_back_alike(tmp_path: Path) -> None:
+    shapes = [(5,), (4,), (5,), (5,)]
+    kept = [
+        Sample({"file": np.full(shape, index, np.float32), "scale": np.array(index + 2, np.float16)}, f"sample {index}")
+        for index, shape in enumerate(shapes)
+    ]
+    samples = Samples(source="test", names=("file", "scale"), count=4, read=lambda: iter(kept))
+    path = write_inputs(tmp_path / "inputs.npz", samples, batch=3)
+    wanted = [Wanted("file", (None, None), np.dtype(np.float32)), Wanted("scale", (), np.dtype(np.float16))]
+    found = make_inputs(wanted, batch=3, seed=0, source=path)
+    assert found["file"][:, 0].tolist() == [0, 2, 0], "the sample of another length is left out, the rest repeated"
+    assert found["file"].shape == (3, 5)
+    assert (found["scale"].shape, float(found["scale"])) == ((), 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from normfuse.calibration import calibrate
 from normfuse.errors import BadInput
 from normfuse.export.placement import X86_VNNI
-from normfuse.graph import Graph, capture
+from normfuse.graph import Graph, capture, query
+from normfuse.graph.quantization import requests
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
-from normfuse.quant import UINT8, asymmetric, quantize_dequantize
+from normfuse.quant import UINT8, DyadicHistogram, asymmetric, candidates, quantize_dequantize
 from normfuse.recipe import CalibrationMethod
 
 
@@ -80,7 +82,8 @@ def test_an_activation_that_is_not_finite_is_located() -> None:
             self.last = nn.Linear(9, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.log(x))
+            result: Tensor = self.last(torch.log(x))
+            return result
 
     samples = torch.ones(2, 9)
     samples[1, 4] = 0.0
@@ -93,3 +96,72 @@ def test_no_samples_is_an_error() -> None:
     graph = placed(two_layers(), torch.randn(2, 11))
     with pytest.raises(BadInput, match="no calibration samples"):
         calibrate(graph, lambda: iter(()))
+
+
+class Readers(nn.Module):
+    """One tensor, read by what ``forward`` is given; its first channel does not matter to the convolution."""
+
+    def __init__(self, readers: Any) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.make = nn.Conv1d(8, 8, 1, bias=False)
+        self.conv, self.linear = nn.Conv1d(8, 6, 3, stride=2, padding=1, dilation=2), nn.Linear(9, 4)
+        self.readers = readers
+        with torch.no_grad():
+            self.make.weight.copy_(torch.eye(8)[..., None])
+            self.conv.weight[:, 0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.readers(self, self.make(x))
+        return result
+
+
+CASES: list[Any] = [
+    pytest.param(
+        lambda m, y: m.conv(y),
+        lambda m, wrong: [torch.conv1d(wrong, m.conv.weight, None, 2, 1, 2)],
+        id="a convolution",
+    ),
+    pytest.param(lambda m, y: y.tanh(), lambda m, wrong: [wrong], id="no linear map"),
+    pytest.param(
+        lambda m, y: m.conv(y).sum() + m.linear(y).sum() + y.tanh().sum(),
+        lambda m, wrong: [torch.conv1d(wrong, m.conv.weight, None, 2, 1, 2), wrong @ m.linear.weight.mT, wrong],
+        id="all at once",
+    ),
+]
+
+
+@pytest.mark.parametrize(("readers", "errors_of"), CASES)
+def test_every_reader_counts(readers: Any, errors_of: Any) -> None:
+    samples = torch.randn(40, 8, 9, generator=torch.Generator().manual_seed(5))
+    samples[7, 0, 4] = 400.0  # in the channel that the convolution ignores
+    model = Readers(readers)
+    graph = placed(model, samples[:2])
+    (made,) = [each.source.name for each in requests(graph) if query.layer_of(each.source) == "make"]
+    found = calibrate(graph, source(samples)).chosen[made]
+
+    histogram = DyadicHistogram()
+    histogram.update(samples)
+    sums = {}
+    for label, candidate in candidates(histogram, UINT8).items():
+        wrong = quantize_dequantize(samples, asymmetric(candidate.minimum, candidate.maximum, UINT8)) - samples
+        sums[label] = sum(float(error.detach().double().square().sum()) for error in errors_of(model, wrong))
+    smallest = min(sums.values())
+    # Sums of at most 24 float32 products, in another order.
+    assert found.errors == pytest.approx({label: value / smallest for label, value in sums.items()}, rel=1e-5)
+    assert sums[found.method] == smallest
+
+
+def test_what_no_sample_reaches_has_no_range() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x), self.other(x[:, 5:])
+
+    samples = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    graph = placed(Empty(), samples)
+    assert len(requests(graph)) == 2
+    assert set(calibrate(graph, source(samples)).chosen) == {"x"}

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.checks import Check, check_codes, check_export, check_fold
+from normfuse.checks import Check, check_codes, check_export, check_fold, require, samples_in
+from normfuse.errors import CheckFailed
 from normfuse.export.onnx import export_onnx
 from normfuse.graph import Graph, capture
-from normfuse.graph.edit import converted
+from normfuse.graph.edit import converted, editing
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 
 SAMPLES = [[torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))] for seed in range(3)]
 
@@ -61,3 +64,53 @@ def test_what_is_the_same_holds(check: CheckOf, tmp_path: Path) -> None:
 def test_outputs_that_differ_or_are_not_finite_fail(check: CheckOf, tmp_path: Path, bias: float) -> None:
     found = check(linear(bias), tmp_path, SAMPLES)
     assert not found.holds, found
+
+
+@EVERY
+def test_where_nothing_is_compared_nothing_holds(check: CheckOf, tmp_path: Path) -> None:
+    assert not check(linear(), tmp_path, []).holds
+
+
+def test_samples_are_counted_and_not_batches(tmp_path: Path) -> None:
+    batches = [[torch.zeros(3, 5)], [torch.ones(3, 5)]]
+    assert fold_check(linear(), tmp_path, batches).detail == "6 samples"
+    assert fold_check(linear(), tmp_path, [[torch.zeros(1, 5)]]).detail == "1 sample"
+    assert samples_in([[torch.zeros(()), torch.zeros(1, 4), torch.zeros(2, 4)]]) == 2
+
+
+def quantized() -> Graph:
+    graph = linear()
+    reader = next(node for node in graph.nodes if node.op == "call_function")
+    with editing(graph) as edit:
+        (x,) = graph.inputs
+        scale = edit.constant(torch.tensor(0.05), "scale")
+        zero = edit.constant(torch.tensor(128, dtype=torch.uint8), "zero_point")
+        codes = edit.call(QUANTIZE, x, scale, zero, -1, 0, 255, at=reader, name="x_codes")
+        values = edit.call(DEQUANTIZE, codes, scale, zero, -1, at=reader, name="x_values")
+        edit.set_argument(reader, 0, values)
+    return graph
+
+
+def test_codes_are_compared_by_name_and_a_quantizer_that_is_not_found_fails(tmp_path: Path) -> None:
+    graph, path = quantized(), tmp_path / "model.onnx"
+    export_onnx(graph, path)
+    codes, outputs = check_codes(graph, path, SAMPLES, threads=1, session_config={})
+    assert (codes.holds, outputs.holds) == (True, True)
+    assert codes.detail == "1 tensors, 3 samples, at most 0.00% of a tensor's codes differ"
+
+    renamed = onnx.load(path)
+    for node in renamed.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["another" if name == "x_codes" else name for name in names]
+    onnx.save(renamed, path)
+    codes, outputs = check_codes(graph, path, SAMPLES, threads=1, session_config={})
+    assert (codes.holds, outputs.holds) == (False, True)
+    assert codes.detail.startswith("not found in the engine: x_codes; 0 tensors")
+
+
+def test_what_failed_is_told_with_its_figures() -> None:
+    good, bad = Check("good", 0.5, 1.0, "2 samples"), Check("bad", math.nan, 1.0, "3 samples")
+    require([good])
+    with pytest.raises(CheckFailed, match="bad: nan \\(3 samples\\)") as caught:
+        require([good, bad])
+    assert "good" not in str(caught.value)

@@ -1,0 +1,84 @@
+"""A finished compile: saved as an artifact, opened as a session, and opened again from the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normfuse.artifact import ArtifactWriter, read_artifact
+from normfuse.bench.environment import default_threads
+from normfuse.build import Engine
+from normfuse.page import render_page
+from normfuse.recipe import Recipe
+from normfuse.runtime.onnx_session import OnnxSession, open_onnx
+
+__all__ = ["Built", "Workspace", "load"]
+
+
+class Workspace:
+    """A temporary folder that lives as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="normfuse-"))
+        self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def model(self, label: str) -> Path:
+        """Return where an engine is written: under its final name, which a model with external data knows."""
+        folder = self.path / label
+        folder.mkdir()
+        return folder / "model.onnx"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A finished compile that has no place yet: ``report`` is plain data, ``save`` writes the artifact."""
+
+    recipe: Recipe
+    report: dict[str, Any]
+    engine: Engine
+    holds: bool
+    folder: Workspace = field(repr=False)
+
+    def save(self, target: str | Path) -> None:
+        """Write the artifact, whole or not at all.
+
+        Raises:
+            UsageError: the folder exists and is no artifact.
+            BadInput: it cannot be written.
+        """
+        report, recipe = self.report, self.recipe.to_toml()
+        with ArtifactWriter(Path(target)) as writer:
+            writer.add_file(self.engine.path, "model.onnx")
+            writer.add_text("recipe.toml", recipe)
+            writer.add_json("ranges.json", self.engine.ranges.as_dict() if self.engine.ranges else {})
+            writer.add_json("report.json", report)
+            writer.add_text("report.html", render_page(report))
+            writer.finish(
+                {
+                    "model": report["model"],
+                    "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+                    "seed": self.recipe.seed,
+                    "session_config": self.engine.session_config,
+                    "verdict": report["verdict"],
+                    "environment": report["environment"],
+                }
+            )
+
+    def session(self, *, threads: int = 0) -> OnnxSession:
+        """Open the engine that ``save`` would write."""
+        return open_onnx(self.engine.path, threads=default_threads(threads), session_config=self.engine.session_config)
+
+
+def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:
+    """Open an artifact as a callable session: ``session(image=array)["output"]``.
+
+    Raises:
+        BadInput: the folder is no artifact, or its model cannot be opened.
+    """
+    artifact = read_artifact(folder)
+    return open_onnx(artifact.model, threads=default_threads(threads), session_config=artifact.session_config)

@@ -1,0 +1,99 @@
+"""The end of a compile: judge what was measured, choose the engine that ships, write the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Final
+
+from normfuse.bench.comparison import Comparison
+from normfuse.bench.environment import describe_environment
+from normfuse.bench.verdict import Judgement, Verdict, judge
+from normfuse.build import Engine
+from normfuse.built import Built, Workspace
+from normfuse.capturing import Model
+from normfuse.graph import Graph, query
+from normfuse.loading import LoadedModel
+from normfuse.recipe import Recipe
+from normfuse.report import Reason
+
+__all__ = ["FLOAT", "QUANTIZED", "conclude"]
+
+FLOAT, QUANTIZED = "float", "int8"
+
+STAYED_FLOAT: Final = frozenset({Reason.NOT_CONSTANT, Reason.UNSUPPORTED_TYPE, Reason.NO_RANGE})
+"""Why a linear map that the target would run in integers runs in float (too small ones are left on purpose)."""
+
+
+def conclude(
+    model: Model,
+    original: Graph,
+    engines: Mapping[str, Engine],
+    comparison: Comparison,
+    recipe: Recipe,
+    folder: Workspace,
+) -> Built:
+    """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
+    judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
+    if QUANTIZED in engines:
+        judgement = _judge(engines[QUANTIZED], comparison, recipe)
+    kept = judgement.verdict is not Verdict.FELL_BACK
+    ships = QUANTIZED if kept and QUANTIZED in engines else FLOAT
+    report = {
+        "model": _describe(model, original),
+        "recipe": recipe.to_toml(),
+        "passes": [report.as_dict() for engine in engines.values() for report in engine.passes],
+        "quantization": _quantization(engines.get(QUANTIZED)),
+        "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
+        "comparison": comparison.as_dict(),
+        "verdict": {**judgement.as_dict(), "ships": ships},
+        "environment": describe_environment().as_dict(),
+    }
+    return Built(recipe=recipe, report=report, engine=engines[ships], holds=kept, folder=folder)
+
+
+def _judge(engine: Engine, comparison: Comparison, recipe: Recipe) -> Judgement:
+    if engine.ranges is not None and not engine.ranges.chosen:
+        return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
+    judgement = judge(
+        comparison,
+        QUANTIZED,
+        max_drop=recipe.max_drop,
+        min_speedup=recipe.min_speedup,
+        left_float=_left_float(engine),
+    )
+    failed = tuple(f"a check failed: {check.name}" for check in engine.checks if not check.holds)
+    return Judgement(Verdict.FELL_BACK, (*failed, *judgement.reasons)) if failed else judgement
+
+
+def _left_float(engine: Engine) -> list[str]:
+    refused = [refusal for step in engine.passes for refusal in step.refused if refusal.reason in STAYED_FLOAT]
+    return [refusal.layer or refusal.node for refusal in refused]
+
+
+def _describe(model: Model, original: Graph) -> dict[str, Any]:
+    known = {"kind": model.kind.value, "sha256": model.sha256} if isinstance(model, LoadedModel) else {}
+    return {
+        **known,
+        "inputs": [_port(spec) for spec in original.input_specs],
+        "outputs": [_port(spec) for spec in original.output_specs],
+        "constant_bytes": original.constant_bytes(),
+        "notes": list(original.notes),
+    }
+
+
+def _port(spec: Any) -> dict[str, Any]:
+    return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+
+
+def _quantization(engine: Engine | None) -> dict[str, Any]:
+    if engine is None or engine.ranges is None:
+        return {}
+    read = {
+        str(node.target): query.constant(engine.graph, node) for node in engine.graph.nodes if query.is_constant(node)
+    }
+    elements: Counter[str] = Counter()
+    for tensor in read.values():
+        elements[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    bits = 8.0 * engine.graph.constant_bytes() / max(elements.total(), 1)
+    return {"constants_by_type": dict(elements), "effective_bits": round(bits, 3), **engine.ranges.as_dict()}

@@ -1,0 +1,156 @@
+"""Quantizers stand in the place of requests, and the graph computes what scales and codes say."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+
+from normfuse.export.placement import X86_VNNI
+from normfuse.graph import Graph, capture, ops, query, verify
+from normfuse.graph.quantization import requests
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.insert_quantizers import InsertQuantizers
+from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.quant import QuantParams, Range, WeightClip, asymmetric, quantize_dequantize, weight_params
+from normfuse.report import Reason
+from normfuse.testing import Golden, Small, check_pass_contract, distance, fold_tolerance, picture, randomized, seeded
+
+
+def sample(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(9))
+
+
+def observed(graph: Graph, x: Tensor) -> dict[str, Range]:
+    ranges: dict[str, Range] = {}
+    sources = {request.node: request.source.name for request in requests(graph)}
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        if node in sources:
+            ranges[sources[node]] = Range(float(value.min()), float(value.max()))
+        return value
+
+    graph.run_watched((x,), watch)
+    return ranges
+
+
+def placed(model: Any, x: Tensor) -> tuple[Graph, InsertQuantizers]:
+    """Return a graph with requests, and the pass with the ranges of ``x``."""
+    graph = capture(model, (x,))
+    Canonicalize().run(graph)
+    PlaceQuantizers(placement=X86_VNNI).run(graph)
+    return graph, InsertQuantizers(ranges=observed(graph, x), weight=X86_VNNI.weight)
+
+
+def params_of(x: Tensor) -> QuantParams:
+    """Return scale and zero point of ``x`` from its own range (1)."""
+    return asymmetric(float(x.min()), float(x.max()), X86_VNNI.activation)
+
+
+def test_picture(golden: Golden) -> None:
+    parts = {"a": nn.Linear(9, 12, bias=False), "b": nn.Linear(12, 8), "c": nn.Conv1d(5, 4, 3)}
+    x = sample(3, 5, 9)
+    graph, step = placed(randomized(Small(lambda m, x: m.c(m.b(F.gelu(m.a(x)))), **parts)), x)
+    before = graph.text()
+    report = step.run(graph)
+    assert report.applied == {"activation": 3, "weight": 3}
+    assert picture(before, graph.text()) == golden
+
+
+LAYERS = [
+    pytest.param(nn.Linear(9, 4), (3, 9), F.linear, id="linear on a matrix"),
+    pytest.param(nn.Linear(9, 4), (3, 5, 9), F.linear, id="linear on three axes"),
+    pytest.param(nn.Linear(9, 4), (3, 2, 5, 9), F.linear, id="linear on four axes"),
+    pytest.param(nn.Linear(9, 4, bias=False), (3, 5, 9), F.linear, id="linear without a bias"),
+    pytest.param(nn.Conv1d(5, 4, 3), (3, 5, 9), F.conv1d, id="conv1d"),
+    pytest.param(nn.Conv2d(3, 5, (3, 4), bias=False), (3, 3, 5, 9), F.conv2d, id="conv2d without a bias"),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "function"), LAYERS)
+def test_numbers_and_contract(layer: Any, shape: tuple[int, ...], function: Any) -> None:
+    x = sample(*shape)
+    model = randomized(Small(lambda m, x: m.layer(x), layer=layer))
+    graph, step = placed(model, x)
+    assert check_pass_contract(step, graph, (x,)).changed
+    tolerance = fold_tolerance(graph, x)
+    step.run(graph)
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    codes = weight_params(weight, 0, X86_VNNI.weight, clip=WeightClip.MSE)
+    expected = function(quantize_dequantize(x, params_of(x)), quantize_dequantize(weight, codes), bias)
+    half_a_step_of_the_bias = float(params_of(x).scale * codes.scale.max()) / 2
+    assert float((graph.run(x)[0] - expected).abs().max()) <= tolerance + half_a_step_of_the_bias
+    assert distance(graph.run(x), [model(x)]) < 0.05, "8 bits"
+    assert not any(query.is_call(node, ops.LINEAR) for node in graph.nodes), "linear maps are written on rows"
+
+
+def test_two_dynamic_axes() -> None:
+    model = randomized(Small(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(9, 12), b=nn.Linear(12, 8)))
+    sizes = {"x": {0: Dim("batch"), 1: Dim("tokens")}}
+    graph = capture(export(model, (sample(3, 5, 9),), dynamic_shapes=sizes))
+    PlaceQuantizers(placement=X86_VNNI).run(graph)
+    step = InsertQuantizers(ranges=observed(graph, sample(3, 5, 9)), weight=X86_VNNI.weight)
+    check_pass_contract(step, graph, (sample(3, 5, 9),))
+    assert step.run(graph).applied == {"activation": 2, "weight": 2}
+    verify(graph)
+    assert graph.output_specs[0].shape == (None, None, 8)
+    for shape in [(3, 5, 9), (1, 1, 9), (2, 7, 9)]:
+        x = sample(*shape).clamp(-1, 1)
+        assert distance(graph.run(x), [model(x)]) < 0.05
+
+
+def test_one_dynamic_axis_is_not_computed() -> None:
+    graph, step = placed(Small(lambda m, x: m.a(x), a=nn.Linear(9, 12)), sample(3, 5, 9))
+    step.run(graph)
+    assert not any(query.is_call(node, ops.ATEN.sym_size.int) for node in graph.nodes)
+
+
+def test_a_tensor_without_a_range_stays_float() -> None:
+    x = sample(3, 9)
+    model = randomized(Small(lambda m, x: m.b(F.gelu(m.a(x))), a=nn.Linear(9, 12), b=nn.Linear(12, 8)))
+    graph, step = placed(model, x)
+    nothing = InsertQuantizers(ranges={}, weight=step.weight)
+    report = check_pass_contract(nothing, graph, (x,))
+    assert [(refusal.node, refusal.reason) for refusal in report.refused] == [
+        ("x", Reason.NO_RANGE),
+        ("gelu", Reason.NO_RANGE),
+    ]
+    nothing.run(graph)
+    assert not requests(graph)
+    assert torch.equal(graph.run(x)[0], model(x))
+
+
+def test_what_was_refused_stays_float_though_codes_are_read_beside_it() -> None:
+    parts = {"a": nn.Conv2d(3, 16, 3), "small": nn.Conv2d(16, 16, (1, 3), groups=16)}
+    x = sample(2, 3, 6, 7)
+    graph, step = placed(randomized(Small(lambda m, x: m.small(m.a(x).relu()), **parts)), x)
+    assert step.run(graph).applied == {"activation": 1, "weight": 1}
+    _, small = (node for node in graph.nodes if query.is_call(node, ops.CONV2D))
+    assert query.is_constant(small.args[1])
+    assert not query.is_call(small.args[0], DEQUANTIZE)
+
+
+def test_who_did_not_ask_reads_floats() -> None:
+    graph, step = placed(Small(lambda m, x: m.a(x) + x, a=nn.Linear(9, 9)), sample(3, 9))
+    step.run(graph)
+    (image,) = graph.inputs
+    assert {reader.target for reader in query.readers(image)} == {QUANTIZE, ops.ADD}
+
+
+def test_one_bias_for_all_outputs() -> None:
+    x = sample(4, 9)
+    model = Small(lambda m, x: torch.addmm(m.bias, x, m.weight), bias=sample(1), weight=sample(9, 5))
+    graph, step = placed(model, x)
+    assert step.run(graph).applied == {"activation": 1, "weight": 1}
+    assert distance(graph.run(x), [model(x)]) < 0.05
+
+
+def test_one_weight_with_two_readers() -> None:
+    x = sample(4, 9)
+    model = Small(lambda m, x: m.a(x) + m.a(x.tanh()), a=nn.Linear(9, 5))
+    graph, step = placed(model, x)
+    assert step.run(graph).applied == {"activation": 2, "weight": 2}
+    assert distance(graph.run(x), [model(x)]) < 0.05
