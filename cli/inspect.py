@@ -32,7 +32,6 @@ def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: 
     else:
         samples = opened_samples(options.pop("calib"), options.pop("preprocess"), progress=shown)
         model = opened_model(path, **options, progress=shown)
-        with shown.task("capturing and folding"):
-            found = inspect_model(model, samples, with_text=with_text)
+        found = inspect_model(model, samples, with_text=with_text, progress=shown)
     render.as_json(found) if as_json else render.inspection(found)
     return 0

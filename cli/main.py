@@ -17,6 +17,7 @@ INTERRUPTED: Final = 130
 
 COMMANDS: Final = {
     "compile": "Fold, quantize, verify and measure MODEL; write the artifact to a folder.",
+    "fold": "Fold every norm of MODEL that can fold; write the model and its certificate to a folder.",
     "benchmark": "Measure artifacts again, side by side.",
     "inspect": "Show what a model holds and what would be folded, or what an artifact is.",
     "verify": "Check that an artifact's files are the ones that were written.",

@@ -156,6 +156,37 @@ def _folds(passes: Sequence[Mapping[str, Any]]) -> None:
         table(f"left: {len(left)}", ("where", "because", "detail"), left)
 
 
+def certificate(found: Mapping[str, Any]) -> None:
+    """Show what was folded into what, what stays and why, and the proof."""
+    for note in found["notes"]:
+        line(f"note: {note}")
+    rows = [
+        (
+            site["affine"],
+            site["into"],
+            "; ".join(filter(None, (site["formula"], site.get("repair", "")))),
+            site.get("scale", ""),
+            f"{site['relative']:.1e}",
+        )
+        for site in found["sites"]
+    ]
+    table(f"folds: {len(rows)}", ("what", "into", "formula", "scale", "float64 error"), rows)
+    left = [(each["layer"] or each["node"], each["because"], each["detail"]) for each in found["left"]]
+    if left:
+        table(f"left: {len(left)}", ("where", "because", "detail"), left)
+    for each in found["undone"]:
+        line(f"UNDONE: {each['rule']} at {each['node']}: its float64 check failed")
+    before, after = (", ".join(f"{kind} {n}" for kind, n in found["norms"][key].items()) for key in ("before", "after"))
+    affines = found["affines"]
+    line(f"norms: {before or 'none'}; after folding: {after or 'none'}")
+    line(f"affines: {affines['found']} found, {affines['folded']} folded, {affines['left']} left")
+    error = found["error"]
+    line(
+        f"folded model = original on {found['samples']['count']} samples ({found['samples']['origin']}): "
+        f"error {error['float64']:.1e} in float64, {error['own_type']:.1e} in its own type"
+    )
+
+
 def comparison(found: Mapping[str, Any]) -> None:
     """Show engines side by side."""
     measured = found["comparison"]
@@ -207,7 +238,7 @@ def inspection(found: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys([*found["operators"], *found["operators_folded"]]))
     counts = [(name, found["operators"].get(name, 0), found["operators_folded"].get(name, 0)) for name in names]
     table("operators", ("operator", "as given", "folded"), counts)
-    _folds(found["passes"])
+    certificate(found["certificate"])
     if "text" in found:
         line(found["text"])
 

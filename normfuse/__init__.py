@@ -11,12 +11,14 @@ from normfuse.errors import NormfuseError
 if TYPE_CHECKING:
     from normfuse.calibration import calibrate
     from normfuse.compiler import compile, load, save
+    from normfuse.folding import FoldOptions, fold
     from normfuse.graph import capture
     from normfuse.pipeline import Pass, Pipeline
     from normfuse.recipe import Recipe
     from normfuse.report import PassReport
 
 __all__ = [
+    "FoldOptions",
     "NormfuseError",
     "Pass",
     "PassReport",
@@ -26,6 +28,7 @@ __all__ = [
     "calibrate",
     "capture",
     "compile",
+    "fold",
     "load",
     "save",
 ]
@@ -36,6 +39,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 _HOMES: Final = {
+    "FoldOptions": "normfuse.folding",
     "Pass": "normfuse.pipeline",
     "PassReport": "normfuse.report",
     "Pipeline": "normfuse.pipeline",
@@ -43,6 +47,7 @@ _HOMES: Final = {
     "calibrate": "normfuse.calibration",
     "capture": "normfuse.graph",
     "compile": "normfuse.compiler",
+    "fold": "normfuse.folding",
     "load": "normfuse.compiler",
     "save": "normfuse.compiler",
 }

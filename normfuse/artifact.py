@@ -107,6 +107,15 @@ class ArtifactWriter:
                 # The model names its data file; both keep that name.
                 shutil.copyfile(data, self._place(data.name))
 
+    def add_bytes(self, name: str, data: bytes | memoryview) -> None:
+        """Write a binary file.
+
+        Raises:
+            BadInput: the disk is full or cannot be written.
+        """
+        with writing(self._target):
+            self._place(name).write_bytes(data)
+
     def add_text(self, name: str, text: str) -> None:
         """Write a text file (UTF-8).
 

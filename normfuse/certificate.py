@@ -174,7 +174,7 @@ def _comes_back(name: str, value: Any, old: Values, tolerance: float, outcome: _
 
 def _compare_outputs(node: fx.Node, values: Values, old: Values, outcome: _Outcome) -> None:
     """Compare what the graph returns with what it returned: by position, as outputs may be other nodes now."""
-    found = [values[source.name] for source in node.args[0]]  # type: ignore[union-attr]
+    found = [values[source.name] for source in node.args[0]]  # type: ignore[union-attr, index]
     expected = old.get("", found)
     values[""] = found if not old else expected
     for index, (ours, reference) in enumerate(zip(found, expected, strict=True)):
@@ -188,7 +188,7 @@ def _note(outcome: _Outcome, name: str, absolute: float, relative: float) -> Non
 
 
 def difference(value: Tensor, reference: Any) -> tuple[float, float]:
-    """Return the largest difference, absolute and relative to the reference's largest magnitude (inf: not comparable)."""
+    """Return the largest difference, absolute and relative to the reference's largest magnitude (inf: none)."""
     if not isinstance(reference, Tensor) or value.shape != reference.shape:
         return float("inf"), float("inf")
     if not value.is_floating_point():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,21 +15,29 @@ from torch import Tensor, nn
 
 from normfuse.artifact import ArtifactWriter
 from normfuse.bench.environment import describe_environment
+from normfuse.capturing import Model, capture_model
 from normfuse.certificate import TOLERANCE, Certifier, Remembered, difference
+from normfuse.data import Samples, load_samples
+from normfuse.errors import UsageError
+from normfuse.feeding import bind, random_samples, stream
 from normfuse.graph import Graph, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
 from normfuse.graph.program import to_program
 from normfuse.graph.text import operator_name
-from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, folds
+from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
 from normfuse.pipeline import Fact, Pipeline
-from normfuse.progress import Progress
+from normfuse.progress import Progress, Silent
+from normfuse.refresh import refresh_norms
 from normfuse.report import PassReport
 
-__all__ = ["Folded", "fold_graph"]
+__all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
 
 FORMAT: Final = "normfuse certificate"
 SCHEMA: Final = 1
+MODEL: Final = "model.pt2"
+CHECKED_SAMPLES: Final = 2
+"""Samples that every step is checked with: each holds thousands of positions, and all values of each are kept."""
 
 NORMS: Final = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
@@ -56,10 +66,64 @@ class Folded:
             UsageError: the folder exists and is no artifact.
             BadInput: it cannot be written.
         """
+        archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(to_program(self.graph), archive)
         with ArtifactWriter(Path(target)) as writer:
-            torch.export.save(to_program(self.graph), str(writer.folder / "model.pt2"))
+            writer.add_bytes(MODEL, archive.getbuffer())
             writer.add_json("certificate.json", self.certificate)
             writer.finish({"kind": "fold", "environment": describe_environment().as_dict()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldOptions:
+    """How to fold.
+
+    ``refresh_norms`` estimates batch norms' statistics again from all calibration samples before anything is folded;
+    ``recentres`` makes RMS norms of the layer norms whose stream can be centred; every step is checked with
+    ``samples`` samples; ``seed`` is that of the random inputs where there are no samples.
+    """
+
+    refresh_norms: bool = False
+    recentres: bool = True
+    samples: int = CHECKED_SAMPLES
+    seed: int = 0
+
+
+def fold(
+    model: Model,
+    example_inputs: Sequence[Tensor] | None = None,
+    *,
+    calibration: Samples | str | Path | None = None,
+    options: FoldOptions | None = None,
+    progress: Progress | None = None,
+) -> Folded:
+    """Fold every norm that can fold, exactly, and certify each step in float64.
+
+    Args:
+        model: a module, an exported program, or the path of a model file; it is not changed.
+        example_inputs: tensors to capture a module with; else the first calibration sample serves.
+        calibration: samples to check with (and to refresh with); else random inputs are made.
+        options: what to fold and how to check it.
+        progress: shows what takes long.
+
+    Raises:
+        UsageError: statistics are to be refreshed without calibration samples.
+        NormfuseError: see ``normfuse.errors``.
+    """
+    chosen, shown = options or FoldOptions(), progress or Silent()
+    given = calibration if isinstance(calibration, Samples) or calibration is None else load_samples(calibration)
+    if chosen.refresh_norms and given is None:
+        raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
+    with shown.task("capturing the model"):
+        original = capture_model(model, example_inputs, given)
+    bound = bind(given or random_samples(original, seed=chosen.seed), original)
+    refreshed = 0
+    if chosen.refresh_norms:
+        refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
+    seen = list(islice(stream(bound, original)(), chosen.samples))
+    folded = fold_graph(original, seen, recentres=chosen.recentres, origin=bound.source, progress=shown)
+    folded.certificate["refreshed"] = refreshed
+    return folded
 
 
 def fold_graph(
@@ -76,7 +140,7 @@ def fold_graph(
     """
     with progress.task("folding in float64 and checking every step"):
         wide = converted(original, torch.float64)
-        reports = Pipeline(phases=(CANONICAL, AFFINES)).run(wide)
+        reports = Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(wide)
         certifier = Certifier(wide, samples)
         given = frozenset({Fact.CANONICAL, Fact.AFFINES})
@@ -85,7 +149,7 @@ def fold_graph(
     with progress.task("folding"):
         graph = original.copy()
         remembered = folds(audit=Remembered(certifier.undone), recentres=recentres)
-        Pipeline(phases=(CANONICAL, AFFINES, remembered, LOWER)).run(graph)
+        Pipeline(phases=(PLAIN, AFFINES, remembered, LOWER)).run(graph)
     with progress.task("comparing the models"):
         error = _error(converted(original, torch.float64), wide, [[_wide(value) for value in s] for s in samples])
         own = _error(original, graph, samples)
@@ -96,6 +160,7 @@ def fold_graph(
         "samples": {"count": len(samples), "origin": origin},
         "tolerance": TOLERANCE,
         "error": {"float64": error, "own_type": own},
+        "notes": list(original.notes),
         "norms": {"before": _norms(original), "after": _norms(graph)},
         "affines": {"found": found, "folded": found - left, "left": left},
         "sites": _sites(audited, certifier),

@@ -7,38 +7,40 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.artifact import read_artifact, verify_artifact
-from normfuse.compiler import capture_model
+from normfuse.capturing import capture_model
 from normfuse.data import Samples
+from normfuse.folding import fold
+from normfuse.graph import Graph
 from normfuse.graph.text import operator_name
 from normfuse.loading import LoadedModel
-from normfuse.passes.presets import CANONICAL, FOLD, LOWER
-from normfuse.pipeline import Pipeline
+from normfuse.progress import Progress
 
 __all__ = ["inspect_artifact", "inspect_model"]
 
 
-def inspect_model(model: LoadedModel, samples: Samples | None = None, *, with_text: bool = False) -> dict[str, Any]:
-    """Return inputs, outputs, operators, and every fold that would be made or is refused, as plain data."""
+def inspect_model(
+    model: LoadedModel, samples: Samples | None = None, *, with_text: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Return inputs, outputs, operators, and the certificate of the folds that would be made, as plain data."""
     graph = capture_model(model, samples=samples)
-    before = Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function")
-    inputs = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in graph.input_specs]
-    outputs = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in graph.output_specs]
-    size = graph.constant_bytes()
-    reports = Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(graph)
+    folded = fold(model, calibration=samples, progress=progress)
     return {
         "kind": model.kind.value,
         "sha256": model.sha256,
-        "inputs": inputs,
-        "outputs": outputs,
+        "inputs": [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in graph.input_specs],
+        "outputs": [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in graph.output_specs],
         "notes": list(graph.notes),
-        "constant_bytes": size,
-        "operators": dict(before.most_common()),
-        "operators_folded": dict(
-            Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function").most_common()
-        ),
-        "passes": [report.as_dict() for report in reports],
-        **({"text": graph.text()} if with_text else {}),
+        "constant_bytes": graph.constant_bytes(),
+        "operators": _operators(graph),
+        "operators_folded": _operators(folded.graph),
+        "certificate": folded.certificate,
+        **({"text": folded.graph.text()} if with_text else {}),
     }
+
+
+def _operators(graph: Graph) -> dict[str, int]:
+    names = Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function")
+    return dict(names.most_common())
 
 
 def inspect_artifact(folder: Path) -> dict[str, Any]:

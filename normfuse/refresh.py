@@ -86,7 +86,7 @@ def _levels(graph: Graph) -> list[list[fx.Node]]:
     levels: list[list[fx.Node]] = []
     for node in graph.nodes:
         before = max((depth[source] for source in node.all_input_nodes), default=0)
-        is_norm = query.is_call(node, ops.BATCH_NORM) and all(query.is_constant(node.args[index]) for index in (3, 4))  # type: ignore[index]
+        is_norm = query.is_call(node, ops.BATCH_NORM) and all(query.is_constant(node.args[index]) for index in (3, 4))
         depth[node] = before + is_norm
         if is_norm:
             levels += [[]] if len(levels) == before else []

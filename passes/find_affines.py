@@ -83,7 +83,8 @@ def _frozen_statistics(graph: Graph, node: fx.Node, parameters: Sequence[Any], e
     if not all(query.is_constant(parameter) for parameter in given):
         return Refusal(node.name, Reason.NOT_CONSTANT, layer=query.layer_of(node))
     gamma, beta, mean, variance = (
-        query.constant(graph, parameter).double() if isinstance(parameter, fx.Node) else None for parameter in parameters
+        query.constant(graph, parameter).double() if isinstance(parameter, fx.Node) else None
+        for parameter in parameters
     )
     assert mean is not None
     assert variance is not None
@@ -114,7 +115,9 @@ class NormEndsInAffine(Rule[_Ending]):
     def plan(self, graph: Graph, match: Match) -> _Ending | None:
         """Return gamma and beta."""
         node, positions = match.root, POSITIONS[match.root.target]
-        parameters = [query.argument(node, index, name) for index, name in zip(positions, ("weight", "bias"), strict=False)]
+        parameters = [
+            query.argument(node, index, name) for index, name in zip(positions, ("weight", "bias"), strict=False)
+        ]
         given = [parameter for parameter in parameters if parameter is not None]
         over_last = node.target in (ops.LAYER_NORM, ops.RMS_NORM)
         if not given or not all(query.is_constant(parameter) for parameter in given) or _is_frozen(node):
@@ -129,7 +132,7 @@ class NormEndsInAffine(Rule[_Ending]):
     def rewrite(self, match: Match, plan: _Ending, edit: Editor) -> None:
         """Split the norm in two."""
         node = match.root
-        bare = edit.call(node.target, *node.args, at=node, **node.kwargs)
+        bare = edit.call(node.target, *node.args, at=node, **node.kwargs)  # type: ignore[arg-type]
         for position in plan.positions:
             edit.set_argument(bare, position, None)
         write_affine(edit, node, bare, plan.affine)

@@ -60,8 +60,10 @@ class AffineIntoNorm(Rule[Affine]):
         """Join the two."""
         norm, dtype = match["norm"], query.dtype(match.root)
         label = query.layer_of(match.root) or match.root.name
-        joined = edit.replace(match.root, norm.target, *norm.args, **norm.kwargs)
-        for index, vector, name in zip(POSITIONS[norm.target], (plan.scale, plan.shift), ("weight", "bias"), strict=False):
+        joined = edit.replace(match.root, norm.target, *norm.args, **norm.kwargs)  # type: ignore[arg-type]
+        for index, vector, name in zip(
+            POSITIONS[norm.target], (plan.scale, plan.shift), ("weight", "bias"), strict=False
+        ):
             edit.set_argument(joined, index, edit.constant(vector.to(dtype), f"{label}.{name}", like=norm))
 
 

@@ -117,7 +117,8 @@ def _written(edit: Editor, plan: _Merged) -> fx.Node:
     node, label = plan.node, str(plan.node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
     weight = edit.constant(plan.linear.weight, f"{label}.weight", like=node)
     bias = None if plan.linear.bias is None else edit.constant(plan.linear.bias, f"{label}.bias", like=node)
-    return edit.call(node.target, node.args[0], weight, bias, *node.args[3:], at=node, name=f"{node.name}_", **node.kwargs)
+    options: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key != "bias"}
+    return edit.call(node.target, node.args[0], weight, bias, *node.args[3:], at=node, name=f"{node.name}_", **options)
 
 
 def _site(what: str, into: fx.Node, formula: str) -> dict[str, str]:

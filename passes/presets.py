@@ -19,18 +19,27 @@ from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Pass, Phase
 from normfuse.rewrite import Audit
 
-__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "folds"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "folds"]
 
-CANONICAL: Final = Phase(
+PLAIN: Final = Phase(
     "canonical",
     (
         Canonicalize(),  # rules below know one spelling per operation
         FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
         RecognizeNorms(),  # before the sums and products it is spelled with are taken for affines
+    ),
+)
+"""For PyTorch, which has a kernel for whole attention."""
+
+CANONICAL: Final = Phase(
+    "canonical",
+    (
+        *PLAIN.passes,
         SplitJointProjections(),  # before attention is spelled out: its scale then meets q's own linear map
         SpellOutAttention(),  # constants first: a mask that is all true goes; its scale is an affine of q
     ),
 )
+"""For engines."""
 
 AFFINES: Final = Phase("affines", (FindAffines(),))  # every affine is one node before any fold looks for it
 

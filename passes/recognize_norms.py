@@ -117,7 +117,7 @@ def _is_variance(node: fx.Node, x: fx.Node, axis: int) -> bool:
         is_biased = not query.argument(node, 2, "unbiased", True) and query.argument(node, 3, "keepdim", False)
     else:
         is_biased = node.kwargs.get("correction", 1) == 0 and node.kwargs.get("keepdim", False)
-    over_axis = isinstance(over, (list, tuple)) and [int(number) % query.rank(x) for number in over] == [axis]  # type: ignore[arg-type]
+    over_axis = isinstance(over, (list, tuple)) and [int(number) % query.rank(x) for number in over] == [axis]
     return bool(is_biased) and over_axis and node.args[0] is x
 
 

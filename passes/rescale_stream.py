@@ -83,7 +83,7 @@ class CarryAlongStream(Rule[Settled]):
 
     def describe(self, graph: Graph, match: Match, plan: Settled) -> dict[str, str]:
         """Say which affine went into which layers."""
-        return describe_fold(graph, match.root, plan, "x = a s + c along the stream: readers W diag(a), writers diag(1/a) W")
+        return describe_fold(graph, match.root, plan, "x = a s + c: readers W diag(a), writers diag(1/a) W")
 
 
 def octaves(found: Affine) -> float:
@@ -91,4 +91,3 @@ def octaves(found: Affine) -> float:
     size = found.scale.abs()
     smallest = float(size.min())
     return log2(float(size.max()) / smallest) if smallest else float("inf")
-

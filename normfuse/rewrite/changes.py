@@ -166,5 +166,6 @@ def describe_fold(graph: Graph, node: fx.Node, settled: Settled, formula: str) -
 def _extent(vector: Tensor) -> str:
     """Return the smallest and the largest magnitude, and how many entries are negative or zero."""
     size = vector.abs()
-    negative, zero = int((vector < 0).sum()), int((vector == 0).sum())
-    return f"{float(size.min()):.3g} to {float(size.max()):.3g}, {negative} negative, {zero} zero of {vector.numel()}"
+    counts = {"negative": int((vector < 0).sum()), "zero": int((vector == 0).sum())}
+    words = [f"{count} of {vector.numel()} {word}" for word, count in counts.items() if count]
+    return ", ".join([f"{float(size.min()):.3g} to {float(size.max()):.3g}", *words])

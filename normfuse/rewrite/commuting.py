@@ -154,7 +154,7 @@ def _reshape(graph: Graph, node: fx.Node, axis: int) -> Wiring | None:
         if not all(isinstance(number, int) for number in (count, own, behind)):
             continue
         if behind % own == 0 and (own * count) % (behind * size) == 0:
-            return Wiring(candidate, torch.arange(count) // (behind // own) % size)
+            return Wiring(candidate, torch.arange(int(count)) // (behind // own) % size)
     return None
 
 

@@ -28,7 +28,7 @@ class Audit(Protocol):
         """Return whether ``rule`` may be applied at ``node``."""
 
     def accepts(self, graph: Graph, rule: str, node: str) -> bool:
-        """Return whether ``graph``, just changed by ``rule`` at ``node``, still computes the same; else it is undone."""
+        """Return whether ``graph``, just changed by ``rule`` at ``node``, computes what it did; else it is undone."""
 
 
 def apply_rules(

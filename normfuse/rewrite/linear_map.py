@@ -10,7 +10,7 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import Affine
 from normfuse.graph.edit import Editor
 
-__all__ = ["LINEAR_MAPS", "LinearMap", "rebind", "read_linear_map"]
+__all__ = ["LINEAR_MAPS", "LinearMap", "read_linear_map", "rebind"]
 
 LINEAR_MAPS = (ops.LINEAR, *ops.CONVOLUTIONS, *ops.TRANSPOSED_CONVOLUTIONS)
 
@@ -70,9 +70,7 @@ class LinearMap:
         bias = None if self.bias is None else self.bias.double()
         if not self.is_transposed:
             bias = offset if bias is None else offset + bias
-        return replace(
-            self, weight=self._ungrouped(scaled), bias=None if bias is None else bias.to(self.weight.dtype)
-        )
+        return replace(self, weight=self._ungrouped(scaled), bias=None if bias is None else bias.to(self.weight.dtype))
 
     def _grouped(self) -> Tensor:
         """Return the weight in float64 as [groups, out / groups, in / groups, taps]."""
