@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor
+from normfuse.graph.metadata import value_of
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport
 from normfuse.rewrite import Match, Rule, apply_rules, call
@@ -27,7 +28,8 @@ class SplitJointProjections(Pass):
         after    p_i = permute'(reshape'(linear(x, W_i, b_i)))  with the rows W_i of W that make part i
 
     1. unbind of an axis is selection of its positions, chunk and split of the last axis are slices of it.
-    2. The selected axis lies inside the linear's output axis, and nobody reads the joint output whole.
+    2. Whoever reads the joint output takes a part of it: selects from an axis that the reshape splits off the
+       linear's output axis, or cuts that axis. Else the joint output would be made all the same.
 
     Exact: the same rows are multiplied. It lets an affine (attention's scale) fold into one part, and no engine
     copies the joint output apart.
@@ -59,8 +61,9 @@ class UnbindIsSelect(Rule[int]):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One part: the rows it takes of the linear map, and the views behind."""
+    """One part: its position, the rows it takes of the linear map, and the views behind."""
 
+    index: int
     weight: Tensor
     bias: Tensor | None
     sizes: list[int]
@@ -80,15 +83,14 @@ class SelectOfHeads(Rule[_Part]):
         """Return the part's rows."""
         linear = read_linear_map(graph, match["linear"])
         sizes = [size if isinstance(size, int) else -1 for size in query.shape(match["reshape"])]
-        kept = query.rank(match["linear"]) - 1
-        order = [int(axis) for axis in match["permute"].args[1]]  # type: ignore[union-attr, arg-type]
-        selected = order[int(match.root.args[1]) % len(order)]  # type: ignore[arg-type]
-        is_split_off = selected >= kept and _same_leading(match["linear"], match["reshape"], kept)
-        if linear is None or not is_split_off or not _all_taken_apart(match["linear"]) or sizes.count(-1) > 1:
+        if linear is None or not _is_taken_apart(match["linear"]):
             return None
+        kept, selected = query.rank(match["linear"]) - 1, _selected_axis(match.root)
+        order, index = _order(match["permute"]), int(match.root.args[2]) % sizes[selected]  # type: ignore[arg-type]
         rows = torch.arange(linear.weight.shape[0]).reshape(sizes[kept:])
-        rows = rows.select(selected - kept, int(match.root.args[2])).reshape(-1)  # type: ignore[arg-type]
+        rows = rows.select(selected - kept, index).reshape(-1)
         return _Part(
+            index,
             *_rows_of(linear, rows),
             [size for axis, size in enumerate(sizes) if axis != selected],
             [axis - (axis > selected) for axis in order if axis != selected],
@@ -96,7 +98,7 @@ class SelectOfHeads(Rule[_Part]):
 
     def rewrite(self, match: Match, plan: _Part, edit: Editor) -> None:
         """Write the part's own linear map and views."""
-        part = _write(edit, match.root, match["linear"], plan.weight, plan.bias, str(match.root.args[2]))
+        part = _write(edit, match.root, match["linear"], plan.weight, plan.bias, str(plan.index))
         shaped = edit.call(ops.RESHAPE, part, plan.sizes, at=match.root)
         edit.replace(match.root, ops.PERMUTE, shaped, plan.order)
 
@@ -109,11 +111,9 @@ class SliceOfLinear(Rule[tuple[int, int]]):
 
     def plan(self, graph: Graph, match: Match) -> tuple[int, int] | None:
         """Return the first row and the number of rows."""
-        split, last = match["split"], query.rank(match["linear"]) - 1
-        axis = int(query.argument(split, 2, "dim", 0)) % (last + 1)
-        if axis != last or read_linear_map(graph, match["linear"]) is None or not _all_taken_apart(match["linear"]):
+        if read_linear_map(graph, match["linear"]) is None or not _is_taken_apart(match["linear"]):
             return None
-        widths = [int(part.shape[-1]) for part in split.meta["val"]]
+        widths = [int(part.shape[-1]) for part in value_of(match["split"])]
         index = int(match.root.args[1])  # type: ignore[arg-type]
         return sum(widths[:index]), widths[index]
 
@@ -137,17 +137,46 @@ def _write(edit: Editor, at: fx.Node, joint: fx.Node, weight: Tensor, bias: Tens
     return edit.call(ops.LINEAR, joint.args[0], weight_node, bias_node, at=at, name=f"{joint.name}_{part}", like=joint)
 
 
-def _same_leading(linear: fx.Node, reshape: fx.Node, kept: int) -> bool:
+def _is_taken_apart(linear: fx.Node) -> bool:
+    """Return whether every reader takes parts, so that the joint output is never made (2)."""
+    return all(_cuts(linear, reader) or _splits_heads(linear, reader) for reader in query.readers(linear))
+
+
+def _cuts(linear: fx.Node, reader: fx.Node) -> bool:
+    """Return whether the reader cuts the output axis and nothing but pieces is read."""
+    rank = query.rank(linear)
+    is_cut = query.is_call(reader, *ops.SPLITS) and int(query.argument(reader, 2, "dim", 0)) % rank == rank - 1
+    return is_cut and all(query.is_call(piece, ops.GETITEM) for piece in query.readers(reader))
+
+
+def _splits_heads(linear: fx.Node, reader: fx.Node) -> bool:
+    """Return whether the reader splits the output axis, and all behind it select from what was split off."""
+    kept = query.rank(linear) - 1
+    if not query.is_call(reader, ops.RESHAPE) or not _keeps_leading(linear, reader, kept):
+        return False
+    permutes = query.readers(reader)
+    if not all(query.is_call(permute, ops.PERMUTE) for permute in permutes):
+        return False
+    selects = [select for permute in permutes for select in query.readers(permute)]
+    return all(query.is_call(select, ops.SELECT) and _selected_axis(select) >= kept for select in selects)
+
+
+def _keeps_leading(linear: fx.Node, reshape: fx.Node, kept: int) -> bool:
+    """Return whether the reshape leaves the first axes as they are (only one of them may be dynamic)."""
     before, after = query.shape(linear), query.shape(reshape)
-    return len(after) > kept and all(str(a) == str(b) for a, b in zip(before[:kept], after[:kept], strict=True))
-
-
-def _all_taken_apart(node: fx.Node) -> bool:
-    """Return whether every reader takes a part, so that the joint output is never made."""
-    through = (*ops.VIEWS, *ops.SPLITS, ops.ATEN.unbind.int)
-    return all(
-        query.is_call(reader, ops.SELECT)
-        or (query.is_call(reader, ops.GETITEM) and query.is_call(node, *ops.SPLITS, ops.ATEN.unbind.int))
-        or (query.is_call(reader, *through) and _all_taken_apart(reader))
-        for reader in query.readers(node)
+    is_written = sum(not isinstance(size, int) for size in after) <= 1
+    return (
+        is_written
+        and len(after) > kept
+        and [str(size) for size in before[:kept]] == [str(size) for size in after[:kept]]
     )
+
+
+def _selected_axis(select: fx.Node) -> int:
+    """Return the axis that a select behind a permute takes a position of, as it was in front of the permute."""
+    order = _order(select.args[0])  # type: ignore[arg-type]
+    return order[int(select.args[1]) % len(order)]  # type: ignore[arg-type]
+
+
+def _order(permute: fx.Node) -> list[int]:
+    return [int(axis) % query.rank(permute) for axis in permute.args[1]]  # type: ignore[union-attr, arg-type]

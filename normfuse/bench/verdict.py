@@ -58,7 +58,7 @@ def judge(
         max_drop: top-1 points that may be lost.
         min_speedup: how many times faster it must be.
         min_sqnr: decibels that the outputs must be above their difference, where labels are missing.
-        left_float: layers that a guard put back into float; with some, what holds is partly kept.
+        left_float: layers that were to be quantized and stayed float; with some, what holds is partly kept.
     """
     findings = (_speed(comparison, label, min_speedup), _accuracy(comparison, label, max_drop, min_sqnr))
     failed = [finding.said for finding in findings if not finding.holds]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from torch import nn
 
@@ -17,8 +18,9 @@ def replace_norms(
 ) -> list[str]:
     """Replace every layer norm over the last axis by ``factory(channels)``, in place.
 
-    The new norms start fresh: what the layer norms had learned is not taken over. They get the device and type
-    of the old ones and their training mode. A norm that stands at several paths stays one norm.
+    The new norms start fresh: what the layer norms had learned is not taken over. They get the training mode of the
+    old ones and their device and type; those of the nearest module around it that has parameters, where a layer norm
+    has none of its own. A norm that stands at several paths stays one norm.
 
     Args:
         model: any module that holds layer norms (a model that is itself one cannot be changed in place).
@@ -33,14 +35,27 @@ def replace_norms(
         for path, module in model.named_modules(remove_duplicate=False)
         if path and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and only(path, module)
     ]
-    made = {norm: _like(norm, factory(norm.normalized_shape[0])) for norm in dict.fromkeys(norm for _, norm in found)}
+    made: dict[nn.LayerNorm, nn.Module] = {}
+    for path, norm in found:
+        if norm not in made:
+            made[norm] = _like(_surroundings(model, path), factory(norm.normalized_shape[0])).train(norm.training)
     for path, norm in found:
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, made[norm])
     return [path for path, _ in found]
 
 
-def _like(norm: nn.LayerNorm, new: nn.Module) -> nn.Module:
-    for parameter in norm.parameters():  # none where the layer norm has no weight
-        new = new.to(device=parameter.device, dtype=parameter.dtype)
-    return new.train(norm.training)
+def _surroundings(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """Yield the module at ``path`` and all around it, from the inside out."""
+    while path:
+        yield model.get_submodule(path)
+        path = path.rpartition(".")[0]
+    yield model
+
+
+def _like(modules: Iterable[nn.Module], new: nn.Module) -> nn.Module:
+    """Return ``new`` with device and type of the first floating-point parameter of the first module that has one."""
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
+        if parameter.is_floating_point():
+            return new.to(device=parameter.device, dtype=parameter.dtype)
+    return new

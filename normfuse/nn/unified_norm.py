@@ -30,7 +30,7 @@ class UnifiedNorm(nn.Module):
     running *second moment*; its name is that of the authors' checkpoints, whose keys all load here.
 
     The backward pass smooths too: where the exact gradient has the mean of ``g * z``, it takes a running mean of
-    the last iterations' values. From iteration max(1000, warmup) on it also scales the gradients of ``x`` and
+    the last iterations' values. After iteration max(1000, warmup) it also scales the gradients of ``x`` and
     ``weight`` by ``r = sqrt(phi + eps) / sqrt(running_var + eps)``, a constant clipped to [1/5, 5], so that
     parameters move as if they had seen the inference form.
 

@@ -98,7 +98,6 @@ def _check(values: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None
             f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} for axis {axis}",
             expected="both [] for axis -1, both [channels] else",
         )
-    # A constant axis may meet a symbolic one under export, so only a provable contradiction is an error there.
     if axis >= 0 and scale.shape[0] != values.shape[axis]:
         raise UsageError(f"{scale.shape[0]} scales for {values.shape[axis]} channels", expected="one scale per channel")
 

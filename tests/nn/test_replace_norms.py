@@ -39,10 +39,27 @@ def test_the_choice_is_the_callers() -> None:
     assert replace_norms(model, RepBN, only=lambda path, norm: path.endswith("norm2")) == ["0.norm2"]
 
 
-def test_type_is_kept() -> None:
-    model = nn.Sequential(nn.LayerNorm(6, elementwise_affine=False), nn.LayerNorm(6)).double()
+def test_type_and_device_are_kept() -> None:
+    plain, outer = nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 6, dtype=torch.float16)
+    inner = nn.Sequential(plain, nn.Linear(6, 6, dtype=torch.float64, device="meta"))
+    model = nn.Sequential(
+        outer, nn.LayerNorm(6, dtype=torch.bfloat16), inner, nn.LayerNorm(6, elementwise_affine=False)
+    )
     replace_norms(model, UnifiedNorm)
-    assert [norm.get_parameter("weight").dtype for norm in model] == [torch.float32, torch.float64]
+    weights = [module.weight for module in model.modules() if isinstance(module, UnifiedNorm)]
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert [(weight.dtype, weight.device) for weight in weights] == [
+        (torch.bfloat16, cpu),
+        (torch.float64, meta),  # the nearest module around it, not the model's first
+        (torch.float16, cpu),
+    ]
+    assert all(module.running_var.dtype == module.weight.dtype for module in model if isinstance(module, UnifiedNorm))
+
+
+def test_a_model_without_parameters_keeps_what_the_factory_makes() -> None:
+    model = nn.Sequential(nn.LayerNorm(6, elementwise_affine=False))
+    replace_norms(model, UnifiedNorm)
+    assert model[0].get_parameter("weight").dtype == torch.float32
 
 
 def test_a_model_without_layer_norms_is_left() -> None:
