@@ -70,9 +70,7 @@ class LinearMap:
         bias = None if self.bias is None else self.bias.double()
         if not self.is_transposed:
             bias = offset if bias is None else offset + bias
-        return replace(
-            self, weight=self._ungrouped(scaled), bias=None if bias is None else bias.to(self.weight.dtype)
-        )
+        return replace(self, weight=self._ungrouped(scaled), bias=None if bias is None else bias.to(self.weight.dtype))
 
     def _grouped(self) -> Tensor:
         """Return the weight in float64 as [groups, out / groups, in / groups, taps]."""
