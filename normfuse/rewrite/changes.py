@@ -81,7 +81,7 @@ class Changes:
             if (wanted := self.behind.get(node)) is not None:
                 linear = linear.behind(wanted)
                 repairs[node] = repairs.get(node, NOTHING).scaled(wanted, linear.output_axis)
-            if not linear.is_finite:
+            if not (linear.is_finite and repairs.get(node, NOTHING).fits(query.dtype(node))):
                 return Blocked(node, Reason.OVERFLOW)
             maps[node] = linear
         for node, total in self.affines.items():

@@ -10,7 +10,7 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import Affine
 from normfuse.graph.edit import Editor
 
-__all__ = ["LINEAR_MAPS", "LinearMap", "rebind", "read_linear_map"]
+__all__ = ["LINEAR_MAPS", "LinearMap", "read_linear_map", "rebind"]
 
 LINEAR_MAPS = (ops.LINEAR, *ops.CONVOLUTIONS, *ops.TRANSPOSED_CONVOLUTIONS)
 
