@@ -7,9 +7,10 @@ from math import log2
 from typing import ClassVar, Final
 
 import torch
+from torch import fx
 
 from normfuse.graph import Graph, query
-from normfuse.graph.affine import AFFINE, Affine
+from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
@@ -38,8 +39,9 @@ class RescaleStream(Pass):
     tables and embeddings that are added or concatenated are divided as well. Exact in real arithmetic.
     1. Whatever meets the stream is made by linear maps, tables, constants or affines, and nobody else reads it.
     2. No scale is zero.
-    3. The product of the scales so far stays within ``largest_range`` octaves over the channels (0: what the type
-       allows); beyond, the affine stays and the next one starts anew.
+    3. The product of the scales so far, by which the stream and what is written to it are divided, stays within
+       ``largest_range`` octaves over the channels (0: what the type allows); beyond, the affine stays and the next one
+       starts anew.
     """
 
     name: ClassVar[str] = "rescale-stream"
@@ -64,13 +66,14 @@ class CarryAlongStream(Rule[Settled]):
     def plan(self, graph: Graph, match: Match) -> Settled | Refusal | None:
         """Return every new constant, or why there is one that cannot be made."""
         carrying = Carrying(graph, match.root, query.readers(match.root), rescales=True)
-        found = carrying.blocked or self._beyond(carrying) or carrying.changes.settle(graph)
+        found = carrying.blocked or self._beyond(graph, match.root, carrying) or carrying.changes.settle(graph)
         if isinstance(found, Blocked):
             return Refusal(match.root.name, found.reason, found.where, query.layer_of(match.root))
         return found
 
-    def _beyond(self, carrying: Carrying) -> Blocked | None:
-        for node, total in carrying.changes.affines.items():
+    def _beyond(self, graph: Graph, start: fx.Node, carrying: Carrying) -> Blocked | None:
+        carried = {start: read_affine(graph, start)} if carrying.rescaled else {}
+        for node, total in (carried | carrying.changes.affines).items():
             largest = self._largest_range or RANGES.get(query.dtype(node), WIDE_RANGE)
             if octaves(total) > largest:
                 return Blocked(node, Reason.RANGE)

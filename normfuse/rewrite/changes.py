@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,8 @@ from normfuse.rewrite.linear_map import LinearMap, read_linear_map, rebind
 from normfuse.rewrite.padding_repair import NOTHING, Repair, choose_repair
 
 __all__ = ["Blocked", "Changes", "Settled", "describe_fold", "is_identity"]
+
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,20 @@ class Changes:
     before: dict[fx.Node, Affine] = field(default_factory=dict)
     behind: dict[fx.Node, Affine] = field(default_factory=dict)
     tables: dict[fx.Node, Affine] = field(default_factory=dict)
-    constants: list[tuple[fx.Node, fx.Node, Affine]] = field(default_factory=list)
+    constants: dict[tuple[fx.Node, fx.Node], Affine] = field(default_factory=dict)
     affines: dict[fx.Node, Affine] = field(default_factory=dict)
 
     def put_behind(self, node: fx.Node, wanted: Affine) -> Reason | None:
         """Note that a linear map's output gets ``wanted``, behind what it gets already."""
         return _compose(self.behind, node, wanted, self.behind.get(node))
+
+    def put_into_table(self, node: fx.Node, wanted: Affine) -> Reason | None:
+        """Note that the table of an embedding gets ``wanted``, behind what it gets already."""
+        return _compose(self.tables, node, wanted, self.tables.get(node))
+
+    def put_into_constant(self, reader: fx.Node, constant: fx.Node, wanted: Affine) -> Reason | None:
+        """Note that ``reader`` reads ``wanted`` of a constant, behind what it gets already."""
+        return _compose(self.constants, (reader, constant), wanted, self.constants.get((reader, constant)))
 
     def put_into_affine(self, graph: Graph, node: fx.Node, wanted: Affine) -> Reason | None:
         """Note that an affine node's output gets ``wanted``."""
@@ -70,16 +81,18 @@ class Changes:
             if (wanted := self.behind.get(node)) is not None:
                 linear = linear.behind(wanted)
                 repairs[node] = repairs.get(node, NOTHING).scaled(wanted, linear.output_axis)
-            if not linear.is_finite:
+            if not (linear.is_finite and repairs.get(node, NOTHING).fits(query.dtype(node))):
                 return Blocked(node, Reason.OVERFLOW)
             maps[node] = linear
         for node, total in self.affines.items():
             if not total.fits(query.dtype(node)):
                 return Blocked(node, Reason.OVERFLOW)
-        tables = {node: _changed(graph, node.args[0], wanted, 2) for node, wanted in self.tables.items()}  # type: ignore[arg-type]
+        tables = {
+            node: _changed(graph, node.args[0], wanted, like=node.args[0]) for node, wanted in self.tables.items()
+        }  # type: ignore[arg-type]
         constants = [
-            (reader, old, _changed(graph, old, wanted, _rank_for(reader, old)))
-            for reader, old, wanted in self.constants
+            (reader, old, _changed(graph, old, wanted, like=_seen_by(reader, old)))
+            for (reader, old), wanted in self.constants.items()
         ]
         for node, tensor in [*tables.items(), *((reader, tensor) for reader, _, tensor in constants)]:
             if not bool(tensor.isfinite().all()):
@@ -87,24 +100,24 @@ class Changes:
         return Settled(maps, repairs, tables, constants, dict(self.affines))
 
 
-def _compose(into: dict[fx.Node, Affine], node: fx.Node, outer: Affine, inner: Affine | None) -> Reason | None:
+def _compose(into: dict[KeyT, Affine], key: KeyT, outer: Affine, inner: Affine | None) -> Reason | None:
     total = outer if inner is None else outer.after(inner)
     if total is None:
         return Reason.AXIS
-    into[node] = total
+    into[key] = total
     return None
 
 
-def _rank_for(reader: fx.Node, constant: fx.Node) -> int:
-    """Return the rank that a constant has where it is read: sums broadcast it, everything else takes it as it is."""
-    return query.rank(reader) if query.is_call(reader, ops.ADD, ops.SUB) else query.rank(constant)
+def _seen_by(reader: fx.Node, constant: fx.Node) -> fx.Node:
+    """Return the node whose rank and type a constant has where it is read: sums and concatenations widen it."""
+    return reader if query.is_call(reader, ops.ADD, ops.SUB, ops.CAT) else constant
 
 
-def _changed(graph: Graph, constant: fx.Node, wanted: Affine, rank: int) -> Tensor:
-    data = query.constant(graph, constant)
+def _changed(graph: Graph, constant: fx.Node, wanted: Affine, *, like: fx.Node) -> Tensor:
+    data, rank = query.constant(graph, constant), query.rank(like)
     wide = data.double().reshape([1] * (rank - data.ndim) + list(data.shape))
     changed = along(wanted.scale, wanted.axis, rank) * wide + along(wanted.shift, wanted.axis, rank)
-    return changed.to(data.dtype)
+    return changed.to(query.dtype(like))
 
 
 @dataclass(frozen=True, slots=True)

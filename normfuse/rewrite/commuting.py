@@ -99,17 +99,20 @@ def _refused(node: fx.Node, found: Affine) -> Reason | None:
     """Return why these constants do not pass the operator, whatever their axis."""
     if node.target in ops.MAXIMUM_POOLS and bool((found.scale < 0).any()):
         return Reason.NEGATIVE_SCALE
-    if _adds_zeros(node) and bool(found.shift.any()):
-        return Reason.ZERO_PADDING
     if node.target is ops.PAD and query.argument(node, 3, "value"):
         return Reason.PADDED_VALUE
+    if _adds_zeros(node) and bool(found.shift.any()):
+        return Reason.ZERO_PADDING
     return None
 
 
 def _adds_zeros(node: fx.Node) -> bool:
+    """Return whether zeros count as elements: the weights of a position then do not sum to one."""
     if node.target is ops.PAD:
         return bool(query.argument(node, 2, "mode", "constant") == "constant")
     if node.target in ops.AVERAGE_POOLS:
+        if query.argument(node, 6, "divisor_override"):  # a sum over the window, divided by another number
+            return True
         padding = query.argument(node, 3, "padding", 0)
         padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
         return bool(padded and query.argument(node, 5, "count_include_pad", True))

@@ -28,13 +28,17 @@ class Audit(Protocol):
         """Return whether ``rule`` may be applied at ``node``."""
 
     def accepts(self, graph: Graph, rule: str, node: str) -> bool:
+<<<<<<< HEAD
         """Return whether ``graph``, just changed by ``rule`` at ``node``, computes what it did; else it is undone."""
+=======
+        """Return whether ``graph``, just changed by ``rule`` at ``node``, is still right; else it is undone."""
+>>>>>>> foldtests
 
 
 def apply_rules(
     graph: Graph, rules: Sequence[Rule[Any]], *, name: str, sweeps: int = MAXIMUM_SWEEPS, audit: Audit | None = None
 ) -> PassReport:
-    """Sweep over the graph until no rule applies.
+    """Sweep over the graph until no rule applies; what ``audit`` has undone once is not tried again.
 
     Refusals are those of the last sweep: what the final graph still holds and why.
 
@@ -43,9 +47,10 @@ def apply_rules(
     """
     started, edit = time.perf_counter(), Editor(graph)
     applied, sites = list[str](), list[dict[str, str]]()
-    before: list[str] = []
-    for _ in range(sweeps):
-        sweep = _Sweep(graph, rules, edit, audit)
+    before, undone = list[str](), set[tuple[str, str]]()
+    while sweeps:
+        sweep = _Sweep(graph, rules, edit, audit, undone)
+        sweeps -= not sweep.undone  # there are as many of those as wrong sites
         edit.finish()
         applied += sweep.applied
         sites += sweep.sites
@@ -64,8 +69,15 @@ def apply_rules(
 class _Sweep:
     """One walk over the nodes; the first rule that matches a node and has a plan is applied."""
 
-    def __init__(self, graph: Graph, rules: Sequence[Rule[Any]], edit: Editor, audit: Audit | None) -> None:
-        self._graph, self._edit, self._audit = graph, edit, audit
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Sequence[Rule[Any]],
+        edit: Editor,
+        audit: Audit | None,
+        wrong: set[tuple[str, str]],
+    ) -> None:
+        self._graph, self._edit, self._audit, self._wrong = graph, edit, audit, wrong
         self.applied, self.refused = list[str](), list[Refusal]()
         self.sites, self.lines = list[dict[str, str]](), list[str]()
         self.undone = False
@@ -84,7 +96,7 @@ class _Sweep:
             self.refused.append(plan)
             return False
         name, line = node.name, f"{rule.name}: {render_node(node).strip()}"
-        if self._audit is not None and not self._audit.allows(rule.name, name):
+        if self._audit is not None and not self._allows(rule.name, name):
             self.refused.append(Refusal(name, Reason.WRONG, layer=query.layer_of(node)))
             return False
         site = rule.describe(self._graph, match, plan)
@@ -97,12 +109,17 @@ class _Sweep:
         self.sites += [{"rule": rule.name, "node": name, **site}] if site else []
         return True
 
+    def _allows(self, rule: str, name: str) -> bool:
+        assert self._audit is not None
+        return (rule, name) not in self._wrong and self._audit.allows(rule, name)
+
     def _audited(self, rule: Rule[Any], name: str, kept: Graph) -> bool:
         assert self._audit is not None
         self._edit.finish()
         if self._audit.accepts(self._graph, rule.name, name):
             return True
         self._graph.module = kept.module
+        self._wrong.add((rule.name, name))
         self.undone = True
         return False
 

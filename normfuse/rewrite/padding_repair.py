@@ -45,6 +45,10 @@ class Repair:
             return self
         return replace(self, border=self.border * along(behind.scale, axis, self.border.ndim))
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether ``dtype`` holds the border map (float16 ends at 65504)."""
+        return self.border is None or bool(self.border.to(dtype).isfinite().all())
+
     def write(self, edit: Editor, node: fx.Node) -> None:
         """Change the graph around the convolution, whose constants are the folded ones already."""
         if self.border is not None:

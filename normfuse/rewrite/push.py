@@ -24,8 +24,7 @@ def push(graph: Graph, node: fx.Node, wanted: Affine, reader: fx.Node, changes: 
     if is_identity(wanted):
         return None
     if query.is_constant(node):
-        changes.constants.append((reader, node, wanted))
-        return None
+        return _blocked(node, changes.put_into_constant(reader, node, wanted))
     if _reads(reader, node) > 1 or not all(
         _is_unaffected(graph, other, wanted) for other in query.readers(node) if other is not reader
     ):
@@ -83,8 +82,8 @@ def _into_table(node: fx.Node, wanted: Affine, changes: Changes) -> Blocked | No
         return Blocked(node, Reason.NOT_CONSTANT)
     if not wanted.is_uniform and wanted.axis != query.rank(node) - 1:
         return Blocked(node, Reason.AXIS)
-    changes.tables[node] = Affine(wanted.scale, wanted.shift, 0 if wanted.is_uniform else 1)
-    return None
+    along_rows = Affine(wanted.scale, wanted.shift, 0 if wanted.is_uniform else 1)
+    return _blocked(node, changes.put_into_table(node, along_rows))
 
 
 def _into_sum(graph: Graph, node: fx.Node, wanted: Affine, changes: Changes) -> Blocked | None:
