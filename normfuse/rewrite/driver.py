@@ -28,11 +28,7 @@ class Audit(Protocol):
         """Return whether ``rule`` may be applied at ``node``."""
 
     def accepts(self, graph: Graph, rule: str, node: str) -> bool:
-<<<<<<< HEAD
         """Return whether ``graph``, just changed by ``rule`` at ``node``, computes what it did; else it is undone."""
-=======
-        """Return whether ``graph``, just changed by ``rule`` at ``node``, is still right; else it is undone."""
->>>>>>> foldtests
 
 
 def apply_rules(
