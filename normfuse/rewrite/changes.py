@@ -88,8 +88,10 @@ class Changes:
             if not total.fits(query.dtype(node)):
                 return Blocked(node, Reason.OVERFLOW)
         tables = {
-            node: _changed(graph, node.args[0], wanted, like=node.args[0]) for node, wanted in self.tables.items()
-        }  # type: ignore[arg-type]
+            node: _changed(graph, table, wanted, like=table)
+            for node, wanted in self.tables.items()
+            if isinstance(table := node.args[0], fx.Node)
+        }
         constants = [
             (reader, old, _changed(graph, old, wanted, like=_seen_by(reader, old)))
             for (reader, old), wanted in self.constants.items()

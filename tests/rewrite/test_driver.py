@@ -56,7 +56,7 @@ class Broken(_To):
 
 
 class Describing(ReluIsTanh):
-    def describe(self, match: Match, plan: Any) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: Any) -> dict[str, str]:
         return {"site": match.root.name}
 
 
