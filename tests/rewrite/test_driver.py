@@ -73,7 +73,8 @@ def test_counts_and_sites() -> None:
     report = apply_rules(graph, [Describing()], name="p")
     assert report.name == "p"
     assert report.applied == {"relu-is-tanh": 2}
-    assert report.sites == ({"site": "relu"}, {"site": "relu_1"})
+    rule = {"rule": "relu-is-tanh"}
+    assert report.sites == ({**rule, "node": "relu", "site": "relu"}, {**rule, "node": "relu_1", "site": "relu_1"})
     assert report.seconds > 0
     assert calls(graph) == ["aten.tanh.default", "aten.sin.default", "aten.tanh.default"]
     assert torch.equal(graph.run(torch.ones(2, 5))[0], torch.ones(2, 5).tanh().sin().tanh())
