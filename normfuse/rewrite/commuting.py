@@ -66,11 +66,13 @@ def backward(graph: Graph, node: fx.Node, wanted: Affine) -> Affine | Reason:
     assert source is not None
     if (reason := _refused(node, wanted)) is not None:
         return reason
-    for axis in range(query.rank(source)):
-        size = query.shape(source)[axis]
-        if not isinstance(size, int):
-            continue
-        wiring = _WIRINGS[node.target](graph, node, axis)
+    sizes = [(axis, size) for axis, size in enumerate(query.shape(source)) if isinstance(size, int)]
+    wirings = [(axis, size, _WIRINGS[node.target](graph, node, axis)) for axis, size in sizes]
+    if wanted.is_uniform and wanted.axis and query.rank(source) == query.rank(node):
+        for axis, size, wiring in wirings:  # one channel is cut out: it alone takes its numbers
+            if wiring is not None and wiring.axis == wanted.axis and wiring.index.numel() == 1:
+                return _scattered(wanted, wiring, axis, size)
+    for axis, size, wiring in wirings:
         if wiring is not None and (found := _placed(wanted, wiring, axis, size)) is not None:
             return found
     return wanted if wanted.is_uniform else Reason.AXIS
@@ -78,16 +80,21 @@ def backward(graph: Graph, node: fx.Node, wanted: Affine) -> Affine | Reason:
 
 def _placed(wanted: Affine, wiring: Wiring, axis: int, size: int) -> Affine | None:
     """Return the affine of the input's ``axis`` that gives the wanted one behind the wiring."""
-    covers_all = wiring.index.unique().numel() == size
     if wanted.is_uniform:
-        return wanted if covers_all else None
+        return wanted if wiring.index.unique().numel() == size else None
     wide = wanted.spread()
     if wiring.axis != wide.axis or wiring.index.numel() != wide.scale.numel():
         return None
+    found = _scattered(wide, wiring, axis, size)
+    scale, shift = found.scale[wiring.index], found.shift[wiring.index]
+    return found if torch.equal(scale, wide.scale) and torch.equal(shift, wide.shift) else None
+
+
+def _scattered(wanted: Affine, wiring: Wiring, axis: int, size: int) -> Affine:
+    """Return the wanted numbers where the wiring takes them from, and the identity elsewhere."""
     scale, shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    scale[wiring.index], shift[wiring.index] = wide.scale, wide.shift
-    is_one = torch.equal(scale[wiring.index], wide.scale) and torch.equal(shift[wiring.index], wide.shift)
-    return Affine(scale, shift, axis) if is_one else None
+    scale[wiring.index], shift[wiring.index] = wanted.scale, wanted.shift
+    return Affine(scale, shift, axis)
 
 
 def _refused(node: fx.Node, found: Affine) -> Reason | None:
