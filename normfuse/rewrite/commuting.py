@@ -64,11 +64,16 @@ def backward(graph: Graph, node: fx.Node, wanted: Affine) -> Affine | Reason:
     """
     if (reason := _refused(node, wanted)) is not None:
         return reason
+    found = wirings(graph, node)
     if wanted.is_uniform:
+        if wanted.axis and query.rank(source_of(node)) == query.rank(node):  # type: ignore[arg-type]
+            for axis, wiring in found.items():  # one channel is cut out: it alone takes its numbers
+                if wiring.axis == wanted.axis and wiring.index.numel() == 1:
+                    return _scattered(wanted, wiring, axis, _size(node, axis))
         return wanted
-    for axis, wiring in wirings(graph, node).items():
-        if (found := _placed(wanted, wiring, axis, _size(node, axis))) is not None:
-            return found
+    for axis, wiring in found.items():
+        if (placed := _placed(wanted, wiring, axis, _size(node, axis))) is not None:
+            return placed
     return Reason.AXIS
 
 
@@ -89,10 +94,16 @@ def _placed(wanted: Affine, wiring: Wiring, axis: int, size: int) -> Affine | No
     wide = wanted.spread()
     if wiring.axis != wide.axis or wiring.index.numel() != wide.scale.numel():
         return None
+    found = _scattered(wide, wiring, axis, size)
+    scale, shift = found.scale[wiring.index], found.shift[wiring.index]
+    return found if torch.equal(scale, wide.scale) and torch.equal(shift, wide.shift) else None
+
+
+def _scattered(wanted: Affine, wiring: Wiring, axis: int, size: int) -> Affine:
+    """Return the wanted numbers where the wiring takes them from, and the identity elsewhere."""
     scale, shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    scale[wiring.index], shift[wiring.index] = wide.scale, wide.shift
-    is_one = torch.equal(scale[wiring.index], wide.scale) and torch.equal(shift[wiring.index], wide.shift)
-    return Affine(scale, shift, axis) if is_one else None
+    scale[wiring.index], shift[wiring.index] = wanted.scale, wanted.shift
+    return Affine(scale, shift, axis)
 
 
 def _refused(node: fx.Node, found: Affine) -> Reason | None:

@@ -23,13 +23,14 @@ EXACT = 1e-10
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its input, how many affines stay, and how many folds go each way."""
+    """A model, its input, how many folds go each way or along the stream, and how many affines stay."""
 
     function: Function
     shape: tuple[int, ...]
     parts: Callable[[], dict[str, nn.Module | Tensor]]
     after: int = 0
     before: int = 0
+    along: int = 0
     left: int = 0
 
 
@@ -140,13 +141,13 @@ CASES = {
         lambda m, x: m.f(m.n(x)),
         (2, 3, 6, 5),
         lambda: {"f": nn.Conv2d(3, 4, 3, padding=1), "n": nn.BatchNorm2d(3)},
-        left=1,
+        before=1,
     ),
     "bn2d before a conv padded by a word": Case(
         lambda m, x: m.f(m.n(x)),
         (2, 3, 6, 5),
         lambda: {"f": nn.Conv2d(3, 4, 3, padding="same"), "n": nn.BatchNorm2d(3)},
-        left=1,
+        before=1,
     ),
     "bn2d before a conv padded by a word that means nothing": Case(
         lambda m, x: m.f(m.n(x)),
@@ -170,13 +171,13 @@ CASES = {
         lambda m, x: m.f(m.n(x)),
         (2, 3, 4, 5),
         lambda: {"f": nn.ConvTranspose2d(3, 4, 2), "n": nn.BatchNorm2d(3)},
-        left=1,
+        before=1,
     ),
     "bn2d behind a transposed conv": Case(
         lambda m, x: m.n(m.f(x)),
         (2, 3, 4, 5),
         lambda: {"f": nn.ConvTranspose2d(3, 4, 2), "n": nn.BatchNorm2d(4)},
-        left=1,
+        after=1,
     ),
     "un, scale first": Case(
         lambda m, x: m.f(x * (m.w / torch.sqrt(m.v + 1e-5)) + m.b),
@@ -225,7 +226,7 @@ CASES = {
         before=1,
     ),
     "pixels to [-1, 1] before a padded convolution": Case(
-        lambda m, x: m.f(x / 127.5 - 1.0), (2, 3, 6, 5), lambda: {"f": nn.Conv2d(3, 4, 3, padding=1)}, left=1
+        lambda m, x: m.f(x / 127.5 - 1.0), (2, 3, 6, 5), lambda: {"f": nn.Conv2d(3, 4, 3, padding=1)}, before=1
     ),
     "layer norm before q, k and v": Case(
         lambda m, x: torch.softmax(m.q(y := m.n(x)) @ m.k(y).mT, -1) @ m.v(y),
@@ -261,10 +262,10 @@ CASES = {
         before=1,
     ),
     "a channel selected, then a linear over the tokens": Case(
-        lambda m, x: m.f(m.n(x)[..., 1]), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(7, 3)}, left=1
+        lambda m, x: m.f(m.n(x)[..., 1]), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(7, 3)}, before=1
     ),
     "half of the channels, then a linear": Case(
-        lambda m, x: m.f(m.n(x)[..., :3]), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(3, 2)}, left=1
+        lambda m, x: m.f(m.n(x)[..., :3]), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(3, 2)}, before=1
     ),
     "mean over the channels": Case(
         lambda m, x: m.f(m.n(x).mean(-1)), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(7, 3)}, left=1
@@ -288,7 +289,11 @@ CASES = {
         after=1,
     ),
     "the norm is an output too": Case(
-        lambda m, x: (y := m.n(x), m.f(y)), (4, 5), lambda: {"n": nn.BatchNorm1d(5), "f": nn.Linear(5, 3)}, left=1
+        lambda m, x: (y := m.n(x), m.f(y)),
+        (4, 5),
+        lambda: {"n": nn.BatchNorm1d(5), "f": nn.Linear(5, 3)},
+        before=1,
+        left=1,
     ),
     "the linear before the norm is an output too": Case(
         lambda m, x: (y := m.f(x), m.n(y)), (4, 5), lambda: {"f": nn.Linear(5, 3), "n": nn.BatchNorm1d(3)}, left=1
@@ -297,10 +302,15 @@ CASES = {
         lambda m, x: (y := m.n(x), m.f(y), y.mT)[1:],
         (2, 7, 5),
         lambda: {"n": UnifiedNorm(5), "f": nn.Linear(5, 3)},
+        before=1,
         left=1,
     ),
     "the stream reads the norm": Case(
-        lambda m, x: (y := m.n(x)) + m.f(y), (2, 7, 5), lambda: {"n": UnifiedNorm(5), "f": nn.Linear(5, 5)}, left=1
+        lambda m, x: (y := m.n(x)) + m.f(y),
+        (2, 7, 5),
+        lambda: {"n": UnifiedNorm(5), "f": nn.Linear(5, 5)},
+        before=1,
+        left=1,
     ),
     "pre-norm residual block": Case(
         lambda m, x: x + m.g(torch.relu(m.f(m.n(x)))),
@@ -328,6 +338,7 @@ CASES = {
         lambda m, x: m.f(y := m.n(x)) * m.f(y.relu() - y.relu() + y),
         (4, 5),
         lambda: {"n": nn.BatchNorm1d(5), "f": nn.Linear(5, 3)},
+        before=1,
         left=1,
     ),
     "one weight reads a norm and its transposed self": Case(
@@ -448,7 +459,8 @@ CASES = {
         lambda m, x: m.f(m.s * x + m.t * x.relu()),
         (2, 7, 5),
         lambda: {"f": nn.Linear(5, 3), "s": vector(5), "t": vector(5, seed=4)},
-        left=2,
+        along=1,
+        left=1,
     ),
 }
 
@@ -470,9 +482,10 @@ def test_folded_is_original(case: Case) -> None:
 
     reports = {report.name: report for report in folded(graph)}
 
-    assert sum(reports["fold-affine-into-producer"].applied.values()) == case.after
+    assert sum(reports["fold-affine-into-producers"].applied.values()) == case.after
     assert sum(reports["fold-affine-into-consumers"].applied.values()) == case.before
-    assert affines(graph) == case.left == len(reports["fold-affine-into-consumers"].refused)
+    assert sum(reports["rescale-stream"].applied.values()) == case.along
+    assert affines(graph) == case.left == len(reports["rescale-stream"].refused)
     assert distance(graph.run(x), outputs(model, x)) < EXACT
     Pipeline(phases=(LOWER,), given=frozenset(FOLD.passes[0].provides)).run(graph)
     assert affines(graph) == 0

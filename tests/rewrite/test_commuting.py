@@ -246,6 +246,13 @@ def test_channels_that_are_left_out_keep_the_identity() -> None:
     assert found.shift.tolist() == [0, 4, 5, 0, 0]
 
 
+def test_one_channel_that_is_cut_out_leaves_the_others_alone() -> None:
+    graph, node = built(Case(ops.SLICE, (2, 5, 3), (2, 1, 2)))
+    found = backward(graph, node, Affine(torch.tensor([2.0]).double(), torch.tensor([4.0]).double(), 2))
+    assert isinstance(found, Affine)
+    assert (found.scale.tolist(), found.shift.tolist(), found.axis) == ([1, 2, 1], [0, 4, 0], 2)
+
+
 def test_positions_that_are_computed_are_not_followed() -> None:
     graph, node = built(Case(ops.INDEX_SELECT, (2, 3, 5), (1, CONSTANT)))
     with editing(graph) as edit:
