@@ -55,7 +55,7 @@ def compare_artifacts(
             EngineSpec(label, "onnxruntime", found.model, found.session_config)
             for label, found in zip(labels, artifacts, strict=True)
         ]
-        what = Measured(engines=engines, evaluation=bound, fixed_batch=ports[0].shape[0])
+        what = Measured(engines=engines, evaluation=bound, fixed_batch=_fixed_batch(ports))
         comparison = compare_engines(what, batch=batch, threads=threads, speed=True, progress=progress)
     return {"comparison": comparison.as_dict(), "environment": describe_environment().as_dict()}
 
@@ -86,13 +86,19 @@ def _baselines(model: LoadedModel, examples: Sequence[Tensor], folder: Path, pro
 
 def _examples(ports: Sequence[Port], samples: Samples | None) -> list[Tensor]:
     """Return what to capture a module with: samples where there are enough for a batch, else random arrays."""
-    size = ports[0].shape[0]
-    if samples is not None and len(samples) >= (size or 1):
-        arrays = next(samples.batches(size or 1)).inputs
+    size = _fixed_batch(ports) or 1
+    if samples is not None and len(samples) >= size:
+        arrays = next(samples.batches(size)).inputs
     else:
         wanted = [Wanted(port.name, port.shape, port.dtype) for port in ports]
-        arrays = make_inputs(wanted, batch=size or 1, seed=0)
-    return [torch.from_numpy(arrays[port.name]) for port in ports]
+        arrays = make_inputs(wanted, batch=size, seed=0)
+    # An input without axes has no batch either: one number serves all samples.
+    tensors = [(port, torch.from_numpy(arrays[port.name])) for port in ports]
+    return [tensor if port.shape else tensor.reshape(-1)[0] for port, tensor in tensors]
+
+
+def _fixed_batch(ports: Sequence[Port]) -> int | None:
+    return next((port.shape[0] for port in ports if port.shape and port.shape[0] is not None), None)
 
 
 def _specifications(ports: Sequence[Port]) -> list[InputSpec]:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor
@@ -22,13 +23,14 @@ class SpellOutAttention(Pass):
     """Write attention with the operators that a runtime has integer kernels for.
 
         before   y = attention(q, k, v; mask, scale)
-        after    y = softmax((scale * q) k^T + mask) v
+        after    y = open * (softmax((scale * q) k^T + mask') v)
 
-    The scale stands at q, where it folds into q's linear map. A mask that lets everything through goes.
+    The scale stands at q, where it folds into q's linear map. A mask that lets everything through goes. Of a row of
+    the mask that lets nothing through, attention makes zeros and a plain softmax NaN: in mask' such a row is open, and
+    ``open`` is 0 there, else 1 (left out without such rows).
     Exact up to rounding. Applies where
     1. attention is not causal, has no dropout and no grouped heads,
-    2. the mask is absent, constant and all true, or an additive constant in which every row lets something through
-       (of a row that lets nothing through, attention makes zeros and a plain softmax makes NaN),
+    2. the mask is absent or constant, additive or boolean (behind views: additive and shut nowhere),
     3. the axes of q, k and v are known in number (any batch).
     """
 
@@ -49,7 +51,7 @@ class DropOpenMask(Rule[None]):
 
     def plan(self, graph: Graph, match: Match) -> Any:
         """Return a plan if the mask comes from a constant that is all true."""
-        source = _behind_views(query.argument(match.root, 3, "attn_mask"))
+        source = _behind(query.argument(match.root, 3, "attn_mask"), ops.EXPAND, *ops.VIEWS)
         if not query.is_constant(source):
             return None
         mask = query.constant(graph, source)
@@ -63,16 +65,24 @@ class DropOpenMask(Rule[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class _Mask:
+    """What is added to the scores and what the output is multiplied with; nodes that exist, or new constants."""
+
+    added: fx.Node | Tensor | None = None
+    opened: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Attention:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node | None
+    mask: _Mask
     scale: float
 
 
 class AttentionIsProducts(Rule[_Attention]):
-    """attention = softmax((scale q) k^T + mask) v."""
+    """attention = open * (softmax((scale q) k^T + mask') v)."""
 
     name: ClassVar[str] = "attention-is-products"
     pattern = call(ops.ATTENTION)
@@ -81,12 +91,12 @@ class AttentionIsProducts(Rule[_Attention]):
         """Return the operands, or why this attention is left whole."""
         node = match.root
         q, k, v = node.args[:3]
-        mask = query.argument(node, 3, "attn_mask")
+        mask = _plan_mask(graph, node, query.argument(node, 3, "attn_mask"))
         is_plain = not query.argument(node, 4, "dropout_p", 0.0) and not query.argument(node, 5, "is_causal", False)
         if not is_plain or node.kwargs.get("enable_gqa", False):
             return Refusal(node.name, Reason.UNKNOWN_OPERATOR, "causal or grouped attention", query.layer_of(node))
-        if mask is not None and (obstacle := _obstacle(graph, mask)):
-            return Refusal(node.name, Reason.UNKNOWN_OPERATOR, obstacle, query.layer_of(node))
+        if mask is None:
+            return Refusal(node.name, Reason.UNKNOWN_OPERATOR, "a mask that is not constant", query.layer_of(node))
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)
         assert isinstance(v, fx.Node)
@@ -96,33 +106,51 @@ class AttentionIsProducts(Rule[_Attention]):
         return _Attention(q, k, v, mask, scale)
 
     def rewrite(self, match: Match, plan: _Attention, edit: Editor) -> None:
-        """Replace the call by five."""
+        """Replace the call by its products."""
         node = match.root
         order = list(range(query.rank(plan.k)))
         order[-1], order[-2] = order[-2], order[-1]
         scaled = edit.call(ops.MUL, plan.q, plan.scale, at=node)
         turned = edit.call(ops.PERMUTE, plan.k, order, at=node)
         scores = edit.call(ops.MATMUL, scaled, turned, at=node, name=f"{node.name}_scores")
-        if plan.mask is not None:
-            scores = edit.call(ops.ADD, scores, plan.mask, at=node)
+        if plan.mask.added is not None:
+            scores = edit.call(ops.ADD, scores, _constant(edit, node, plan.mask.added, "mask"), at=node)
         weights = edit.call(ops.SOFTMAX, scores, -1, at=node, name=f"{node.name}_weights")
-        edit.replace(node, ops.MATMUL, weights, plan.v)
+        if plan.mask.opened is None:
+            edit.replace(node, ops.MATMUL, weights, plan.v)
+            return
+        values = edit.call(ops.MATMUL, weights, plan.v, at=node)
+        edit.replace(node, ops.MUL, values, _constant(edit, node, plan.mask.opened, "open_rows"))
 
 
-def _behind_views(mask: Any) -> Any:
-    while query.is_call(mask, ops.EXPAND, *ops.VIEWS):
-        mask = mask.args[0]
-    return mask
+def _plan_mask(graph: Graph, attention: fx.Node, mask: fx.Node | None) -> _Mask | None:
+    """Return what to add and to multiply, or None where the mask is not constant (2)."""
+    if mask is None:
+        return _Mask()
+    source = _behind(mask, ops.EXPAND)  # addition broadcasts itself
+    if query.is_constant(source):
+        return _constant_mask(source, query.constant(graph, source), query.dtype(attention))
+    source = _behind(mask, ops.EXPAND, *ops.VIEWS)
+    # Behind a view the rows are others, so not one position may be shut.
+    is_plain = query.is_constant(source) and query.dtype(source).is_floating_point
+    return _Mask(mask) if is_plain and not query.constant(graph, source).isneginf().any() else None
 
 
-def _obstacle(graph: Graph, mask: fx.Node) -> str:
-    """Return what keeps the mask from being added in front of a plain softmax (2), or an empty string."""
-    if not query.dtype(mask).is_floating_point:
-        return "a boolean mask"
-    source = _behind_views(mask)
-    if not query.is_constant(source):
-        return "a mask that is not constant"
-    shut = query.constant(graph, source).isneginf()
-    # Behind a view the rows are others, so one shut position is enough to refuse.
-    is_row_shut = bool((shut.all(dim=-1) if source is mask else shut).any())
-    return "a mask with a row that lets nothing through" if is_row_shut else ""
+def _constant_mask(source: fx.Node, data: Tensor, dtype: torch.dtype) -> _Mask:
+    added = data if data.is_floating_point() else torch.zeros(data.shape, dtype=dtype).masked_fill(~data, -torch.inf)
+    shut = added.isneginf().all(dim=-1, keepdim=True)
+    if not shut.any():
+        return _Mask(source if added is data else added)
+    return _Mask(added.masked_fill(shut, 0.0), (~shut).to(dtype))
+
+
+def _constant(edit: Editor, attention: fx.Node, value: fx.Node | Tensor, name: str) -> fx.Node:
+    if isinstance(value, fx.Node):
+        return value
+    return edit.constant(value, f"{query.layer_of(attention) or attention.name}.{name}", like=attention)
+
+
+def _behind(node: Any, *targets: Any) -> Any:
+    while query.is_call(node, *targets):
+        node = node.args[0]
+    return node

@@ -17,9 +17,13 @@ from normfuse.report import Reason
 from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
 
 TOKENS = 5
-ROW_SHUT = torch.zeros(1, 1, TOKENS, TOKENS).index_fill(2, torch.tensor([2]), -torch.inf)
-CORNER_SHUT = torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -torch.inf)
-ADDITIVE = torch.linspace(-2, 2, TOKENS * TOKENS).reshape(1, 1, TOKENS, TOKENS)
+MASKS = {
+    "row": torch.zeros(1, 1, TOKENS, TOKENS).index_fill(2, torch.tensor([2]), -torch.inf).double(),
+    "corner": torch.zeros(1, 1, TOKENS, TOKENS)
+    .masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, -torch.inf)
+    .double(),
+    "additive": torch.linspace(-2, 2, TOKENS * TOKENS).reshape(1, 1, TOKENS, TOKENS).double(),
+}
 
 
 def sample(*shape: int) -> Tensor:
@@ -51,13 +55,20 @@ SPELLED = [
     pytest.param(lambda m, x: attend(m, x, scale=0.3), id="a scale of its own"),
     pytest.param(lambda m, x: attend(m, x, torch.ones(1, 1, 5, 5, dtype=torch.bool)), id="an open mask"),
     pytest.param(lambda m, x: attend(m, x, m.additive), id="an additive mask"),
-    pytest.param(lambda m, x: attend(m, x, m.corner, scale=0.3), id="a mask with shut positions in every row but one"),
     pytest.param(lambda m, x: attend(m, x, m.additive.expand(x.shape[0], 2, 5, 5)), id="an additive mask, expanded"),
+    pytest.param(lambda m, x: attend(m, x, m.additive.expand(x.shape[0], 2, 5, 5).mT), id="an additive mask, turned"),
+    pytest.param(lambda m, x: attend(m, x, m.corner, scale=0.3), id="shut positions"),
+    pytest.param(lambda m, x: attend(m, x, m.corner > -1), id="a boolean mask"),
+    pytest.param(lambda m, x: attend(m, x, m.row), id="a shut row"),
+    pytest.param(lambda m, x: attend(m, x, m.row > -1), id="a shut row, boolean"),
+    pytest.param(lambda m, x: attend(m, x, m.row.expand(x.shape[0], 2, 5, 5)), id="a shut row, expanded"),
+    pytest.param(lambda m, x: attend(m, x, m.row[..., :1]), id="a shut row, one column for all"),
+    pytest.param(lambda m, x: attend(m, x, m.row[0, 0, 2:3]), id="nothing but shut rows"),
 ]
 
 
 def test_picture(golden: Golden) -> None:
-    graph = ready(model(SPELLED[3].values[0], additive=ADDITIVE.double()), sample(3, TOKENS, 6).double())
+    graph = ready(model(SPELLED[8].values[0], **MASKS), sample(3, TOKENS, 6).double())
     before = graph.text()
     SpellOutAttention().run(graph)
     assert picture(before, graph.text()) == golden
@@ -66,7 +77,7 @@ def test_picture(golden: Golden) -> None:
 @pytest.mark.parametrize("function", SPELLED)
 def test_numbers_and_contract(function: Any) -> None:
     x = sample(3, TOKENS, 6).double()
-    original = model(function, additive=ADDITIVE.double(), corner=CORNER_SHUT.double())
+    original = model(function, **MASKS)
     graph = ready(original, x)
     assert check_pass_contract(SpellOutAttention(), graph, (x,)).changed
     SpellOutAttention().run(graph)
@@ -89,19 +100,18 @@ def test_the_scale_goes_into_q() -> None:
     ("function", "detail"),
     [
         pytest.param(lambda m, x: attend(m, x, is_causal=True), "causal or grouped attention", id="causal (1)"),
-        pytest.param(lambda m, x: attend(m, x, m.row > -1), "a boolean mask", id="a boolean mask (2)"),
         pytest.param(
-            lambda m, x: attend(m, x, m.row), "a mask with a row that lets nothing through", id="shut row (2)"
-        ),
-        pytest.param(
-            lambda m, x: attend(m, x, m.corner.permute(0, 1, 3, 2).expand(x.shape[0], 2, 5, 5)[:, :1]),
+            lambda m, x: attend(m, x, m.corner.expand(x.shape[0], 2, 5, 5).mT),
             "a mask that is not constant",
-            id="computed from a constant (2)",
+            id="shut positions behind a view (2)",
         ),
         pytest.param(
-            lambda m, x: attend(m, x, m.row.expand(x.shape[0], 2, 5, 5)),
-            "a mask with a row that lets nothing through",
-            id="a shut row, expanded (2)",
+            lambda m, x: attend(m, x, (m.corner > -1).expand(x.shape[0], 2, 5, 5).mT),
+            "a mask that is not constant",
+            id="a boolean mask behind a view (2)",
+        ),
+        pytest.param(
+            lambda m, x: attend(m, x, x[:, None, :, :5] > -9), "a mask that is not constant", id="boolean (2)"
         ),
         pytest.param(
             lambda m, x: attend(m, x, x[:, None, :, :5].log()), "a mask that is not constant", id="from the input (2)"
@@ -112,7 +122,7 @@ def test_refusals(function: Any, detail: str) -> None:
     x = sample(3, TOKENS, 6).double()
     x[:, 2] = 0  # log makes a shut row of it
     x = x.abs()
-    original = model(function, row=ROW_SHUT.double(), corner=CORNER_SHUT.double())
+    original = model(function, **MASKS)
     graph = ready(original, x)
     before = graph.text()
     report = SpellOutAttention().run(graph)
