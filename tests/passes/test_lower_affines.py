@@ -38,7 +38,7 @@ def test_picture(golden: Golden) -> None:
     graph = ready(model(), sample(3, 7, 5, dtype=torch.float32))
     before = graph.text()
     report = LowerAffines().run(graph)
-    assert report.applied == {"affine-into-layer-norm": 1, "affine-is-arithmetic": 2}
+    assert report.applied == {"affine-into-norm": 1, "affine-is-arithmetic": 2}
     assert picture(before, graph.text()) == golden
 
 
@@ -89,7 +89,7 @@ def test_what_the_layer_norm_takes(function: Any, shape: tuple[int, ...], takes:
     original, x = randomized(Small(function, **parts)).double(), sample(*shape)
     graph = ready(original, x)
     report = LowerAffines().run(graph)
-    assert ("affine-into-layer-norm" in report.applied) == takes
+    assert ("affine-into-norm" in report.applied) == takes
     found = original(x)
     assert distance(graph.run(x), found if isinstance(found, tuple) else [found]) < 1e-12
 
