@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import torch
 from torch import fx
 
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
@@ -22,6 +22,9 @@ __all__ = ["RescaleStream"]
 
 RANGES: Final = {torch.float16: 8.0}
 """Largest log2 of the ratio of two channels' scales, by type: float16 has 30 octaves for the values themselves."""
+
+DIVIDED: Final = "divided"
+"""The note on a tensor of the stream: the scale that it lacks, which the next affine carried there adds to."""
 
 WIDE_RANGE: Final = 64.0
 """The same for the types with an exponent of 8 bits or more."""
@@ -54,7 +57,13 @@ class RescaleStream(Pass):
         return apply_rules(graph, [CarryAlongStream(self.largest_range)], name=self.name, audit=self.audit)
 
 
-class CarryAlongStream(Rule[Settled]):
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    settled: Settled
+    stream: dict[fx.Node, Affine]
+
+
+class CarryAlongStream(Rule[_Plan]):
     """Everything that an affine meets is divided by its scale."""
 
     name: ClassVar[str] = "carry-along-stream"
@@ -63,30 +72,46 @@ class CarryAlongStream(Rule[Settled]):
     def __init__(self, largest_range: float) -> None:
         self._largest_range = largest_range
 
-    def plan(self, graph: Graph, match: Match) -> Settled | Refusal | None:
+    def plan(self, graph: Graph, match: Match) -> _Plan | Refusal | None:
         """Return every new constant, or why there is one that cannot be made."""
         carrying = Carrying(graph, match.root, query.readers(match.root), rescales=True)
-        found = carrying.blocked or self._beyond(graph, match.root, carrying) or carrying.changes.settle(graph)
+        stream = _divided(carrying, read_affine(graph, match.root)) if carrying.rescaled else {}
+        blocked = carrying.blocked or self._beyond(stream | carrying.changes.affines)
+        found = blocked or carrying.changes.settle(graph)
         if isinstance(found, Blocked):
             return Refusal(match.root.name, found.reason, found.where, query.layer_of(match.root))
-        return found
+        return _Plan(found, stream)
 
-    def _beyond(self, graph: Graph, start: fx.Node, carrying: Carrying) -> Blocked | None:
-        carried = {start: read_affine(graph, start)} if carrying.rescaled else {}
-        for node, total in (carried | carrying.changes.affines).items():
+    def _beyond(self, scales: dict[fx.Node, Affine]) -> Blocked | None:
+        for node, total in scales.items():
             largest = self._largest_range or RANGES.get(query.dtype(node), WIDE_RANGE)
             if octaves(total) > largest:
                 return Blocked(node, Reason.RANGE)
         return None
 
-    def rewrite(self, match: Match, plan: Settled, edit: Editor) -> None:
+    def rewrite(self, match: Match, plan: _Plan, edit: Editor) -> None:
         """Write the constants and let the affine's readers read its input."""
         edit.redirect(match.root, match.root.args[0])  # type: ignore[arg-type]
-        plan.write(edit)
+        plan.settled.write(edit)
+        for node, total in plan.stream.items():
+            metadata.note(node, DIVIDED, total)
 
-    def describe(self, graph: Graph, match: Match, plan: Settled) -> dict[str, str]:
+    def describe(self, graph: Graph, match: Match, plan: _Plan) -> dict[str, str]:
         """Say which affine went into which layers."""
-        return describe_fold(graph, match.root, plan, "x = a s + c: readers W diag(a), writers diag(1/a) W")
+        formula = "x = a s + c: readers W diag(a), writers diag(1/a) W"
+        return describe_fold(graph, match.root, plan.settled, formula)
+
+
+def _divided(carrying: Carrying, start: Affine) -> dict[fx.Node, Affine]:
+    """Return what every tensor of the stream will have been divided by, by this affine and those carried before."""
+    stream: dict[fx.Node, Affine] = {}
+    for node, found in carrying.carried.items():
+        if not query.is_tensor(node):
+            continue
+        before = metadata.noted(node, DIVIDED)
+        total = found.scaling().after(before) if isinstance(before, Affine) else found.scaling()
+        stream[node] = start.scaling() if total is None else total
+    return stream
 
 
 def octaves(found: Affine) -> float:

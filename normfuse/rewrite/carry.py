@@ -26,14 +26,15 @@ __all__ = ["Carrying"]
 class Carrying:
     """Takes the affine ``start`` off for some of its readers and follows what they make of it.
 
-    ``changes`` is what has to change; where ``blocked`` is set, it cannot be done: ``entries`` are the readers
-    through which the affine came there. With ``rescales``, tensors that meet a carrying one are divided by its scale
-    where they are made (methods 13.4); without, they must carry the same affine.
+    ``carried`` says which affine each tensor carries, ``changes`` what has to change. Where ``blocked`` is set, it
+    cannot be done: ``entries`` are the readers through which the affine came there. With ``rescales``, tensors that
+    meet a carrying one are divided by its scale where they are made (methods 13.4); without, they must carry the same
+    affine.
     """
 
     def __init__(self, graph: Graph, start: fx.Node, readers: Iterable[fx.Node], *, rescales: bool) -> None:
         self._graph, self._start, self._rescales = graph, start, rescales
-        self._carried: dict[fx.Node, Affine] = {}
+        self.carried: dict[fx.Node, Affine] = {}
         self._entries: dict[fx.Node, frozenset[fx.Node]] = {}
         self.readers = frozenset(readers)
         self.changes = Changes()
@@ -48,7 +49,7 @@ class Carrying:
             started = started or node is self._start
             if not started or node is self._start:
                 continue
-            incoming = {source: self._carried[source] for source in node.all_input_nodes if source in self._carried}
+            incoming = {source: self.carried[source] for source in node.all_input_nodes if source in self.carried}
             entries = [self._entries[source] for source in incoming]
             if node in self.readers:
                 incoming[self._start] = found
@@ -71,7 +72,7 @@ class Carrying:
             (carried,) = incoming.values()
             return self.changes.carry_into_affine(self._graph, node, carried)
         if query.is_call(node, *ops.SPLITS, ops.ATEN.unbind.int):
-            (self._carried[node],) = incoming.values()
+            (self.carried[node],) = incoming.values()
             return None
         if query.is_call(node, ops.ADD, ops.SUB):
             return self._through_sum(node, incoming)
@@ -84,7 +85,7 @@ class Carrying:
     def _carry(self, node: fx.Node, found: Affine | Reason) -> Reason | None:
         if isinstance(found, Reason):
             return found
-        self._carried[node] = found
+        self.carried[node] = found
         return None
 
     def _into_linear(self, node: fx.Node, incoming: dict[fx.Node, Affine]) -> Reason | None:
