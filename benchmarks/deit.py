@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -15,7 +16,7 @@ __all__ = ["NORMS", "deit_small", "images"]
 NORMS: Final[dict[str, Callable[[int], nn.Module] | None]] = {
     "LN": None,
     "UN": UnifiedNorm,
-    "PRepBN": PRepBN,
+    "PRepBN": partial(PRepBN, total_step=0),  # trained to the end
 }
 
 

@@ -30,7 +30,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(2, 16, 3, 3)
         self.norm1, self.qkv, self.out = UnifiedNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
-        self.norm2, self.up, self.down = PRepBN(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm2, self.up, self.down = PRepBN(16, total_step=0), nn.Linear(16, 32), nn.Linear(32, 16)
         self.head = nn.Linear(16, 5)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def affines(graph: Graph) -> int:
 NORMS = [
     pytest.param(None, id="layer norm"),
     pytest.param(UnifiedNorm, id="un"),
-    pytest.param(PRepBN, id="prepbn"),
+    pytest.param(lambda width: PRepBN(width, total_step=0), id="prepbn"),
     pytest.param(RepBN, id="repbn"),
 ]
 
