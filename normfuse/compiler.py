@@ -87,7 +87,14 @@ def compile(
             progress=shown,
         )
     what = Measured(engines=_specs(engines), evaluation=judged, fixed_batch=fixed_batch(original))
-    comparison = compare_engines(what, batch=recipe.batch, threads=threads, speed=recipe.benchmark, progress=shown)
+    comparison = compare_engines(
+        what,
+        batch=recipe.batch,
+        threads=threads,
+        speed=recipe.benchmark,
+        progress=shown,
+        min_speedup=recipe.min_speedup,
+    )
     return conclude(model, original, engines, comparison, recipe, folder)
 
 
