@@ -35,4 +35,4 @@ def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: 
         with shown.task("capturing and folding"):
             found = inspect_model(model, samples, with_text=with_text)
     render.as_json(found) if as_json else render.inspection(found)
-    return 0
+    return 1 if found.get("problems") else 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.artifact import read_artifact
+from normfuse.artifact import read_intact
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.bench.timing import EngineSpec
@@ -40,12 +40,12 @@ def compare_artifacts(
     """Return a comparison as plain data; with ``against``, eager PyTorch and float onnxruntime are in it.
 
     Raises:
-        BadInput: a folder is no artifact, or the samples do not fit the first one.
+        BadInput: a folder is no artifact or a damaged one, or the samples do not fit the first one.
         UnsupportedModel: the model cannot be captured with inputs like the first artifact's.
         CheckFailed: an engine crashed.
     """
     threads = default_threads(threads)
-    artifacts = [read_artifact(folder) for folder in folders]
+    artifacts = [read_intact(folder) for folder in folders]
     ports = open_onnx(artifacts[0].model, threads=threads).inputs
     bound = check_samples(evaluation, _specifications(ports)) if evaluation is not None else None
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import normfuse
 from normfuse import comparing
 from normfuse.bench.comparison import Comparison, Row
+from normfuse.cli import inspect
 from normfuse.data import Samples
 from normfuse.data.samples import Sample
+from normfuse.errors import BadInput
 from normfuse.loading import load_model
 from normfuse.measure import Measured
 from normfuse.progress import Advance, Silent
@@ -138,3 +142,21 @@ def test_a_folder_is_called_by_its_name_where_that_is_enough(
     assert compare([files / "float"]) == ["float"]
     monkeypatch.chdir(files)
     assert compare([Path("float"), Path("float"), Path() / "float"]) == ["float", "float (2)", "float (3)"]
+
+
+@pytest.mark.parametrize("at", [100, None], ids=["one bit", "one byte more"])
+def test_a_damaged_artifact_is_neither_opened_nor_measured(files: Path, tmp_path: Path, at: int | None) -> None:
+    shutil.copytree(files / "float", tmp_path / "out")
+    content = bytearray((tmp_path / "out" / "model.onnx").read_bytes())
+    if at is None:
+        content += b"0"
+    else:
+        content[at] ^= 1
+    (tmp_path / "out" / "model.onnx").write_bytes(content)
+    with pytest.raises(BadInput, match="not the file that was written"):
+        normfuse.load(tmp_path / "out")
+    with pytest.raises(BadInput, match="not the file that was written"):
+        compare([files / "float", tmp_path / "out"])
+    done = CliRunner().invoke(inspect.command, [str(tmp_path / "out"), "--quiet"], standalone_mode=False)
+    assert done.return_value == 1
+    assert "PROBLEM: model.onnx is not the file that was written" in done.stdout
