@@ -11,6 +11,7 @@ from normfuse.errors import NormfuseError
 if TYPE_CHECKING:
     from normfuse.calibration import calibrate
     from normfuse.compiler import compile, load, save
+    from normfuse.data import Samples
     from normfuse.graph import capture
     from normfuse.pipeline import Pass, Pipeline
     from normfuse.recipe import Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "Recipe",
+    "Samples",
     "__version__",
     "calibrate",
     "capture",
@@ -40,6 +42,7 @@ _HOMES: Final = {
     "PassReport": "normfuse.report",
     "Pipeline": "normfuse.pipeline",
     "Recipe": "normfuse.recipe",
+    "Samples": "normfuse.data",
     "calibrate": "normfuse.calibration",
     "capture": "normfuse.graph",
     "compile": "normfuse.compiler",
