@@ -16,7 +16,7 @@ from normfuse.build import Engine, build_float, build_quantized
 from normfuse.built import Built, Workspace, load
 from normfuse.capturing import Model, capture_model, save
 from normfuse.conclusion import FLOAT, QUANTIZED, conclude
-from normfuse.data import Data, Samples, load_samples
+from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
 from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import bind, fixed_batch, random_samples, stream
@@ -74,6 +74,8 @@ def compile(
     # Calibration samples have been seen: their labels say nothing about accuracy.
     judged = _bind_evaluation(held, original) if held else replace(seen, labels=None)
     source = stream(seen, original, limit=recipe.samples)
+    used = None if samples is None else seen.first(recipe.samples or len(seen))
+    warnings = _survey(used, judged if held else None, shown)
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines = {FLOAT: floating}
@@ -97,7 +99,7 @@ def compile(
         progress=shown,
         min_speedup=recipe.min_speedup,
     )
-    return conclude(model, original, engines, comparison, recipe, folder)
+    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings)
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:
@@ -108,8 +110,18 @@ def _bind_evaluation(samples: Samples, graph: Graph) -> Samples:
     """Bind before minutes of work what is needed after them."""
     bound = bind(samples, graph)
     if bound.labels is not None:
-        check_labels(bound.labels, graph.output_specs[0].shape)
+        check_labels(bound.labels, graph.output_specs[0].shape, where=bound.source)
     return bound
+
+
+def _survey(calibration: Samples | None, evaluation: Samples | None, progress: Progress) -> list[str]:
+    """Read all samples once, before minutes of work on them; return warnings."""
+    found: list[str] = []
+    for samples, survey in ((calibration, survey_calibration), (evaluation, survey_evaluation)):
+        if samples is not None:
+            with progress.task("reading the samples", len(samples)) as advance:
+                found += survey(samples, advance)
+    return list(dict.fromkeys(found))
 
 
 def _specs(engines: dict[str, Engine]) -> list[EngineSpec]:

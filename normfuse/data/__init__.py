@@ -5,5 +5,17 @@ from normfuse.data.in_memory import Data
 from normfuse.data.opening import load_samples
 from normfuse.data.preprocess import Preprocess
 from normfuse.data.samples import Batch, Sample, Samples
+from normfuse.data.survey import survey_calibration, survey_evaluation
 
-__all__ = ["Batch", "Data", "InputSpec", "Preprocess", "Sample", "Samples", "check_samples", "load_samples"]
+__all__ = [
+    "Batch",
+    "Data",
+    "InputSpec",
+    "Preprocess",
+    "Sample",
+    "Samples",
+    "check_samples",
+    "load_samples",
+    "survey_calibration",
+    "survey_evaluation",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_a_state_dict_is_captured_with_the_artifacts_inputs(
         [files / "float"], against=model, evaluation=samples() if with_samples else None, progress=progress
     )
     assert labels[:2] == ["float", "PyTorch eager"]
-    assert progress.tasks == ["building the float baseline"]
+    reading = ["reading the samples"] if with_samples else []
+    assert progress.tasks == [*reading, "building the float baseline"]
     (what,) = measured
     assert (what.evaluation is not None) == with_samples
 
@@ -142,6 +144,24 @@ def test_a_folder_is_called_by_its_name_where_that_is_enough(
     assert compare([files / "float"]) == ["float"]
     monkeypatch.chdir(files)
     assert compare([Path("float"), Path("float"), Path() / "float"]) == ["float", "float (2)", "float (3)"]
+
+
+def test_labels_that_are_no_classes_are_found_before_anything_is_measured(
+    files: Path, measured: list[Measured]
+) -> None:
+    with pytest.raises(BadInput, match="labels are int64 from 0 to 3") as caught:
+        compare([files / "float"], evaluation=replace(samples(), labels=np.arange(6) % 4))
+    assert caught.value.where == "test"
+    assert measured == []
+
+
+def test_arrays_that_are_not_used_are_said(files: Path, measured: list[Measured]) -> None:
+    found = comparing.compare_artifacts(
+        [files / "float"], against=None, evaluation=samples(), batch=1, threads=1, progress=Silent()
+    )
+    assert found["warnings"] == [
+        "test: array 'id' is not used: the inputs are called tokens, image, labels are called label"
+    ]
 
 
 @pytest.mark.parametrize("at", [100, None], ids=["one bit", "one byte more"])
