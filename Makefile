@@ -26,7 +26,9 @@ demo: install  ## compile a trained zoo model to int8 and compare it with the fl
 	mkdir -p out/demo
 	$(BIN)/python -m examples.zoo.data glyphs --split calib --count 256 --seed 0 -o out/demo/calib.npz
 	$(BIN)/python -m examples.zoo.data glyphs --split test --count 4000 --seed 0 -o out/demo/test.npz
-	$(BIN)/normfuse compile $(DEMO_MODEL) --calib out/demo/calib.npz --eval out/demo/test.npz -o out/demo/int8
+	rm -rf out/demo/int8
+	$(BIN)/normfuse compile $(DEMO_MODEL) --calib out/demo/calib.npz --eval out/demo/test.npz -o out/demo/int8 || \
+	  { test $$? -eq 1 && test -f out/demo/int8/manifest.json && echo "A guard fell back, see the verdict: try again on a quiet machine."; }
 
 check: install format lint types layers test  ## format, lint, types, layers, tests
 

@@ -34,4 +34,4 @@ def command(path: Path, as_json: bool, quiet: bool, with_text: bool, **options: 
         model = opened_model(path, **options, progress=shown)
         found = inspect_model(model, samples, with_text=with_text, progress=shown)
     render.as_json(found) if as_json else render.inspection(found)
-    return 0
+    return 1 if found.get("problems") else 0

@@ -216,6 +216,8 @@ def comparison(found: Mapping[str, Any]) -> None:
         for row in measured["rows"]
     ]
     table(f"batch {measured['batch']}, {measured['threads']} threads, against {measured['baseline']}", columns, rows)
+    for text in found.get("warnings", ()):
+        line(f"warning: {text}")
 
 
 def inspection(found: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from normfuse.errors import NormfuseError
 if TYPE_CHECKING:
     from normfuse.calibration import calibrate
     from normfuse.compiler import compile, load, save
+    from normfuse.data import Samples
     from normfuse.folding import FoldOptions, fold
     from normfuse.graph import capture
     from normfuse.pipeline import Pass, Pipeline
@@ -24,6 +25,7 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "Recipe",
+    "Samples",
     "__version__",
     "calibrate",
     "capture",
@@ -44,6 +46,7 @@ _HOMES: Final = {
     "PassReport": "normfuse.report",
     "Pipeline": "normfuse.pipeline",
     "Recipe": "normfuse.recipe",
+    "Samples": "normfuse.data",
     "calibrate": "normfuse.calibration",
     "capture": "normfuse.graph",
     "compile": "normfuse.compiler",

@@ -1,62 +1,33 @@
-"""The output folder: written whole or not at all, verifiable, and opened again."""
+"""The output folder: written whole or not at all; its reading (``normfuse.manifest``) goes by this name too."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import normfuse
 from normfuse.atomic import synchronize, writing
 from normfuse.errors import BadInput, InternalError, UsageError
+from normfuse.manifest import (
+    FORMAT,
+    MANIFEST,
+    SCHEMA,
+    Artifact,
+    is_plain,
+    read_artifact,
+    read_intact,
+    read_manifest,
+    sha256_of,
+    verify_artifact,
+)
+from normfuse.strict_json import strict_json
 
-__all__ = ["Artifact", "ArtifactWriter", "check_output", "read_artifact", "verify_artifact"]
-
-FORMAT: Final = "normfuse artifact"
-SCHEMA: Final = 1
-MANIFEST: Final = "manifest.json"
-MODEL: Final = "model.onnx"
-REPORT: Final = "report.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """An artifact on disk."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def model(self) -> Path:
-        """The ONNX file."""
-        return self.folder / MODEL
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The sha256 of every file but the manifest, by name."""
-        return dict(self.manifest["files"])
-
-    @property
-    def session_config(self) -> dict[str, str]:
-        """onnxruntime session entries that the model must be run with."""
-        return dict(self.manifest.get("session_config", {}))
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The report written beside the model.
-
-        Raises:
-            BadInput: it is missing or broken.
-        """
-        return _read_object(self.folder / REPORT, "the artifact has no readable report")
+__all__ = ["Artifact", "ArtifactWriter", "check_output", "read_artifact", "read_intact", "verify_artifact"]
 
 
 def check_output(target: Path) -> None:
@@ -131,7 +102,7 @@ class ArtifactWriter:
         Raises:
             BadInput: the disk is full or cannot be written.
         """
-        self.add_text(name, json.dumps(_strict(value), indent=1, allow_nan=False) + "\n")
+        self.add_text(name, strict_json(value))
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest: ``facts`` (verdict, seed, environment, ...) and the sha256 of every file.
@@ -140,7 +111,7 @@ class ArtifactWriter:
             BadInput: the disk is full or cannot be written.
         """
         with writing(self._target):
-            files = {path.name: _sha256(path) for path in sorted(self.folder.iterdir())}
+            files = {path.name: sha256_of(path) for path in sorted(self.folder.iterdir())}
         own = {"format": FORMAT, "schema": SCHEMA, "normfuse": normfuse.__version__}
         self.add_json(MANIFEST, {**own, **facts, "files": files})
 
@@ -173,65 +144,9 @@ class ArtifactWriter:
         synchronize(self._target.parent)
 
     def _place(self, name: str) -> Path:
-        if not _is_plain(name):
+        if not is_plain(name):
             raise InternalError(f"{name!r} is no plain file name", where="ArtifactWriter")
         return self.folder / name
-
-
-def read_artifact(folder: str | Path) -> Artifact:
-    """Open an artifact; the files are not compared with their sums (``verify_artifact`` does).
-
-    Raises:
-        BadInput: the folder is none, lacks files, or was written by another version of the format.
-    """
-    path = Path(folder)
-    manifest = _read_manifest(path)
-    if missing := [name for name in {MODEL, *manifest["files"]} if not (path / name).is_file()]:
-        raise BadInput(f"the artifact lacks {', '.join(sorted(missing))}", where=str(folder), hint="compile again")
-    return Artifact(path, manifest)
-
-
-def verify_artifact(folder: str | Path) -> list[str]:
-    """Return what is wrong with an artifact's files: changed, missing, or not of it; empty where nothing is.
-
-    The manifest is not signed: this finds damage and careless edits, not somebody who rewrites the manifest too.
-
-    Raises:
-        BadInput: the folder is no artifact, or was written by another version of the format.
-    """
-    path = Path(folder)
-    files = _read_manifest(path)["files"]
-    problems = [problem for name, expected in files.items() if (problem := _problem(path / name, expected))]
-    if MODEL not in files:
-        problems.append(f"{MODEL} is not in the manifest")
-    strangers = sorted(found.name for found in path.iterdir() if found.name not in {*files, MANIFEST})
-    return problems + [f"{name} is not of this artifact" for name in strangers]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = _read_object(folder / MANIFEST, "this is no normfuse artifact")
-    if manifest.get("format") != FORMAT:
-        raise BadInput("this is no normfuse artifact", where=str(folder), expected=f"{MANIFEST} of a {FORMAT}")
-    if manifest.get("schema") != SCHEMA:
-        raise BadInput(
-            f"the artifact has schema {manifest.get('schema')}",
-            where=str(folder),
-            expected=f"schema {SCHEMA}",
-            hint="use the version of normfuse that wrote it, or compile again",
-        )
-    if not _is_text_by_name(manifest.get("files")) or not _is_text_by_name(manifest.get("session_config", {})):
-        raise BadInput("the manifest is broken", where=str(folder / MANIFEST), expected="files and session_config")
-    if outside := [name for name in manifest["files"] if not _is_plain(name)]:
-        raise BadInput(f"the manifest names {outside[0]!r}", where=str(folder / MANIFEST), expected="plain file names")
-    return manifest
-
-
-def _problem(path: Path, expected: str) -> str:
-    if path.is_symlink():
-        return f"{path.name} is a link"
-    if not path.is_file():
-        return f"{path.name} is missing"
-    return "" if _sha256(path) == expected else f"{path.name} is not the file that was written"
 
 
 def _refuse_strangers(target: Path) -> None:
@@ -240,7 +155,7 @@ def _refuse_strangers(target: Path) -> None:
     if not found:
         return
     try:
-        files = {MANIFEST, *_read_manifest(target)["files"]}
+        files = {MANIFEST, *read_manifest(target)["files"]}
     except BadInput as error:
         raise UsageError(
             "the output exists and is no normfuse artifact",
@@ -260,39 +175,3 @@ def _refuse_strangers(target: Path) -> None:
 def _resolved(target: Path) -> Path:
     # A link stays a link: what it points to is written.
     return Path(os.path.realpath(target))
-
-
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(what, where=str(path), expected="a readable JSON file") from error
-    if not isinstance(found, dict):
-        raise BadInput(what, where=str(path), expected="a JSON object")
-    return found
-
-
-def _is_text_by_name(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(text, str) for name, text in value.items()
-    )
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
-
-
-def _strict(value: object) -> object:
-    """Return the value with null for every float that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _strict(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    return value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

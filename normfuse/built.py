@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normfuse.artifact import ArtifactWriter, read_artifact
+from normfuse.artifact import ArtifactWriter, read_intact
 from normfuse.bench.environment import default_threads
 from normfuse.build import Engine
 from normfuse.page import render_page
@@ -78,7 +78,7 @@ def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:
     """Open an artifact as a callable session: ``session(image=array)["output"]``.
 
     Raises:
-        BadInput: the folder is no artifact, or its model cannot be opened.
+        BadInput: the folder is no artifact, its model is not the one that was written, or it cannot be opened.
     """
-    artifact = read_artifact(folder)
+    artifact = read_intact(folder)
     return open_onnx(artifact.model, threads=default_threads(threads), session_config=artifact.session_config)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.artifact import read_artifact
+from normfuse.artifact import read_intact
+from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.bench.timing import EngineSpec
 from normfuse.build import write_float
 from normfuse.compiler import capture_model
-from normfuse.data import InputSpec, Samples, check_samples
+from normfuse.data import InputSpec, Samples, check_samples, survey_evaluation
 from normfuse.graph.program import to_program
 from normfuse.loading import LoadedModel
 from normfuse.measure import Measured, compare_engines
@@ -40,14 +41,16 @@ def compare_artifacts(
     """Return a comparison as plain data; with ``against``, eager PyTorch and float onnxruntime are in it.
 
     Raises:
-        BadInput: a folder is no artifact, or the samples do not fit the first one.
+        BadInput: a folder is no artifact or a damaged one, or the samples do not fit the first one.
         UnsupportedModel: the model cannot be captured with inputs like the first artifact's.
         CheckFailed: an engine crashed.
     """
     threads = default_threads(threads)
-    artifacts = [read_artifact(folder) for folder in folders]
-    ports = open_onnx(artifacts[0].model, threads=threads).inputs
+    artifacts = [read_intact(folder) for folder in folders]
+    session = open_onnx(artifacts[0].model, threads=threads)
+    ports = session.inputs
     bound = check_samples(evaluation, _specifications(ports)) if evaluation is not None else None
+    warnings = _survey(bound, session.outputs[0], progress) if bound is not None else []
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         engines = _baselines(against, _examples(ports, bound), Path(folder), progress) if against is not None else []
         labels = _labels(folders, taken=[engine.label for engine in engines])
@@ -57,7 +60,19 @@ def compare_artifacts(
         ]
         what = Measured(engines=engines, evaluation=bound, fixed_batch=_fixed_batch(ports))
         comparison = compare_engines(what, batch=batch, threads=threads, speed=True, progress=progress)
-    return {"comparison": comparison.as_dict(), "environment": describe_environment().as_dict()}
+    return {
+        "warnings": warnings,
+        "comparison": comparison.as_dict(),
+        "environment": describe_environment().as_dict(),
+    }
+
+
+def _survey(samples: Samples, output: Port, progress: Progress) -> list[str]:
+    """Read all samples once, before engines are built and timed; return warnings."""
+    if samples.labels is not None:
+        check_labels(samples.labels, output.shape, where=samples.source)
+    with progress.task("reading the samples", len(samples)) as advance:
+        return survey_evaluation(samples, advance)
 
 
 def _labels(folders: Sequence[Path], *, taken: Sequence[str]) -> list[str]:

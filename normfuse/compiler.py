@@ -16,7 +16,7 @@ from normfuse.build import Engine, build_float, build_quantized
 from normfuse.built import Built, Workspace, load
 from normfuse.capturing import Model, capture_model, save
 from normfuse.conclusion import FLOAT, QUANTIZED, conclude
-from normfuse.data import Samples, load_samples
+from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
 from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import bind, fixed_batch, random_samples, stream
@@ -29,8 +29,6 @@ from normfuse.runtime.instruction_set import detect_instruction_set
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
-Data = Samples | str | Path | None
-
 FLOAT_BITS: Final = 32
 
 
@@ -38,8 +36,8 @@ def compile(
     model: Model,
     example_inputs: Sequence[Tensor] | None = None,
     *,
-    calibration: Data = None,
-    evaluation: Data = None,
+    calibration: Data | None = None,
+    evaluation: Data | None = None,
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> Built:
@@ -48,8 +46,10 @@ def compile(
     Args:
         model: a module, an exported program, or the path of a model file.
         example_inputs: tensors to capture a module with; else the first calibration sample serves.
-        calibration: samples for the ranges; needed for 8 bits.
-        evaluation: labelled samples for the accuracy; else the outputs are compared on the calibration samples.
+        calibration: samples for the ranges; needed for 8 bits. A path as ``--calib`` takes it, an array or tensor, a
+            mapping of them by input name, a list of single samples, or a function that returns such.
+        evaluation: labelled samples for the accuracy, in the same forms; else the outputs are compared on the
+            calibration samples.
         recipe: what to build and how.
         progress: shows what takes long.
 
@@ -61,10 +61,12 @@ def compile(
     threads = default_threads(recipe.threads)
     if isinstance(model, (str, Path)):
         model = load_model(model)
-    samples, held = _samples(calibration), _samples(evaluation)
+    samples, held = _samples(calibration, "calibration"), _samples(evaluation, "evaluation")
     if samples is None and recipe.bits != FLOAT_BITS:
         raise UsageError(
-            "8 bits need calibration data", expected="samples like those the model will see", hint="--calib DATA"
+            "8 bits need calibration data",
+            expected="samples like those the model will see",
+            hint="--calib DATA (in Python: calibration=...), or --bits 32 (Recipe(bits=32)), which only folds",
         )
     with shown.task("capturing the model"):
         original = capture_model(model, example_inputs, samples)
@@ -72,6 +74,8 @@ def compile(
     # Calibration samples have been seen: their labels say nothing about accuracy.
     judged = _bind_evaluation(held, original) if held else replace(seen, labels=None)
     source = stream(seen, original, limit=recipe.samples)
+    used = None if samples is None else seen.first(recipe.samples or len(seen))
+    warnings = _survey(used, judged if held else None, shown)
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines = {FLOAT: floating}
@@ -87,20 +91,37 @@ def compile(
             progress=shown,
         )
     what = Measured(engines=_specs(engines), evaluation=judged, fixed_batch=fixed_batch(original))
-    comparison = compare_engines(what, batch=recipe.batch, threads=threads, speed=recipe.benchmark, progress=shown)
-    return conclude(model, original, engines, comparison, recipe, folder)
+    comparison = compare_engines(
+        what,
+        batch=recipe.batch,
+        threads=threads,
+        speed=recipe.benchmark,
+        progress=shown,
+        min_speedup=recipe.min_speedup,
+    )
+    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings)
 
 
-def _samples(data: Data) -> Samples | None:
-    return data if isinstance(data, Samples) or data is None else load_samples(data)
+def _samples(data: Data | None, name: str) -> Samples | None:
+    return None if data is None else load_samples(data, name=name)
 
 
 def _bind_evaluation(samples: Samples, graph: Graph) -> Samples:
     """Bind before minutes of work what is needed after them."""
     bound = bind(samples, graph)
     if bound.labels is not None:
-        check_labels(bound.labels, graph.output_specs[0].shape)
+        check_labels(bound.labels, graph.output_specs[0].shape, where=bound.source)
     return bound
+
+
+def _survey(calibration: Samples | None, evaluation: Samples | None, progress: Progress) -> list[str]:
+    """Read all samples once, before minutes of work on them; return warnings."""
+    found: list[str] = []
+    for samples, survey in ((calibration, survey_calibration), (evaluation, survey_evaluation)):
+        if samples is not None:
+            with progress.task("reading the samples", len(samples)) as advance:
+                found += survey(samples, advance)
+    return list(dict.fromkeys(found))
 
 
 def _specs(engines: dict[str, Engine]) -> list[EngineSpec]:

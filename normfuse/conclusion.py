@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from normfuse.bench.comparison import Comparison
@@ -25,13 +25,15 @@ STAYED_FLOAT: Final = frozenset({Reason.NOT_CONSTANT, Reason.UNSUPPORTED_TYPE, R
 """Why a linear map that the target would run in integers runs in float (too small ones are left on purpose)."""
 
 
-def conclude(
+def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would be read nowhere else
     model: Model,
     original: Graph,
     engines: Mapping[str, Engine],
     comparison: Comparison,
     recipe: Recipe,
     folder: Workspace,
+    *,
+    warnings: Sequence[str] = (),
 ) -> Built:
     """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
@@ -45,6 +47,7 @@ def conclude(
         "passes": [report.as_dict() for engine in engines.values() for report in engine.passes],
         "quantization": _quantization(engines.get(QUANTIZED)),
         "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
+        "warnings": list(warnings),
         "comparison": comparison.as_dict(),
         "verdict": {**judgement.as_dict(), "ships": ships},
         "environment": describe_environment().as_dict(),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from normfuse.bench.accuracy import Accuracy, Array, Closeness, Engine, compare_outputs, top_1
-from normfuse.bench.comparison import Comparison, Row
+from normfuse.bench.comparison import Comparison, Row, round_ratios
+from normfuse.bench.confidence import median_interval
 from normfuse.bench.inputs import write_inputs
-from normfuse.bench.timing import EngineSpec, Timing, measure_memory, time_engines
+from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
 from normfuse.bench.worker_process import Load
 from normfuse.data import Batch, Samples
 from normfuse.progress import Progress
@@ -34,12 +35,21 @@ class Measured:
     fixed_batch: int | None = None
 
 
-def compare_engines(what: Measured, *, batch: int, threads: int, speed: bool, progress: Progress) -> Comparison:
+def compare_engines(
+    what: Measured,
+    *,
+    batch: int,
+    threads: int,
+    speed: bool,
+    progress: Progress,
+    min_speedup: float | None = None,
+) -> Comparison:
     """Return latency, memory, size and accuracy of every engine, from one run.
 
     All engines are timed on the first samples, so that sizes and values are those of real data. Accuracy is measured
     for the onnxruntime engines, with the same samples through the same preprocessing; without labels their outputs
-    are compared with the first one's.
+    are compared with the first one's. With ``min_speedup`` the engines are measured for longer where the first rounds
+    do not show whether they are that much faster than the first one.
     """
     batch = what.fixed_batch or batch
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
@@ -47,7 +57,7 @@ def compare_engines(what: Measured, *, batch: int, threads: int, speed: bool, pr
         if what.evaluation is not None:
             inputs = write_inputs(Path(folder) / "inputs.npz", what.evaluation, batch=batch)
         load = Load(batch=batch, threads=threads, inputs=inputs)
-        timings, peaks = _speed(what, load, progress) if speed else ({}, {})
+        timings, peaks = _speed(what, load, _schedule(what, min_speedup), progress) if speed else ({}, {})
     rows = []
     with progress.task("measuring accuracy", len(what.engines)) as advance:
         for engine in what.engines:
@@ -66,9 +76,30 @@ def compare_engines(what: Measured, *, batch: int, threads: int, speed: bool, pr
     return Comparison(rows=tuple(rows), baseline=what.engines[0].label, batch=batch, threads=threads)
 
 
-def _speed(what: Measured, load: Load, progress: Progress) -> tuple[dict[str, Timing], dict[str, int]]:
+def _schedule(what: Measured, min_speedup: float | None) -> Schedule | None:
+    if min_speedup is None:
+        return None
+    base, *others = (engine.label for engine in what.engines)
+
+    def is_enough(timings: Mapping[str, Timing]) -> bool:
+        found = [median_interval(round_ratios(timings[base], timings[label])) for label in others]
+        return not any(low < min_speedup <= high for low, high in found)
+
+    return Schedule(is_enough=is_enough)
+
+
+def _speed(
+    what: Measured, load: Load, schedule: Schedule | None, progress: Progress
+) -> tuple[dict[str, Timing], dict[str, int]]:
     """Return timing and peak memory by label."""
-    timings = time_engines(what.engines, batch=load.batch, threads=load.threads, inputs=load.inputs, progress=progress)
+    timings = time_engines(
+        what.engines,
+        batch=load.batch,
+        threads=load.threads,
+        inputs=load.inputs,
+        schedule=schedule,
+        progress=progress,
+    )
     peaks = {}
     with progress.task("measuring memory", len(what.engines)) as advance:
         for engine in what.engines:

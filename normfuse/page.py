@@ -47,11 +47,13 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``quantization``: ``constants_by_type`` (elements by type), ``effective_bits``, ``samples``, and
             ``tensors`` by name: ``layer``, ``range``, ``observed``, ``method``, ``relative_errors``.
             ``checks``: ``name``, ``value``, ``bound``, ``holds``, ``detail`` each.
+            ``warnings``: sentences.
             ``comparison``: ``Comparison.as_dict()``.
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.
     """
     sections: dict[str, Callable[[Any], str]] = {
         "verdict": _verdict,
+        "warnings": _warnings,
         "comparison": _comparison,
         "checks": _checks,
         "passes": _passes,
@@ -76,6 +78,10 @@ def _verdict(verdict: Section) -> str:
     reasons = "".join(f"<li>{_text(reason)}</li>" for reason in verdict.get("reasons", ()))
     tone = TONES.get(said, "dim")
     return f'<div class="verdict {tone}"><strong>{_text(said)}</strong>{ships}<ul>{reasons}</ul></div>'
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    return f'<ul class="fair">{"".join(f"<li>Warning: {_text(warning)}</li>" for warning in warnings)}</ul>'
 
 
 def _comparison(comparison: Section) -> str:

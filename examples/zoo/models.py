@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +62,23 @@ class Block(nn.Module):
         return x + added
 
 
+class PostNormBlock(Block):
+    """A post-norm transformer block: each norm stands behind its sum, on the residual stream itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, token, width)."""
+        x = self.norm1(x + self.attn(x))
+        normed: Tensor = self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
+        return normed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionShape:
-    """Sizes of a `VisionTransformer`; ``has_stem`` makes patches with three convolutions instead of one."""
+    """Sizes of a `VisionTransformer`.
+
+    ``has_stem`` makes patches with three convolutions instead of one; ``is_post_norm`` puts the norms behind the
+    sums, the last of them in place of the final norm.
+    """
 
     size: int
     patch: int
@@ -73,10 +87,11 @@ class VisionShape:
     depth: int
     heads: int
     has_stem: bool = False
+    is_post_norm: bool = False
 
 
 class VisionTransformer(nn.Module):
-    """A pre-norm ViT that reads the class token."""
+    """A ViT that reads the class token."""
 
     def __init__(self, shape: VisionShape, norm: Norm) -> None:
         super().__init__()
@@ -84,8 +99,9 @@ class VisionTransformer(nn.Module):
         self.patch = _stem(shape) if shape.has_stem else nn.Conv2d(1, width, shape.patch, shape.patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, (shape.size // shape.patch) ** 2 + 1, width))
-        self.blocks = nn.ModuleList(Block(width, shape.heads, norm) for _ in range(shape.depth))
-        self.norm = norm(width)
+        block = PostNormBlock if shape.is_post_norm else Block
+        self.blocks = nn.ModuleList(block(width, shape.heads, norm) for _ in range(shape.depth))
+        self.norm = nn.Identity() if shape.is_post_norm else norm(width)
         self.head = nn.Linear(width, shape.classes)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -152,16 +168,21 @@ class ResidualNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """How to build one zoo model and what to train it on; ``steps`` is the length of its training."""
+    """How to build one zoo model and how to train it.
+
+    ``steps`` is the length of the training, ``warm_up`` the share of them in which the rate rises to its peak.
+    """
 
     task: str
     build: Callable[[int], nn.Module]
     steps: int
     batch: int = 64
     peak_rate: float = 1.5e-3
+    warm_up: float = 0.06
 
 
 GLYPHS_SHAPE = VisionShape(size=48, patch=12, classes=62, width=128, depth=5, heads=4, has_stem=True)
+GLYPHS_POST_SHAPE = replace(GLYPHS_SHAPE, width=96, heads=3, is_post_norm=True)
 DIGITS_SHAPE = VisionShape(size=8, patch=2, classes=10, width=96, depth=4, heads=3)
 GLYPHS_STEPS = 2600
 
@@ -186,6 +207,10 @@ MODELS: dict[str, ModelEntry] = {
     "glyphs_vit_bn": _glyphs_vit(lambda steps: BatchNormTokens),
     "glyphs_vit_un": _glyphs_vit(_un, steps=4000),
     "glyphs_vit_prepbn": _glyphs_vit(_prepbn),
+    # Norms on the residual stream itself: a lower rate, reached more slowly, was stable at the first attempt.
+    "glyphs_vit_un_post": ModelEntry(
+        "glyphs", lambda steps: VisionTransformer(GLYPHS_POST_SHAPE, _un(steps)), 4000, peak_rate=1e-3, warm_up=0.1
+    ),
     "glyphs_resnet_bn": ModelEntry("glyphs", lambda steps: ResidualNetwork(classes=62), 1000),
     "digits_vit_ln": ModelEntry("digits", lambda steps: VisionTransformer(DIGITS_SHAPE, nn.LayerNorm), 2000),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from examples.zoo.models import MODELS, ModelEntry
 __all__ = ["WEIGHTS", "accuracy", "export", "main", "train"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+REPOSITORY = Path(__file__).parents[2]
+FOLDERS = re.compile(rf'(?<=File ")([^"]*/site-packages/|{re.escape(str(REPOSITORY))}/)')
 TEST_COUNT = {"glyphs": 4000, "digits": 360}
 DIGITS_TRAIN_COUNT = 1078
-WARM_UP = 0.06
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.05
 CLIP = 1.0
@@ -38,7 +40,7 @@ def train(name: str, *, device: str, seed: int = 0, steps: int | None = None) ->
     torch.manual_seed(seed)
     model = entry.build(steps).to(device)
     optimizer = torch.optim.AdamW(_groups(model), lr=entry.peak_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, entry.warm_up))
     started = time.perf_counter()
     model.train()
     for step, (images, labels) in enumerate(_batches(entry, steps, seed, device)):
@@ -64,9 +66,9 @@ def _groups(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
-def _rate(step: int, steps: int) -> float:
+def _rate(step: int, steps: int, warm_up: float) -> float:
     """Return the share of the peak rate: up in a line, down along a cosine."""
-    warm = max(int(WARM_UP * steps), 1)
+    warm = max(int(warm_up * steps), 1)
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
@@ -130,8 +132,16 @@ def export(name: str, state: dict[str, Tensor], folder: Path = WEIGHTS) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations inside export
         program = torch.export.export(model.eval(), (example,), dynamic_shapes={"image": {0: batch}})
+        _shorten_traces(program)
         torch.export.save(program, folder / f"{name}.pt2")
     return folder / f"{name}.pt2"
+
+
+def _shorten_traces(program: torch.export.ExportedProgram) -> None:
+    """Name source files from the repository's or the package's folder on: where these stood says nothing elsewhere."""
+    for node in program.graph.nodes:
+        if trace := node.meta.get("stack_trace"):
+            node.meta["stack_trace"] = FOLDERS.sub("", trace)
 
 
 def main() -> None:

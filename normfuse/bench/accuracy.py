@@ -82,7 +82,7 @@ def _checked_labels(labels: Array, output: Array) -> Array:
     return flat
 
 
-def check_labels(labels: Array, shape: Sequence[int | None]) -> None:
+def check_labels(labels: Array, shape: Sequence[int | None], *, where: str = "evaluation data") -> None:
     """Refuse labels that are no classes of a first output of this shape (None: an axis of any size).
 
     Raises:
@@ -90,21 +90,21 @@ def check_labels(labels: Array, shape: Sequence[int | None]) -> None:
     """
     flat = np.asarray(labels).reshape(-1)
     if len(shape) != 2:
-        raise _no_classes(shape, len(flat))
+        raise _no_classes(shape, len(flat), where)
     classes = shape[1] if shape[1] is not None else np.inf
     if len(flat) and not (np.issubdtype(flat.dtype, np.integer) and flat.min() >= 0 and flat.max() < classes):
         raise BadInput(
             f"labels are {flat.dtype} from {flat.min()} to {flat.max()}",
-            where="evaluation data",
+            where=where,
             expected=f"integers from 0 to {classes - 1}, the classes of the model",
         )
 
 
-def _no_classes(shape: Sequence[int | None], count: int) -> BadInput:
+def _no_classes(shape: Sequence[int | None], count: int, where: str = "evaluation data") -> BadInput:
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
     return BadInput(
         f"the first output is [{sizes}] for {count} labels",
-        where="evaluation",
+        where=where,
         expected=f"[{count}, classes] for top-1 accuracy",
         hint="leave the labels out to compare outputs instead",
     )

@@ -10,7 +10,7 @@ from normfuse.bench.accuracy import Accuracy, Closeness
 from normfuse.bench.timing import Timing
 from normfuse.errors import UsageError
 
-__all__ = ["Comparison", "Row"]
+__all__ = ["Comparison", "Row", "round_ratios"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Comparison:
         base, other = self.row(self.baseline).timing, self.row(label).timing
         if base is None or other is None:
             return ()
-        return tuple(slow / fast for slow, fast in zip(base.rounds, other.rounds, strict=True))
+        return round_ratios(base, other)
 
     def speedup(self, label: str) -> float | None:
         """Return how many times faster than the baseline (median of the rounds' ratios)."""
@@ -96,6 +96,11 @@ class Comparison:
             {**row.as_dict(), "speedup": self.speedup(row.label), "ratios": self.ratios(row.label)} for row in self.rows
         ]
         return {"baseline": self.baseline, "batch": self.batch, "threads": self.threads, "rows": rows}
+
+
+def round_ratios(base: Timing, other: Timing) -> tuple[float, ...]:
+    """Return how many times faster ``other`` was, round by round."""
+    return tuple(slow / fast for slow, fast in zip(base.rounds, other.rounds, strict=True))
 
 
 def _share(value: int | None, of: int | None) -> float | None:

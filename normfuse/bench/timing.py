@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from normfuse.bench.memory import measure_memory
 from normfuse.bench.worker_process import EngineSpec, Load, WorkerProcess
 from normfuse.errors import UsageError
-from normfuse.progress import Progress, Silent
+from normfuse.progress import Advance, Progress, Silent
 
 __all__ = ["EngineSpec", "Schedule", "Timing", "measure_memory", "time_engines", "turn_order"]
 
@@ -27,11 +27,14 @@ class Schedule:
     """How long to measure: turns per engine, and how long each is, within limits on its runs.
 
     Turns are equally long in time, not in runs: on a busy machine the scheduler favours who runs shortly, and the
-    same engine with fewer runs would seem faster. ``start_timeout`` and ``turn_timeout`` are the longest, in
-    seconds, that an engine may take to open, and to answer.
+    same engine with fewer runs would seem faster. Where ``is_enough`` says no after ``rounds``, the engines are
+    measured on up to ``most_rounds``. ``start_timeout`` and ``turn_timeout`` are the longest, in seconds, that an
+    engine may take to open, and to answer.
     """
 
     rounds: int = 7
+    most_rounds: int = 28
+    is_enough: Callable[[Mapping[str, Timing]], bool] = lambda timings: True
     seconds_per_round: float = 0.4
     warm_up_runs: int = 5
     min_runs: int = 3
@@ -124,25 +127,53 @@ def time_engines(
         raise UsageError("two engines have the same label", where=", ".join(labels), expected="a label for each")
     shown, plan = progress or Silent(), schedule or Schedule()
     load = Load(batch=batch, threads=threads, inputs=inputs)
-    with ExitStack() as stack, shown.task("measuring", len(engines) * (plan.rounds + 1)) as advance:
-        workers: dict[str, WorkerProcess] = {}
-        for engine in engines:
-            worker = WorkerProcess(engine, load, start_seconds=plan.start_timeout)
-            workers[engine.label] = stack.enter_context(worker)
-            advance(1)
-        for worker in workers.values():
-            worker.warm_up(plan.warm_up_runs, timeout=plan.turn_timeout)
+    with ExitStack() as stack:
         times: dict[str, list[list[float]]] = {label: [] for label in labels}
-        for label in turn_order(labels, plan.rounds):
-            times[label].append(_turn(workers[label], plan))
-            advance(1)
-        return {label: Timing.of(found, batch=batch, inputs=workers[label].shapes) for label, found in times.items()}
+        with shown.task("measuring", len(engines) * (plan.rounds + 1)) as advance:
+            workers = _start(engines, load, plan, stack, advance)
+            _run(workers, turn_order(labels, plan.rounds), times, plan, advance)
+        more = turn_order(labels, plan.most_rounds)[len(labels) * plan.rounds :]
+        if more and not plan.is_enough(_timings(times, workers, batch)):
+            with shown.task("too close: measuring on", len(more)) as advance:
+                _run(workers, more, times, plan, advance)
+        return _timings(times, workers, batch)
 
 
 def turn_order(labels: Sequence[str], rounds: int) -> list[str]:
     """Return whose turn it is: in every round each once, beginning one later than in the round before."""
     shifts = [turn % max(len(labels), 1) for turn in range(rounds)]
     return [label for shift in shifts for label in (*labels[shift:], *labels[:shift])]
+
+
+def _start(
+    engines: Sequence[EngineSpec], load: Load, plan: Schedule, stack: ExitStack, advance: Advance
+) -> dict[str, WorkerProcess]:
+    workers: dict[str, WorkerProcess] = {}
+    for engine in engines:
+        worker = WorkerProcess(engine, load, start_seconds=plan.start_timeout)
+        workers[engine.label] = stack.enter_context(worker)
+        advance(1)
+    for worker in workers.values():
+        worker.warm_up(plan.warm_up_runs, timeout=plan.turn_timeout)
+    return workers
+
+
+def _run(
+    workers: Mapping[str, WorkerProcess],
+    turns: Sequence[str],
+    times: Mapping[str, list[list[float]]],
+    plan: Schedule,
+    advance: Advance,
+) -> None:
+    for label in turns:
+        times[label].append(_turn(workers[label], plan))
+        advance(1)
+
+
+def _timings(
+    times: Mapping[str, list[list[float]]], workers: Mapping[str, WorkerProcess], batch: int
+) -> dict[str, Timing]:
+    return {label: Timing.of(found, batch=batch, inputs=workers[label].shapes) for label, found in times.items()}
 
 
 def _turn(worker: WorkerProcess, plan: Schedule) -> list[float]:

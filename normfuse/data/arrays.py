@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from normfuse.data.samples import Array, Labels, Sample, Samples
 from normfuse.errors import BadInput
 
-__all__ = ["as_labels", "read_folder", "read_npz"]
+__all__ = ["LABELS", "ONLY_INPUT", "as_labels", "common_length", "read_folder", "read_npz"]
 
 LABELS: Final = ("labels", "label")
 # The name of the only input of a folder without sub-folders; it is bound by position.
@@ -40,20 +40,9 @@ def read_npz(path: Path) -> Samples:
     headers = _headers(path)
     kept = [name for name in LABELS if name in headers][:1]
     names = tuple(name for name in headers if name not in kept)
-    if not names:
-        raise BadInput("the file holds no arrays", where=str(path), expected="one array per input of the model")
-    lengths = {name: headers[name].shape[0] if headers[name].shape else -1 for name in names}
-    if min(lengths.values()) < 0 or len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {list(headers[name].shape)}" for name in names)
-        raise BadInput(
-            f"the arrays have different lengths: {told}",
-            where=str(path),
-            expected="the first axis of every array is the samples",
-        )
+    count = common_length({name: headers[name].shape for name in names}, str(path))
     labels = as_labels(_whole(path, kept[0]), f"{path}: {kept[0]}") if kept else None
-    return Samples(
-        source=str(path), names=names, count=lengths[names[0]], labels=labels, read=lambda: _rows(path, headers, names)
-    )
+    return Samples(source=str(path), names=names, count=count, labels=labels, read=lambda: _rows(path, headers, names))
 
 
 def read_folder(path: Path) -> Samples:
@@ -80,6 +69,25 @@ def read_folder(path: Path) -> Samples:
         labels=as_labels(_load(labels[0]), str(labels[0])) if labels else None,
         read=lambda: _read_files(columns),
     )
+
+
+def common_length(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
+    """Return how many samples the arrays hold.
+
+    Raises:
+        BadInput: there are none, or their first axes differ.
+    """
+    if not shapes:
+        raise BadInput("there are no arrays", where=where, expected="one array per input of the model")
+    lengths = {shape[0] if shape else -1 for shape in shapes.values()}
+    if min(lengths) < 0 or len(lengths) > 1:
+        told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise BadInput(
+            f"the arrays have different lengths: {told}",
+            where=where,
+            expected="the first axis of every array is the samples",
+        )
+    return lengths.pop()
 
 
 def as_labels(array: Array, where: str) -> Labels:

@@ -36,7 +36,10 @@ def check_samples(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
     """
     bound = _bind(samples, inputs)
     checked = replace(
-        samples, names=tuple(spec.name for spec in inputs), read=lambda: _read_checked(samples, bound, inputs)
+        samples,
+        names=tuple(spec.name for spec in inputs),
+        read=lambda: _read_checked(samples, bound, inputs),
+        unused=tuple(name for name in samples.names if name not in bound.values()),
     )
     next(iter(checked))
     return checked

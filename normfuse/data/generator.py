@@ -10,15 +10,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from normfuse.data.arrays import as_labels
+from normfuse.data.arrays import ONLY_INPUT, as_labels
 from normfuse.data.samples import Array, Labels, Sample, Samples
 from normfuse.errors import BadInput, NormfuseError, UsageError
 
-__all__ = ["read"]
+__all__ = ["as_array", "read", "read_from"]
 
 EXPECTED: Final = "an array, a tensor or a mapping by input name, or a pair of such a sample and its label"
-# The name of the only input where samples are bare arrays; it is bound by position.
-ONLY_INPUT: Final = "input"
 
 Pair = tuple[dict[str, Array], Array | None]
 
@@ -30,7 +28,16 @@ def read(source: str) -> Samples:
         UsageError: it cannot be imported or called.
         BadInput: it raises an error, gives no samples, or things that are no samples.
     """
-    make = _import(source)
+    return read_from(_import(source), source)
+
+
+def read_from(make: Callable[[], Any], source: str) -> Samples:
+    """Return the samples of a function; ``source`` is its name in errors.
+
+    Raises:
+        UsageError: it returns nothing that can be iterated over.
+        BadInput: it raises an error, gives no samples, or things that are no samples.
+    """
     names: tuple[str, ...] = ()
     labels: list[Array] = []
     count = 0
@@ -65,8 +72,8 @@ def _pairs(make: Callable[[], Any], source: str) -> Iterator[Pair]:
         named = inputs if isinstance(inputs, Mapping) else {ONLY_INPUT: inputs}
         if not named:
             raise BadInput("the sample is empty", where=where, expected=EXPECTED)
-        arrays = {str(name): _array(value, f"{where}, array {name!r}") for name, value in named.items()}
-        yield arrays, None if label is None else _array(label, f"{where}, label")
+        arrays = {str(name): as_array(value, f"{where}, array {name!r}") for name, value in named.items()}
+        yield arrays, None if label is None else as_array(label, f"{where}, label")
 
 
 def _items(make: Callable[[], Any], source: str) -> Iterator[Any]:
@@ -92,7 +99,12 @@ def _items(make: Callable[[], Any], source: str) -> Iterator[Any]:
         ) from error
 
 
-def _array(value: Any, where: str) -> Array:
+def as_array(value: Any, where: str) -> Array:
+    """Return an array or tensor as an array of numbers.
+
+    Raises:
+        BadInput: it is none.
+    """
     try:
         # A torch tensor, without importing torch for those who have none in their data.
         array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from normfuse.data import arrays, generator, images
+from normfuse.data import arrays, generator, images, in_memory
+from normfuse.data.in_memory import Data
 from normfuse.data.preprocess import Preprocess
 from normfuse.data.samples import Samples
 from normfuse.errors import BadInput, UsageError
@@ -17,7 +18,7 @@ FORMS: Final = "an .npz file, a folder of .npy files, a folder of images, or pac
 CALLABLE: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-def load_samples(source: str | Path, *, preprocess: Preprocess | None = None) -> Samples:
+def load_samples(source: Data, *, preprocess: Preprocess | None = None, name: str = "samples") -> Samples:
     """Return the samples of ``source``; nothing is ever unpickled.
 
     ``.npz``: arrays by input name, first axis the samples; ``label`` or ``labels`` holds the labels.
@@ -26,12 +27,19 @@ def load_samples(source: str | Path, *, preprocess: Preprocess | None = None) ->
     Folder of images: sub-folders are classes, numbered in sorted order; without sub-folders there are no labels.
     ``package.module:callable``: called without arguments for every run, returns single samples without a batch
     axis (an array, a tensor, or a mapping by input name), or pairs of such a sample and its label.
+    In Python also what these hold: an array or tensor (first axis the samples), a mapping of them by input name with
+    ``label`` or ``labels``, a list of what a callable would return, the callable itself; ``name`` is said in errors.
 
     Raises:
         BadInput: the source is missing, empty, cannot be read, is broken, or holds Python objects.
         UsageError: it is none of the forms, or ``preprocess`` is given for arrays or missing for images.
         MissingDependency: images need Pillow.
     """
+    if isinstance(source, Samples):
+        return source
+    if not isinstance(source, (str, Path)):
+        _refuse(preprocess, name)
+        return in_memory.read(source, name)
     try:
         return _open(source, preprocess)
     except OSError as error:
@@ -59,7 +67,8 @@ def _open(source: str | Path, preprocess: Preprocess | None) -> Samples:
                 "images need the preprocessing that the model was trained with",
                 where=str(path),
                 expected="preprocess (--preprocess)",
-                hint="--preprocess imagenet, or mean=0.5;std=0.25;size=28",
+                hint="--preprocess imagenet, or 'mean=0.5;std=0.25;size=28'; in Python "
+                "normfuse.data.load_samples(folder, preprocess=normfuse.data.Preprocess.parse('imagenet'))",
             )
         return images.read(path, preprocess)
     _refuse(preprocess, str(source))

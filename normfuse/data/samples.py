@@ -42,7 +42,8 @@ class Batch:
 class Samples:
     """A source of samples that is read anew for every run; memory holds one batch and the labels.
 
-    ``labels`` are integers, first axis the samples; ``classes`` names them where folders did.
+    ``labels`` are integers, first axis the samples; ``classes`` names them where folders did; ``unused`` are arrays
+    of the source that were left out.
     ``read`` starts a new run over the samples.
     """
 
@@ -52,6 +53,7 @@ class Samples:
     read: Callable[[], Iterator[Sample]]
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.count == 0:

@@ -6,12 +6,12 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from normfuse import artifact as module
-from normfuse.artifact import ArtifactWriter, check_output, read_artifact, verify_artifact
+from normfuse.artifact import ArtifactWriter, check_output, read_artifact, read_intact, verify_artifact
 from normfuse.errors import BadInput, InternalError, NormfuseError, UsageError
 
 FACTS = {"seed": 3, "verdict": {"verdict": "kept"}, "session_config": {"session.x64quantprecision": "1"}}
@@ -202,8 +202,8 @@ def test_a_full_disk_is_bad_input_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     library, name = place.split(".")
-    real = getattr(getattr(module, library), name)
-    monkeypatch.setattr(f"{place}", Interrupting(real, 1, FULL, after=False))
+    real = getattr(import_module(library), name)
+    monkeypatch.setattr(place, Interrupting(real, 1, FULL, after=False))
     with pytest.raises(BadInput, match="No space left on device") as caught:
         write(tmp_path / "out")
     assert caught.value.exit_code == 4
@@ -253,6 +253,36 @@ def test_a_link_to_the_same_bytes_is_found(tmp_path: Path) -> None:
     shutil.move(tmp_path / "out" / "model.onnx", tmp_path / "elsewhere.onnx")
     (tmp_path / "out" / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
     assert verify_artifact(tmp_path / "out") == ["model.onnx is a link"]
+
+
+def test_only_what_was_written_is_run(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write(target)
+    (target / "report.json").write_text("{}", encoding="utf-8")
+    (target / "notes.txt").write_text("mine", encoding="utf-8")
+    assert read_intact(target).model.read_bytes() == b"onnx", "the engine is what was written, whatever lies beside it"
+    (target / "model.onnx").write_bytes(b"onnX")
+    with pytest.raises(BadInput, match=r"model\.onnx is not the file that was written") as caught:
+        read_intact(target)
+    assert "compile again" in str(caught.value)
+
+
+def test_external_data_is_part_of_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+    with ArtifactWriter(tmp_path / "out") as writer:
+        writer.add_file(tmp_path / "model.onnx", "model.onnx")
+        writer.finish(FACTS)
+    (tmp_path / "out" / "model.onnx.data").write_bytes(b"weightz")
+    with pytest.raises(BadInput, match=r"model\.onnx\.data is not the file"):
+        read_intact(tmp_path / "out")
+
+
+def test_a_model_that_the_manifest_does_not_know_is_not_run(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    change(tmp_path / "out", files={})
+    with pytest.raises(BadInput, match="damaged"):
+        read_intact(tmp_path / "out")
 
 
 def change(target: Path, **facts: object) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,20 @@ def test_two_real_engines_are_timed(linear: Path) -> None:
         assert SHORT.rounds * SHORT.min_runs <= timing.runs <= SHORT.rounds * SHORT.max_runs
         assert 0 < timing.p50 <= timing.p90 <= timing.p99 < math.inf
         assert timing.inputs == {"x": (4, 5)}
+
+
+@pytest.mark.parametrize(("enough", "rounds"), [(True, 3), (False, 5)])
+def test_what_is_not_enough_is_measured_on_with_the_same_processes(linear: Path, enough: bool, rounds: int) -> None:
+    asked: list[int] = []
+
+    def is_enough(timings: Mapping[str, Timing]) -> bool:
+        asked.extend(len(timing.rounds) for timing in timings.values())
+        return enough
+
+    engines = [EngineSpec("one", "onnxruntime", linear), EngineSpec("two", "onnxruntime", linear)]
+    found = time_engines(engines, batch=4, threads=1, schedule=replace(SHORT, most_rounds=5, is_enough=is_enough))
+    assert [len(timing.rounds) for timing in found.values()] == [rounds, rounds]
+    assert asked == [3, 3], "asked once: asking until the answer pleases would make the noise decide"
 
 
 def test_a_crash_becomes_a_failed_check_that_shows_what_was_written(tmp_path: Path, linear: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from normfuse.bench.accuracy import Accuracy, Closeness
@@ -63,7 +64,7 @@ def test_faster_and_as_accurate_is_kept() -> None:
     found = verdict_of(row("float", correct=912), row("int8", rounds=(1.0, 1.0, 1.0), correct=907))
     assert found.verdict is Verdict.KEPT
     assert found.reasons == (
-        "2 times as fast as float (rounds: 2 to 2), 1 wanted",
+        "2 times as fast as float (3 rounds: 2 to 2), 1 wanted",
         "top-1 90.70 % after 91.20 % on 1000 samples: 0.50 points lost, a drop of 0.50 is allowed",
     )
 
@@ -83,6 +84,21 @@ def test_slower_or_less_accurate_falls_back_and_says_why_first(
     assert found.verdict is Verdict.FELL_BACK
     assert found.reasons[0].startswith(says)
     assert len(found.reasons) == 2
+
+
+def test_noise_around_the_limit_is_not_called_slower() -> None:
+    rounds = tuple(2.0 / ratio for ratio in (0.976, 0.981, 0.985, 0.987, 0.99, 1.0, 1.03))
+    found = verdict_of(row("float", rounds=(2.0,) * 7, correct=9), row("int8", rounds=rounds, correct=9))
+    assert found.verdict is Verdict.KEPT
+    assert "do not show that it is too slow: 0.987 times" in found.reasons[0]
+    assert found.reasons[0].endswith("measure again on a quiet machine")
+
+
+def test_more_rounds_show_through_their_noise() -> None:
+    rounds = tuple(2.0 / ratio for ratio in np.linspace(0.9, 1.01, 21))
+    found = verdict_of(row("float", rounds=(2.0,) * 21), row("int8", rounds=rounds))
+    assert found.verdict is Verdict.FELL_BACK
+    assert found.reasons[0].startswith("slower than float: 0.955 times as fast as float (21 rounds: 0.9 to 1.01)")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ def test_a_whole_artifact_shows_its_report(tmp_path: Path, capsys: pytest.Captur
     assert "verdict: kept" in shown
 
 
+def test_warnings_are_shown_beside_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    render.inspection(inspect_artifact(write(tmp_path, {**REPORT, "warnings": ["array 'y' is not used"]})))
+    assert "warning: array 'y' is not used" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["{}", '{"comparison": {}, "verdict": 3}'])
 def test_a_changed_report_is_a_problem_and_not_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import normfuse
 from normfuse import comparing
 from normfuse.bench.comparison import Comparison, Row
+from normfuse.cli import inspect
 from normfuse.data import Samples
 from normfuse.data.samples import Sample
+from normfuse.errors import BadInput
 from normfuse.loading import load_model
 from normfuse.measure import Measured
 from normfuse.progress import Advance, Silent
@@ -120,7 +125,8 @@ def test_a_state_dict_is_captured_with_the_artifacts_inputs(
         [files / "float"], against=model, evaluation=samples() if with_samples else None, progress=progress
     )
     assert labels[:2] == ["float", "PyTorch eager"]
-    assert progress.tasks == ["building the float baseline"]
+    reading = ["reading the samples"] if with_samples else []
+    assert progress.tasks == [*reading, "building the float baseline"]
     (what,) = measured
     assert (what.evaluation is not None) == with_samples
 
@@ -138,3 +144,39 @@ def test_a_folder_is_called_by_its_name_where_that_is_enough(
     assert compare([files / "float"]) == ["float"]
     monkeypatch.chdir(files)
     assert compare([Path("float"), Path("float"), Path() / "float"]) == ["float", "float (2)", "float (3)"]
+
+
+def test_labels_that_are_no_classes_are_found_before_anything_is_measured(
+    files: Path, measured: list[Measured]
+) -> None:
+    with pytest.raises(BadInput, match="labels are int64 from 0 to 3") as caught:
+        compare([files / "float"], evaluation=replace(samples(), labels=np.arange(6) % 4))
+    assert caught.value.where == "test"
+    assert measured == []
+
+
+def test_arrays_that_are_not_used_are_said(files: Path, measured: list[Measured]) -> None:
+    found = comparing.compare_artifacts(
+        [files / "float"], against=None, evaluation=samples(), batch=1, threads=1, progress=Silent()
+    )
+    assert found["warnings"] == [
+        "test: array 'id' is not used: the inputs are called tokens, image, labels are called label"
+    ]
+
+
+@pytest.mark.parametrize("at", [100, None], ids=["one bit", "one byte more"])
+def test_a_damaged_artifact_is_neither_opened_nor_measured(files: Path, tmp_path: Path, at: int | None) -> None:
+    shutil.copytree(files / "float", tmp_path / "out")
+    content = bytearray((tmp_path / "out" / "model.onnx").read_bytes())
+    if at is None:
+        content += b"0"
+    else:
+        content[at] ^= 1
+    (tmp_path / "out" / "model.onnx").write_bytes(content)
+    with pytest.raises(BadInput, match="not the file that was written"):
+        normfuse.load(tmp_path / "out")
+    with pytest.raises(BadInput, match="not the file that was written"):
+        compare([files / "float", tmp_path / "out"])
+    done = CliRunner().invoke(inspect.command, [str(tmp_path / "out"), "--quiet"], standalone_mode=False)
+    assert done.return_value == 1
+    assert "PROBLEM: model.onnx is not the file that was written" in done.stdout

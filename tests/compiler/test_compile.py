@@ -142,13 +142,23 @@ def test_too_large_a_drop_falls_back_to_float_and_says_so(tmp_path: Path) -> Non
     built.save(tmp_path / "artifact")
     assert not built.holds
     assert built.report["verdict"]["verdict"] == "fell back"
-    assert "slower than float" in built.report["verdict"]["reasons"][0]
+    assert built.report["verdict"]["reasons"][0].endswith("1e+03 wanted")
     assert "QuantizeLinear" not in operators(tmp_path / "artifact" / "model.onnx")
 
 
 def test_eight_bits_need_samples() -> None:
-    with pytest.raises(UsageError, match="calibration data"):
+    with pytest.raises(UsageError, match="calibration data") as caught:
         normfuse.compile(Mixer().eval(), [torch.randn(2, 2, 9, 6)])
+    assert "calibration=" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_arrays_and_lists_are_samples() -> None:
+    images = np.random.default_rng(0).standard_normal((24, 2, 9, 6)).astype(np.float32)
+    held = [({"image": torch.from_numpy(image)}, index % 5) for index, image in enumerate(images[:6])]
+    built = normfuse.compile(randomized(Mixer()).eval(), calibration=images, evaluation=held, recipe=UNMEASURED)
+    assert built.report["quantization"]["samples"] == 24
+    assert [row["samples"] for row in built.report["comparison"]["rows"]] == [6, 6]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from normfuse.checks import Check, check_codes
 from normfuse.data import Samples
 from normfuse.data.samples import Sample
 from normfuse.errors import BadInput, CheckFailed
+from normfuse.page import render_page
 from normfuse.recipe import Recipe
 
 INT8 = Recipe(benchmark=False, threads=1)
@@ -42,8 +43,12 @@ class Generated(Perceptron):
         return self.down(nn.functional.linear(hidden, hidden.mean(dim=0) * torch.ones(16, 1)))
 
 
-def samples(count: int = 6, *, width: int = 12, labels: list[int] | None = None) -> Samples:
+def samples(
+    count: int = 6, *, width: int = 12, labels: list[int] | None = None, broken_at: int | None = None
+) -> Samples:
     rows = np.random.default_rng(0).standard_normal((count, width)).astype(np.float32)
+    if broken_at is not None:
+        rows[broken_at, 3] = np.nan
     return Samples(
         source="rows.npz",
         names=("x",),
@@ -129,7 +134,10 @@ def test_of_a_fixed_batch_samples_are_counted_and_not_batches() -> None:
     ("evaluation", "says"),
     [
         pytest.param(samples(width=11), "shape", id="shape"),
-        pytest.param(samples(labels=[0, 1, 2, 3, 0, 1]), "labels are int64 from 0 to 3", id="labels"),
+        pytest.param(
+            samples(labels=[0, 1, 2, 3, 0, 1]), r"labels are int64 from 0 to 3\n  at        rows\.npz\n", id="labels"
+        ),
+        pytest.param(samples(broken_at=5), r"nan\n  at        sample 5", id="not finite"),
     ],
 )
 def test_bad_evaluation_data_is_found_before_the_work(
@@ -138,6 +146,19 @@ def test_bad_evaluation_data_is_found_before_the_work(
     monkeypatch.setattr("normfuse.compiler.build_float", pytest.fail)
     with pytest.raises(BadInput, match=says):
         normfuse.compile(Perceptron(), EXAMPLE, calibration=samples(), evaluation=evaluation, recipe=INT8)
+
+
+@pytest.mark.slow
+def test_what_the_samples_lack_stands_in_the_report(tmp_path: Path) -> None:
+    rows = {"x": np.zeros((20, 12), np.float32), "y": np.arange(20) % 3}
+    built = normfuse.compile(Perceptron(), calibration=rows, evaluation=rows, recipe=INT8)
+    assert [text.partition(":")[2].split(":")[0] for text in built.report["warnings"]] == [
+        " array 'y' is not used",
+        " input x is 0 everywhere",
+        " array 'y' is not used",
+        " there are no labels, so accuracy was not measured and outputs were compared instead",
+    ]
+    assert "Warning: evaluation: array &#x27;y&#x27; is not used" in render_page(built.report)
 
 
 @pytest.mark.slow

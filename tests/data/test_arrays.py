@@ -74,8 +74,8 @@ def test_npz_is_streamed(tmp_path: Path, compressed: bool) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({}, "holds no arrays"),
-        ({"labels": np.arange(3)}, "holds no arrays"),
+        ({}, "there are no arrays"),
+        ({"labels": np.arange(3)}, "there are no arrays"),
         ({"x": np.ones((0, 3))}, "no samples"),
         ({"x": np.float32(3)}, "different lengths"),
         ({"x": np.ones((3, 2)), "y": np.ones((4, 2))}, r"different lengths: x \[3, 2\], y \[4, 2\]"),

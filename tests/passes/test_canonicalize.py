@@ -1,5 +1,6 @@
 """One spelling per operation, and not one number changed."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from normfuse.graph import Graph, capture, ops, query
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.pipeline import Phase, Pipeline
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, seeded
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
 
 ATEN = ops.ATEN
 
@@ -172,6 +173,90 @@ def test_padding_by_a_word(padding: str, kernel: Any, dilation: Any, expected: l
     found = [list(node.args[4]) for node in graph.nodes if query.is_call(node, ops.CONV2D)]  # type: ignore[arg-type]
     assert found == ([] if expected is None else [expected])
     assert distance(graph.run(x), [conv(x)]) < 1e-15
+
+
+TRACED = [
+    pytest.param(nn.Conv1d(4, 6, 3, stride=2, groups=2), (9,), "conv1d.default", id="conv1d"),
+    pytest.param(nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(1, 2)), (9, 8), "conv2d.default", id="conv2d"),
+    pytest.param(nn.Conv2d(4, 6, 3, padding="same", bias=False), (9, 8), "conv2d.default", id="padding by a word"),
+    pytest.param(nn.Conv3d(4, 6, 2, bias=False), (4, 3, 5), "conv3d.default", id="conv3d"),
+    pytest.param(nn.ConvTranspose1d(4, 6, 3, dilation=2), (9,), "conv_transpose1d.default", id="transposed, 1 axis"),
+    pytest.param(
+        nn.ConvTranspose2d(4, 6, 3, stride=(2, 3), padding=1, output_padding=(0, 1), groups=2),
+        (5, 3),
+        "conv_transpose2d.input",
+        id="transposed, 2 axes",
+    ),
+    pytest.param(nn.ConvTranspose3d(4, 6, 2), (4, 3, 5), "conv_transpose3d.input", id="transposed, 3 axes"),
+]
+
+
+@pytest.mark.parametrize(("conv", "space", "expected"), TRACED)
+def test_convolutions_of_a_traced_model_say_their_axes(conv: nn.Module, space: tuple[int, ...], expected: str) -> None:
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(space) - 1](6)
+    model, x = randomized(nn.Sequential(conv, norm).double()), sample(2, 4, *space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        graph = capture(torch.jit.trace(model, x), (x,))  # type: ignore[no-untyped-call]
+    Canonicalize().run(graph)
+    assert calls(graph)[:-1] == [expected, "_native_batch_norm_legit_no_training.default"]
+    check_pass_contract(Canonicalize(), graph, (x,))
+    x = sample(3, 4, *space)
+    assert distance(graph.run(x), [model(x)]) < 1e-15
+
+
+def test_a_convolution_with_one_number_for_all_axes() -> None:
+    def convolution(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = ATEN.convolution.default(x, m.w, None, [2], [1], [1], False, [0], 1)
+        return y
+
+    x, w = sample(2, 4, 9, 8), sample(6, 4, 3, 2)
+    graph = capture(Small(convolution, w=w), (x,))
+    Canonicalize().run(graph)
+    (conv,) = [node for node in graph.nodes if query.is_call(node, ops.CONV2D)]
+    assert conv.args[3:6] == ([2, 2], [1, 1], [1, 1])
+    assert distance(graph.run(x), [nn.functional.conv2d(x, w, None, 2, 1)]) < 1e-15
+
+
+BATCH_NORMS = [
+    pytest.param(lambda m, x: ATEN._native_batch_norm_legit_functional(x, *m.all(), False, 0.1, 1e-3), id="functional"),
+    pytest.param(lambda m, x: ATEN.native_batch_norm(x, *m.all(), False, 0.1, 1e-3), id="native"),
+    pytest.param(lambda m, x: ATEN.cudnn_batch_norm(x, *m.all(), False, 0.1, 1e-3), id="cudnn"),
+    pytest.param(lambda m, x: ATEN.miopen_batch_norm(x, *m.all(), False, 0.1, 1e-3), id="miopen"),
+    pytest.param(lambda m, x: ATEN._batch_norm_no_update(x, *m.all(), 0.1, 1e-3), id="no update"),
+    pytest.param(lambda m, x: [ATEN.batch_norm(x, *m.all(), False, 0.1, 1e-3, True)], id="batch_norm"),
+]
+
+
+@pytest.mark.parametrize("function", BATCH_NORMS)
+def test_every_batch_norm_is_the_one_that_never_trains(function: Any) -> None:
+    norm, x = randomized(nn.BatchNorm2d(4, eps=1e-3).double()), sample(2, 4, 3, 5)
+    graph = capture(Small(lambda m, x: function(m.norm, x)[0], norm=AllGiven(norm)), (x,))
+    report = Canonicalize().run(graph)
+    assert calls(graph)[:-1] == ["_native_batch_norm_legit_no_training.default"]
+    assert distance(graph.run(x), [norm(x)]) < 1e-14
+    assert set(report.applied) <= {"batch-norm-never-trains"}
+
+
+def test_a_batch_norm_that_trains_stays() -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = ATEN._native_batch_norm_legit_functional(x, *m.norm.all(), True, 0.1, 1e-3)[0]
+        return y
+
+    graph = capture(Small(function, norm=AllGiven(nn.BatchNorm2d(4).double())), (sample(2, 4, 3, 5),))
+    assert not Canonicalize().run(graph).changed
+
+
+class AllGiven(nn.Module):
+    """Gives what every spelling of a batch norm takes first."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def all(self) -> list[Tensor | None]:
+        norm = self.norm
+        return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
 
 def test_two_dynamic_axes_stay() -> None:

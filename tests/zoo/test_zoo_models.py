@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from torch import nn
 
 from examples.zoo import train
 from examples.zoo.data import make
-from examples.zoo.models import MODELS, BatchNormTokens, VisionTransformer
+from examples.zoo.models import MODELS, BatchNormTokens, PostNormBlock, VisionTransformer
 from normfuse.nn import PRepBN, UnifiedNorm
 
 NAMES = sorted(MODELS)
+PREPBN_NAMES = [name for name in NAMES if name.endswith("_prepbn")]
 NORMS = {"ln": nn.LayerNorm, "bn": BatchNormTokens, "un": UnifiedNorm, "prepbn": PRepBN}
 
 
@@ -42,14 +44,33 @@ def test_vision_transformers_have_one_kind_of_norm(kind: str) -> None:
     assert {type(norm) for norm in norms} == {NORMS[kind]}
 
 
-def test_the_way_to_repbn_ends_before_training_does() -> None:
-    entry = MODELS["glyphs_vit_prepbn"]
+def test_the_post_norm_transformer_normalizes_behind_every_sum() -> None:
+    model = MODELS["glyphs_vit_un_post"].build(100)
+    assert isinstance(model, VisionTransformer)
+    assert len([module for module in model.modules() if isinstance(module, UnifiedNorm)]) == 2 * len(model.blocks)
+    block = model.blocks[0]
+    assert isinstance(block, PostNormBlock)
+    called: list[str] = []
+    for name, part in block.named_children():
+        part.register_forward_hook(lambda part, given, found, name=name: called.append(name))
+    result = block.eval()(torch.randn(2, 17, 96))
+    assert called == ["attn", "norm1", "fc1", "fc2", "norm2"]
+    with torch.no_grad():
+        block.norm2.weight.zero_()
+        block.norm2.bias.fill_(3.0)
+        assert bool((block(result) == 3.0).all())  # nothing goes around the norm
+
+
+@pytest.mark.parametrize("name", PREPBN_NAMES)
+def test_the_way_to_repbn_ends_before_training_does(name: str) -> None:
+    entry = MODELS[name]
     norms = [module for module in entry.build(entry.steps).modules() if isinstance(module, PRepBN)]
+    assert norms
     assert all(int(norm.warm) + int(norm.total_step) <= 0.75 * entry.steps for norm in norms)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits_vit_ln", "glyphs_vit_prepbn", "glyphs_vit_un"])
+@pytest.mark.parametrize("name", ["digits_vit_ln", "glyphs_vit_un", "glyphs_vit_un_post", *PREPBN_NAMES])
 def test_training_repeats(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (train.train(name, device="cpu", steps=6) for _ in range(2))
     for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
@@ -66,6 +87,10 @@ def test_states_become_archives(tmp_path: Path) -> None:
     path = train.export("digits_vit_ln", model.state_dict(), tmp_path)
     images, _ = make("digits", "test", 5, 0)
     torch.testing.assert_close(torch.export.load(path).module()(images), model(images), rtol=0, atol=0)
+    with zipfile.ZipFile(path) as archive:
+        text = b"".join(archive.read(part) for part in archive.namelist())
+    assert b"examples/zoo/models.py" in text
+    assert str(train.REPOSITORY).encode() not in text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,6 +103,14 @@ def test_committed_archives_load_with_any_batch(name: str) -> None:
     three, one = model(images), model(images[:1])
     # Another batch size may take another order of summation: a few units in the last place of logits of up to 20.
     torch.testing.assert_close(one, three[:1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PREPBN_NAMES)
+def test_committed_archives_came_to_the_end_of_the_way_to_repbn(name: str) -> None:
+    state = torch.export.load(train.WEIGHTS / f"{name}.pt2").state_dict
+    left = [int(value) for key, value in state.items() if key.endswith(".iter")]
+    assert left
+    assert not any(left)
 
 
 @pytest.mark.slow
