@@ -29,7 +29,7 @@ from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
 from normfuse.refresh import refresh_norms
-from normfuse.report import PassReport
+from normfuse.report import PassReport, Refusal
 
 __all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
 
@@ -164,7 +164,7 @@ def fold_graph(
         "norms": {"before": _norms(original), "after": _norms(graph)},
         "affines": {"found": found, "folded": found - left, "left": left},
         "sites": _sites(audited, certifier),
-        "left": [refusal.as_dict() for refusal in _left([*reports, *audited])],
+        "left": [refusal.as_dict() for refusal in _left([*reports, *audited], wide)],
         "undone": [{"rule": rule, "node": node} for rule, node in sorted(certifier.undone)],
     }
     return Folded(graph, certificate)
@@ -204,7 +204,8 @@ def _sites(reports: Sequence[PassReport], certifier: Certifier) -> list[dict[str
     return sites
 
 
-def _left(reports: Sequence[PassReport]) -> list[Any]:
-    """Return the last reason for everything that stayed."""
+def _left(reports: Sequence[PassReport], graph: Graph) -> list[Refusal]:
+    """Return the last reason for everything that a pass left alone and no later one took."""
+    still = {node.name for node in graph.nodes}
     last = {refusal.node: refusal for report in reports for refusal in report.refused}
-    return list(last.values())
+    return [refusal for node, refusal in last.items() if node in still]
