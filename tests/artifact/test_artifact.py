@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -210,14 +209,18 @@ def test_a_full_disk_is_bad_input_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["built.onnx"]
 
 
-def test_a_parent_that_cannot_be_written_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["file/out", "/proc/nope", "/proc/nope/deeper"])
+def test_an_output_that_cannot_be_written_is_found_at_the_start(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(BadInput, match="cannot be written"):
-        check_output(tmp_path / "file" / "out")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write anywhere
-    with pytest.raises(BadInput, match="cannot be written") as caught:
-        check_output(tmp_path / "out")
-    assert caught.value.exit_code == 4
+    with pytest.raises(UsageError, match="cannot be written") as caught:
+        check_output(tmp_path / place)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint == "choose another -o"
+
+
+def test_checking_the_output_leaves_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_manifest_nothing_is_published(tmp_path: Path) -> None:
