@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from normfuse.artifact import ArtifactWriter, check_output, read_artifact, read_intact, verify_artifact
-from normfuse.errors import BadInput, InternalError, NormfuseError, UsageError
+from normfuse.errors import BadInput, InternalError, UsageError
 
 FACTS = {"seed": 3, "verdict": {"verdict": "kept"}, "session_config": {"session.x64quantprecision": "1"}}
 
@@ -317,9 +317,10 @@ def test_what_is_missing_or_no_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "model.onnx").unlink()
     with pytest.raises(BadInput, match=r"lacks model\.onnx"):
         read_artifact(tmp_path / "out")
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(NormfuseError, match="no normfuse artifact"):
-            read_artifact(folder)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for place, says in ((".", "no normfuse artifact"), ("none", "does not exist"), ("file", "the folder is a file")):
+        with pytest.raises(BadInput, match=says):
+            read_artifact(tmp_path / place)
 
 
 def test_a_missing_report_is_said(tmp_path: Path) -> None:
