@@ -117,6 +117,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         BadInput: the folder is no artifact, or was written by another version of the format.
     """
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(
+            f"the folder {state}", where=str(folder), expected="the folder of an artifact", hint="check the path"
+        )
     manifest = _read_object(folder / MANIFEST, "this is no normfuse artifact")
     if manifest.get("format") != FORMAT:
         raise BadInput("this is no normfuse artifact", where=str(folder), expected=f"{MANIFEST} of a {FORMAT}")

@@ -73,15 +73,15 @@ def build(path: Path, tensors: StateDict, arch: str | None) -> nn.Module:
     """Return the module that ``arch`` builds, with ``tensors`` in it; names and shapes must all fit.
 
     Raises:
-        UsageError: ``arch`` is missing its form, or cannot be imported.
-        BadInput: there is no ``arch``, it gives no module, or keys or shapes differ.
+        UsageError: there is no ``arch``, it has the wrong form, or it cannot be imported.
+        BadInput: it gives no module, or keys or shapes differ.
     """
     if arch is None:
-        raise BadInput(
+        raise UsageError(
             "the file holds weights only, not the network that they belong to",
             where=str(path),
             expected="arch (--arch) naming a function that builds the module",
-            hint="--arch package.module:factory",
+            hint="--arch package.module:factory; in Python give the module with the weights in it",
         )
     module = _build_module(arch)
     _refuse_other_keys(path, module.state_dict(), tensors, arch)

@@ -1,5 +1,6 @@
 """What the captured graph keeps of the model, and which models are refused."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -291,6 +292,13 @@ def test_branching_on_data_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"torch\.export cannot capture") as caught:
         captured(lambda m, x: x * 2 if x.sum() > 0 else x, sample(3, 5))
     assert caught.value.__cause__ is not None
+
+
+def test_torch_does_not_log_what_it_raises(caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = sample(2, 3, 5, 7), sample(4, 3, 2, 3)
+    with pytest.raises(UnsupportedModel, match=r"torch\.export cannot capture"):
+        captured(lambda m, x: torch.ops.aten.mkldnn_convolution(x, m.w, None, [0, 0], [1, 1], [1, 1], 1), x, w=weight)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_dropout_that_is_active_in_eval_mode_is_refused() -> None:

@@ -104,7 +104,7 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
 def test_weights_need_arch(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save(network().state_dict(), path)
-    with pytest.raises(BadInput, match="weights only") as caught:
+    with pytest.raises(UsageError, match="weights only") as caught:
         load_model(path)
     assert "--arch" in caught.value.hint
 
