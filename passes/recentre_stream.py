@@ -29,8 +29,9 @@ class RecentreStream(Pass):
         after    rms_norm(W' x + b' + ...),  W' = W - mean of W over its outputs,  b' = b - mean(b)
 
     "Pre-RMSNorm and Pre-CRMSNorm Transformers" (Jiang et al., 2023, arXiv 2305.14858). Exact in real arithmetic.
-    1. Every reader of the stream is a layer norm over its channels, or hands it on: sums, concatenations, views,
-       selections of other axes, means, pooling, interpolation, products with one number.
+    1. Every reader of the stream is a layer norm over its channels, or hands it on: sums, concatenations along other
+       axes, views, selections of other axes, means, pooling, interpolation, products with one number. Not a layer norm
+       over several vectors joined (Swin's patch merging): it subtracts one mean of all, centring one of each.
     2. Everything written to it is made by linear maps, tables or constants, or is a layer norm's bare output, which is
        centred already. The affine of a norm whose output is the stream cannot be centred.
     3. A layer norm that keeps its own gamma and beta stays as it is: RMS norm has no beta.
@@ -151,6 +152,8 @@ class _Walk:
         if query.is_call(node, ops.ADD, ops.SUB):
             return self._sum(node, axis)
         if query.is_call(node, ops.CAT):
+            if int(query.argument(node, 1, "dim", 0)) % query.rank(node) == axis:
+                return Blocked(node, Reason.UNCENTRED)
             return next(filter(None, [self._join(part, axis, node) for part in node.args[0]]), None)  # type: ignore[union-attr, arg-type]
         source = source_of(node) if node.op == "call_function" else None
         if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or (query.is_call(node, ops.PAD) and _pads(node)):
@@ -186,11 +189,14 @@ class _Walk:
         return Blocked(reader, Reason.STREAM_READER) if after is None else self._join(reader, after, reader)
 
     def _whole_axes(self, node: fx.Node) -> dict[int, int]:
-        """Return the output axis of every input axis of which each position arrives equally often."""
+        """Return the output axis of every input axis that arrives whole, alone and once.
+
+        Not beside others: layer norm over joined vectors subtracts one mean of all, centring took one from each.
+        """
         found = {}
         for axis, wiring in wirings(self._graph, node).items():
-            counts = torch.bincount(wiring.index, minlength=int(query.shape(source_of(node))[axis]))  # type: ignore[arg-type]
-            if bool((counts == counts[0]).all()) and int(counts[0]) > 0:
+            size = query.shape(source_of(node))[axis]  # type: ignore[arg-type]
+            if sorted(wiring.index.tolist()) == list(range(int(size))):
                 found[axis] = wiring.axis
         return found
 
