@@ -248,7 +248,7 @@ def inspection(found: Mapping[str, Any]) -> None:
 def diagnosis(found: Mapping[str, Any]) -> None:
     """Show the environment, what is installed, and how the trial ended."""
     facts = {name: value for name, value in found["environment"].items() if name != "packages"}
-    table("environment", ("", ""), list(facts.items()))
+    table("environment", ("fact", "value"), list(facts.items()))
     rows = [(each["name"], each["found"], each["least"], each["extra"]) for each in found["packages"]]
     table("packages", ("package", "installed", "at least", "only for"), rows)
     if placement := found["placement"]:

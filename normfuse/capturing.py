@@ -32,7 +32,7 @@ def capture_model(model: Model, example_inputs: Examples | None = None, samples:
     """Return the graph of any kind of model; a module is captured with the first sample where nothing else is given.
 
     Raises:
-        UsageError: the model is none.
+        UsageError: the model is none, or there is nothing to capture a module with.
         BadInput: the file is no model, or the samples are not what the module's ``forward`` takes.
         NormfuseError: the model cannot be captured.
     """
@@ -42,8 +42,15 @@ def capture_model(model: Model, example_inputs: Examples | None = None, samples:
     if isinstance(inner, ExportedProgram):
         return capture(inner)
     _refuse_no_module(inner)
-    if example_inputs is not None or samples is None:
+    if example_inputs is not None:
         return capture(inner, _in_order(inner, example_inputs))
+    if samples is None:
+        raise UsageError(
+            "this model must be run once to be captured",
+            where=str(model.path) if isinstance(model, LoadedModel) else type(inner).__name__,
+            expected="inputs to run it on",
+            hint="--calib DATA; in Python calibration=... or example_inputs=...; files of normfuse.save need none",
+        )
     examples = _first_sample(inner, samples)
     try:
         return capture(inner, examples)

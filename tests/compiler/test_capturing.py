@@ -96,6 +96,16 @@ def test_a_model_that_runs_and_cannot_be_captured_is_no_mistake_of_the_samples(t
         capture_model(Branching(), samples=data(tmp_path, x=np.zeros((3, 7))))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_without_inputs_both_ways_to_give_them_are_named(tmp_path: Path) -> None:
+    torch.jit.script(Head()).save(str(tmp_path / "scripted.pt"))  # type: ignore[no-untyped-call]
+    with pytest.raises(UsageError) as caught:
+        capture_model(tmp_path / "scripted.pt")
+    assert "--calib" in caught.value.hint
+    assert "example_inputs" in caught.value.hint
+    assert caught.value.where.endswith("scripted.pt")
+
+
 WEIGHTS = {"linear.weight": torch.zeros(3, 7), "linear.bias": torch.zeros(3)}
 
 
