@@ -264,8 +264,9 @@ def test_what_is_remembered_is_decided_the_same_way() -> None:
     graph = ready(chain(), x := sample(4, 5))
     twin = graph.copy()
     _, certifier = folded(graph, x, FoldIntoReader({"1.1": biased}))
-    report = apply_rules(twin, [FoldIntoReader({"1.1": biased})], name="t", audit=Remembered(certifier.undone))
+    report = apply_rules(twin, [FoldIntoReader({"1.1": biased})], name="t", audit=(same := Remembered(certifier.kept)))
     assert twin.text() == graph.text()
+    assert same.taken == certifier.kept
     assert [refusal.reason for refusal in report.refused] == [Reason.WRONG]
 
 
