@@ -22,6 +22,7 @@ from normfuse.progress import Advance, Progress, Silent
 __all__ = [
     "ShownProgress",
     "as_json",
+    "certificate",
     "comparison",
     "diagnosis",
     "error",
@@ -227,6 +228,9 @@ def inspection(found: Mapping[str, Any]) -> None:
             line(f"PROBLEM: {problem}")
         files = [(name, digest[:16]) for name, digest in found["manifest"]["files"].items()]
         table("files", ("file", "sha256"), files)
+        if not found["problems"] and found["report"].get("format") == "normfuse certificate":
+            certificate(found["report"])
+            return
         if found["problems"] or not {"comparison", "verdict"} <= found["report"].keys():
             line("the report is not shown: it is of the files that were written")
             return

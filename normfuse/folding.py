@@ -25,6 +25,7 @@ from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
 from normfuse.graph.program import to_module, to_program
 from normfuse.graph.text import operator_name
+from normfuse.manifest import CERTIFICATE, FOLDED, FOLDED_MODEL
 from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
@@ -35,7 +36,6 @@ __all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
 
 FORMAT: Final = "normfuse certificate"
 SCHEMA: Final = 1
-MODEL: Final = "model.pt2"
 CHECKED_SAMPLES: Final = 2
 """Samples that every step is checked with: each holds thousands of positions, and all values of each are kept."""
 
@@ -74,9 +74,9 @@ class Folded:
         archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(to_program(self.graph), archive)
         with ArtifactWriter(Path(target)) as writer:
-            writer.add_bytes(MODEL, archive.getbuffer())
-            writer.add_json("certificate.json", self.certificate)
-            writer.finish({"kind": "fold", "environment": describe_environment().as_dict()})
+            writer.add_bytes(FOLDED_MODEL, archive.getbuffer())
+            writer.add_json(CERTIFICATE, self.certificate)
+            writer.finish({"kind": FOLDED, "environment": describe_environment().as_dict()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,8 +67,8 @@ class LayerNormIsRmsNorm(Rule[_Region]):
     def plan(self, graph: Graph, match: Match) -> _Region | Refusal | None:
         """Return the whole stream with its new constants, or what cannot be centred."""
         norm, layer = match.root, query.layer_of(match.root)
-        if not _is_bare(norm):
-            return Refusal(norm.name, Reason.ONLINE, "its gamma or beta did not fold", layer)
+        if not _is_free_of_beta(graph, norm):
+            return Refusal(norm.name, Reason.ONLINE, "its beta did not fold, and RMS norm has none", layer)
         source = norm.args[0]
         assert isinstance(source, fx.Node)
         walk = _Walk(graph)
@@ -88,15 +88,16 @@ class LayerNormIsRmsNorm(Rule[_Region]):
         for node, found in plan.affines.items():
             edit.set_constant(node, 2, found.shift, f"{query.layer_of(node) or node.name}.affine")
         for norm in plan.norms:
-            if _is_bare(norm):
+            if _is_free_of_beta(edit.graph, norm):
                 eps = query.argument(norm, 4, "eps", 1e-5)
                 edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
 
     def describe(self, graph: Graph, match: Match, plan: _Region) -> dict[str, str]:
         """Say which norms read the stream and which layers write it."""
+        norms = [norm for norm in plan.norms if _is_free_of_beta(graph, norm)]
         writers = [*plan.maps, *plan.tables, *(reader for reader, _, _ in plan.constants)]
         return {
-            "affine": ", ".join(query.layer_of(norm) or norm.name for norm in plan.norms if _is_bare(norm)),
+            "affine": ", ".join(query.layer_of(norm) or norm.name for norm in norms),
             "into": ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in writers)),
             "formula": "layer norm = RMS norm of the centred stream: W' = W - mean(W), b' = b - mean(b)",
         }
@@ -105,6 +106,14 @@ class LayerNormIsRmsNorm(Rule[_Region]):
 def _is_bare(norm: fx.Node) -> bool:
     one_axis = len(norm.args[1]) == 1  # type: ignore[arg-type]
     return one_axis and query.argument(norm, 2, "weight") is None and query.argument(norm, 3, "bias") is None
+
+
+def _is_free_of_beta(graph: Graph, norm: fx.Node) -> bool:
+    """Return whether the norm is bare and will stay so: an affine that only it feeds goes back into it."""
+    reader = query.only_reader(norm)
+    if not _is_bare(norm):
+        return False
+    return not (query.is_call(reader, AFFINE) and bool(read_affine(graph, reader).shift.any()))  # type: ignore[arg-type]
 
 
 class _Walk:
