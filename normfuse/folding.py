@@ -20,11 +20,12 @@ from normfuse.certificate import TOLERANCE, Certifier, Remembered, difference
 from normfuse.data import Samples, load_samples
 from normfuse.errors import UsageError
 from normfuse.feeding import bind, random_samples, stream
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
 from normfuse.graph.program import to_program
 from normfuse.graph.text import operator_name
+from normfuse.passes.compress_stream import CRMS_NORM
 from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
@@ -79,12 +80,14 @@ class FoldOptions:
     """How to fold.
 
     ``refresh_norms`` estimates batch norms' statistics again from all calibration samples before anything is folded;
-    ``recentres`` makes RMS norms of the layer norms whose stream can be centred; every step is checked with
-    ``samples`` samples; ``seed`` is that of the random inputs where there are no samples.
+    ``recentres`` makes RMS norms of the layer norms whose stream can be centred; ``compresses`` does that too and
+    then computes those streams without their last channel; every step is checked with ``samples`` samples; ``seed``
+    is that of the random inputs where there are no samples.
     """
 
     refresh_norms: bool = False
     recentres: bool = True
+    compresses: bool = False
     samples: int = CHECKED_SAMPLES
     seed: int = 0
 
@@ -121,34 +124,35 @@ def fold(
     if chosen.refresh_norms:
         refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
     seen = list(islice(stream(bound, original)(), chosen.samples))
-    folded = fold_graph(original, seen, recentres=chosen.recentres, origin=bound.source, progress=shown)
+    folded = fold_graph(original, seen, options=chosen, origin=bound.source, progress=shown)
     folded.certificate["refreshed"] = refreshed
     return folded
 
 
 def fold_graph(
-    original: Graph, samples: Sequence[Sequence[Tensor]], *, recentres: bool, origin: str, progress: Progress
+    original: Graph, samples: Sequence[Sequence[Tensor]], *, options: FoldOptions, origin: str, progress: Progress
 ) -> Folded:
     """Fold a graph: first in float64, every step checked on the samples, then in the model's own type the same steps.
 
     Args:
         original: the captured model; it is not changed.
         samples: inputs to check with, in the order of the graph's inputs.
-        recentres: whether layer norms become RMS norms where they can.
+        options: what becomes of layer norms.
         origin: where the samples come from, for the certificate.
         progress: shows what takes long.
     """
+    layer_norms = {"recentres": options.recentres, "compresses": options.compresses}
     with progress.task("folding in float64 and checking every step"):
         wide = converted(original, torch.float64)
         reports = Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(wide)
         certifier = Certifier(wide, samples)
         given = frozenset({Fact.CANONICAL, Fact.AFFINES})
-        audited = Pipeline(phases=(folds(audit=certifier, recentres=recentres),), given=given).run(wide)
+        audited = Pipeline(phases=(folds(audit=certifier, **layer_norms),), given=given).run(wide)
         left = _affines(wide)
     with progress.task("folding"):
         graph = original.copy()
-        remembered = folds(audit=Remembered(certifier.undone), recentres=recentres)
+        remembered = folds(audit=Remembered(certifier.undone), **layer_norms)
         Pipeline(phases=(PLAIN, AFFINES, remembered, LOWER)).run(graph)
     with progress.task("comparing the models"):
         error = _error(converted(original, torch.float64), wide, [[_wide(value) for value in s] for s in samples])
@@ -182,6 +186,7 @@ def _norms(graph: Graph) -> dict[str, int]:
     """Return how many norms of each kind a graph computes."""
     names = Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function")
     found = {kind: sum(count for name, count in names.items() if kind in name) for kind in NORMS}
+    found[CRMS_NORM] = sum(metadata.noted(node, CRMS_NORM) is not None for node in graph.nodes)
     return {kind: count for kind, count in found.items() if count}
 
 

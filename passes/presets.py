@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.compress_stream import CompressStream
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
@@ -44,10 +45,13 @@ CANONICAL: Final = Phase(
 AFFINES: Final = Phase("affines", (FindAffines(),))  # every affine is one node before any fold looks for it
 
 
-def folds(*, audit: Audit | None = None, rescales: bool = True, recentres: bool = False) -> Phase:
+def folds(
+    *, audit: Audit | None = None, rescales: bool = True, recentres: bool = False, compresses: bool = False
+) -> Phase:
     """Return the folds in order, each step looked over by ``audit``.
 
-    ``rescales`` carries affines along the residual stream; ``recentres`` makes RMS norms of layer norms.
+    ``rescales`` carries affines along the residual stream; ``recentres`` makes RMS norms of layer norms, and
+    ``compresses`` (which does that first) then drops the last channel of their streams.
     """
     passes: list[Pass] = [
         FoldAffineIntoProducers(audit=audit),  # always exact, so before the consumers get their chance
@@ -56,8 +60,10 @@ def folds(*, audit: Audit | None = None, rescales: bool = True, recentres: bool 
     if rescales:
         passes.append(RescaleStream(audit=audit))  # the one that divides, so the last of these three
     passes.append(MergeLinearMaps(audit=audit))  # adapters have taken in their factor by now
-    if recentres:
+    if recentres or compresses:
         passes.append(RecentreStream(audit=audit))  # reads bare norms: their gamma and beta have gone
+    if compresses:
+        passes.append(CompressStream(audit=audit))  # of what sums to zero one channel says nothing new
     return Phase("norms", tuple(passes))
 
 

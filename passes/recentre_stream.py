@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
@@ -18,7 +18,10 @@ from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.commuting import source_of, wirings
 from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map, rebind
 
-__all__ = ["RecentreStream"]
+__all__ = ["CENTRED", "RecentreStream"]
+
+CENTRED: Final = "centred"
+"""Noted of everything that was centred, with the axis: a channel sum tells no more once it is rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,7 @@ class _Region:
     axes: dict[fx.Node, int] = field(default_factory=dict)
     maps: dict[fx.Node, LinearMap] = field(default_factory=dict)
     tables: dict[fx.Node, Tensor] = field(default_factory=dict)
-    constants: list[tuple[fx.Node, fx.Node, Tensor]] = field(default_factory=list)
+    constants: list[tuple[fx.Node, fx.Node, Tensor, int]] = field(default_factory=list)
     affines: dict[fx.Node, Affine] = field(default_factory=dict)
     norms: list[fx.Node] = field(default_factory=list)
 
@@ -82,18 +85,23 @@ class LayerNormIsRmsNorm(Rule[_Region]):
             rebind(edit, node, linear)
         for node, table in plan.tables.items():
             edit.set_constant(node, 0, table, f"{node.args[0].target}")  # type: ignore[union-attr]
-        for reader, old, tensor in plan.constants:
-            edit.substitute(reader, old, edit.constant(tensor, str(old.target), like=old))
+        for reader, old, tensor, axis in plan.constants:
+            new = edit.constant(tensor, str(old.target), like=old)
+            metadata.note(new, CENTRED, axis)
+            edit.substitute(reader, old, new)
         for node, found in plan.affines.items():
             edit.set_constant(node, 2, found.shift, f"{query.layer_of(node) or node.name}.affine")
+        for node in (*plan.maps, *plan.tables, *plan.affines):
+            metadata.note(node, CENTRED, plan.axes[node])
         for norm in plan.norms:
             if _is_bare(norm):
                 eps = query.argument(norm, 4, "eps", 1e-5)
-                edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
+                new = edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
+                metadata.note(new, CENTRED, query.rank(new) - 1)
 
     def describe(self, graph: Graph, match: Match, plan: _Region) -> dict[str, str]:
         """Say which norms read the stream and which layers write it."""
-        writers = [*plan.maps, *plan.tables, *(reader for reader, _, _ in plan.constants)]
+        writers = [*plan.maps, *plan.tables, *(reader for reader, *_ in plan.constants)]
         return {
             "affine": ", ".join(query.layer_of(norm) or norm.name for norm in plan.norms if _is_bare(norm)),
             "into": ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in writers)),
@@ -129,7 +137,7 @@ class _Walk:
             rank = query.rank(reader) if is_sum else query.rank(node)
             size = query.shape(reader)[axis] if is_sum else query.shape(node)[axis]
             centred = _centred_constant(query.constant(self._graph, node), axis, rank, int(size))
-            self.region.constants.append((reader, node, centred))
+            self.region.constants.append((reader, node, centred, axis))
             return None
         if node in self.region.axes:
             return None if self.region.axes[node] == axis else Blocked(node, Reason.AXIS)
@@ -145,6 +153,8 @@ class _Walk:
             self.region.tables[node] = _centred(query.constant(self._graph, node.args[0]), 1)  # type: ignore[arg-type]
             return None
         if query.is_call(node, ops.LAYER_NORM) and _is_bare(node) and axis == query.rank(node) - 1:
+            return None
+        if query.is_call(node, ops.RMS_NORM) and metadata.noted(node, CENTRED) == axis:  # it was such a layer norm
             return None
         if query.is_call(node, AFFINE):
             return self._affine(node, axis)
