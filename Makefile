@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -49,6 +49,12 @@ zoo: install  ## train the zoo again, from seeds (under two hours on two cores)
 
 bench-cpu: install  ## DeiT-S on this CPU: PyTorch, onnxruntime, onnxruntime's own int8, normfuse
 	$(BIN)/python -m benchmarks.cpu
+
+bench-fold: install  ## what folding alone gains: PyTorch, torch.compile, onnxruntime
+	$(BIN)/python -m benchmarks.fold
+
+fold-table: install  ## what folding does to the architectures of transformers
+	$(BIN)/python -m benchmarks.fold_table
 
 clean:  ## remove what was built, but not .venv
 	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

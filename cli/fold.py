@@ -37,6 +37,7 @@ def command(model: Path, output: Path, as_json: bool, quiet: bool, **options: An
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.folding import FoldOptions, fold
+    from normfuse.passes.presets import LayerNorms
 
     shown = render.progress(quiet=quiet)
     check_output(output)
@@ -47,8 +48,7 @@ def command(model: Path, output: Path, as_json: bool, quiet: bool, **options: An
         calibration=samples,
         options=FoldOptions(
             refresh_norms=options["refresh_norms"],
-            recentres=options["layer_norm"] != "keep",
-            compresses=options["layer_norm"] == "crms",
+            layer_norms=LayerNorms(options["layer_norm"]),
             samples=options["samples"],
             seed=options["seed"],
         ),

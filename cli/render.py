@@ -22,6 +22,7 @@ from normfuse.progress import Advance, Progress, Silent
 __all__ = [
     "ShownProgress",
     "as_json",
+    "certificate",
     "comparison",
     "diagnosis",
     "error",
@@ -227,6 +228,9 @@ def inspection(found: Mapping[str, Any]) -> None:
             line(f"PROBLEM: {problem}")
         files = [(name, digest[:16]) for name, digest in found["manifest"]["files"].items()]
         table("files", ("file", "sha256"), files)
+        if not found["problems"] and found["report"].get("format") == "normfuse certificate":
+            certificate(found["report"])
+            return
         if found["problems"] or not {"comparison", "verdict"} <= found["report"].keys():
             line("the report is not shown: it is of the files that were written")
             return
@@ -248,7 +252,7 @@ def inspection(found: Mapping[str, Any]) -> None:
 def diagnosis(found: Mapping[str, Any]) -> None:
     """Show the environment, what is installed, and how the trial ended."""
     facts = {name: value for name, value in found["environment"].items() if name != "packages"}
-    table("environment", ("", ""), list(facts.items()))
+    table("environment", ("fact", "value"), list(facts.items()))
     rows = [(each["name"], each["found"], each["least"], each["extra"]) for each in found["packages"]]
     table("packages", ("package", "installed", "at least", "only for"), rows)
     if placement := found["placement"]:

@@ -34,15 +34,24 @@ def check_output(target: Path) -> None:
     """Refuse early what could not be written after minutes of work.
 
     Raises:
-        UsageError: the target exists and is neither an empty folder nor an artifact, or holds more than one.
-        BadInput: its parent cannot be written.
+        UsageError: the target exists and is neither an empty folder nor an artifact, or holds more than one; or a
+            folder cannot be made there.
     """
     target = _resolved(target)
-    if os.path.lexists(target):
-        _refuse_strangers(target)
+    _refuse_strangers(target)
     parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput("the output cannot be written", where=str(target), expected=f"write access to {parent}")
+    trial = parent / f".normfuse-{secrets.token_hex(4)}"
+    try:
+        # Tried, not asked for: /proc and file systems that are mounted read-only give the superuser every permission.
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise UsageError(
+            f"the output cannot be written: {error.strerror or error}",
+            where=str(target),
+            expected=f"a folder in which one can be made, unlike {parent}",
+            hint="choose another -o",
+        ) from error
 
 
 class ArtifactWriter:
@@ -132,7 +141,7 @@ class ArtifactWriter:
     def _publish(self) -> None:
         for path in (*self.folder.iterdir(), self.folder):
             synchronize(path)
-        check_output(self._target)  # it may have become something else meanwhile
+        _refuse_strangers(self._target)  # it may have become something else meanwhile
         try:
             if os.path.lexists(self._target):
                 self._target.rename(self._old)
@@ -151,6 +160,8 @@ class ArtifactWriter:
 
 def _refuse_strangers(target: Path) -> None:
     """Raise unless replacing the target destroys nothing but an artifact."""
+    if not os.path.lexists(target):
+        return
     found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
     if not found:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,30 +16,41 @@ from torch.export import ExportedProgram
 from normfuse.atomic import write_file
 from normfuse.data import Samples
 from normfuse.data.samples import Array
-from normfuse.errors import BadInput, UnsupportedModel
+from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.graph import Graph, capture
 from normfuse.graph.capture import export_program
 from normfuse.loading import LoadedModel, load_model
 
-__all__ = ["Model", "capture_model", "save"]
+__all__ = ["Examples", "Model", "capture_model", "save"]
 
 Model = nn.Module | ExportedProgram | LoadedModel | str | Path
+Examples = Sequence[Tensor] | Tensor | Mapping[str, Tensor]
+"""What to capture a module with: tensors in the order of ``forward``, one alone, or by the names of its parameters."""
 
 
-def capture_model(
-    model: Model, example_inputs: Sequence[Tensor] | None = None, samples: Samples | None = None
-) -> Graph:
+def capture_model(model: Model, example_inputs: Examples | None = None, samples: Samples | None = None) -> Graph:
     """Return the graph of any kind of model; a module is captured with the first sample where nothing else is given.
 
     Raises:
+        UsageError: the model is none, or there is nothing to capture a module with.
         BadInput: the file is no model, or the samples are not what the module's ``forward`` takes.
         NormfuseError: the model cannot be captured.
     """
     if isinstance(model, (str, Path)):
         model = load_model(model)
     inner = model.model if isinstance(model, LoadedModel) else model
-    if example_inputs is not None or samples is None or isinstance(inner, ExportedProgram):
-        return capture(inner, example_inputs)
+    if isinstance(inner, ExportedProgram):
+        return capture(inner)
+    _refuse_no_module(inner)
+    if example_inputs is not None:
+        return capture(inner, _in_order(inner, example_inputs))
+    if samples is None:
+        raise UsageError(
+            "this model must be run once to be captured",
+            where=str(model.path) if isinstance(model, LoadedModel) else type(inner).__name__,
+            expected="inputs to run it on",
+            hint="--calib DATA; in Python calibration=... or example_inputs=...; files of normfuse.save need none",
+        )
     examples = _first_sample(inner, samples)
     try:
         return capture(inner, examples)
@@ -49,19 +60,42 @@ def capture_model(
         raise
 
 
-def save(model: nn.Module, example_inputs: Sequence[Tensor], path: str | Path) -> None:
+def save(model: nn.Module, example_inputs: Examples, path: str | Path) -> None:
     """Write a module as a torch.export archive in eval mode: the safe form that ``normfuse compile`` reads.
 
     The batch axis (the first of every input) stays dynamic where the model allows it. The file is written whole or
     not at all.
 
     Raises:
+        UsageError: the model is no module.
         UnsupportedModel: torch.export cannot capture it.
-        BadInput: the file cannot be written.
+        BadInput: the example inputs are not what ``forward`` takes, or the file cannot be written.
     """
+    _refuse_no_module(model)
     archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
-    torch.export.save(export_program(model, example_inputs), archive)
+    torch.export.save(export_program(model, _in_order(model, example_inputs)), archive)
     write_file(Path(path), archive.getbuffer())
+
+
+def _refuse_no_module(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    is_weights = isinstance(model, Mapping)
+    raise UsageError(
+        f"the model is a {type(model).__name__}{': weights without their network' if is_weights else ''}",
+        expected="a torch.nn.Module",
+        hint="build the module, load the weights into it (load_state_dict), give the module" if is_weights else "",
+    )
+
+
+def _in_order(model: nn.Module, examples: Examples | None) -> Sequence[Tensor] | Tensor | None:
+    """Return example inputs in the order of ``forward``'s parameters."""
+    if not isinstance(examples, Mapping):
+        return examples
+    order = _order(model, tuple(examples), "example_inputs")
+    if len(order) < len(examples):
+        raise _wrong_names(tuple(examples), "example_inputs", [name for each in _parameters(model) for name in each])
+    return [examples[name] for name in order]
 
 
 def _first_sample(model: nn.Module, samples: Samples) -> list[Tensor]:
@@ -69,7 +103,8 @@ def _first_sample(model: nn.Module, samples: Samples) -> list[Tensor]:
     first = next(samples.batches(1)).inputs
     constants = chain(model.parameters(), model.buffers())
     floating = next((tensor.dtype for tensor in constants if tensor.is_floating_point()), torch.get_default_dtype())
-    return [_tensor(first[name], floating, f"{samples.source}, array {name!r}") for name in _order(model, samples)]
+    order = _order(model, samples.names, samples.source)
+    return [_tensor(first[name], floating, f"{samples.source}, array {name!r}") for name in order]
 
 
 def _tensor(array: Array, floating: torch.dtype, where: str) -> Tensor:
@@ -81,19 +116,23 @@ def _tensor(array: Array, floating: torch.dtype, where: str) -> Tensor:
         raise BadInput(f"the array is {array.dtype}", where=where, expected="numbers that torch knows") from error
 
 
-def _order(model: nn.Module, samples: Samples) -> list[str]:
+def _order(model: nn.Module, names: Sequence[str], source: str) -> list[str]:
     """Return the names of the arrays that ``forward`` takes, in the order of its parameters."""
     required, optional = _parameters(model)
-    given = set(samples.names)
+    given = set(names)
     taken = [name for name in (*required, *optional) if name in given]
     if required and given.issuperset(required) and taken == [*required, *optional][: len(taken)]:
         return taken
-    if len(samples.names) == 1 and len(required) <= 1:
-        return list(samples.names)
-    raise BadInput(
-        f"the samples have the arrays {', '.join(samples.names)}",
-        where=samples.source,
-        expected=f"one array for each input of the model: {', '.join((*required, *optional)) or 'unknown'}",
+    if len(names) == 1 and len(required) <= 1:
+        return list(names)
+    raise _wrong_names(names, source, [*required, *optional])
+
+
+def _wrong_names(names: Sequence[str], source: str, parameters: Sequence[str]) -> BadInput:
+    return BadInput(
+        f"the arrays are called {', '.join(names)}",
+        where=source,
+        expected=f"one array for each input of the model: {', '.join(parameters) or 'unknown'}",
         hint="name the arrays after the parameters of forward, or export the model with normfuse.save",
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph
 
-__all__ = ["TOLERANCE", "Certifier", "Remembered", "SiteCheck", "difference"]
+__all__ = ["TOLERANCE", "Certifier", "Remembered", "SiteCheck", "Step", "difference"]
 
 TOLERANCE: Final = 1e-9
 """Largest error of a right fold, relative to the tensor's largest magnitude: float64 rounds at 1e-16, and a channel
@@ -19,6 +19,8 @@ that is nearly dead loses up to seven digits."""
 
 Values = dict[str, Any]
 Signature = tuple[Any, ...]
+Step = tuple[str, str]
+"""A rule and the node it was applied at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +50,30 @@ class Certifier:
     if its change dies out before or at the outputs, and wrong if it does not.
     """
 
-    def __init__(self, graph: Graph, samples: Sequence[Sequence[Tensor]], *, tolerance: float = TOLERANCE) -> None:
-        self._tolerance = tolerance
+    def __init__(
+        self,
+        graph: Graph,
+        samples: Sequence[Sequence[Tensor]],
+        *,
+        only: frozenset[Step] | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        self._only, self._tolerance = only, tolerance
         self._seen = [_Seen(tuple(_wide(value) for value in sample)) for sample in samples]
         self._signatures: dict[str, Signature] = {}
         self.checks: list[SiteCheck] = []
-        self._undone: set[tuple[str, str]] = set()
+        self._undone: set[Step] = set()
         self.start(graph)
 
     @property
-    def undone(self) -> frozenset[tuple[str, str]]:
+    def undone(self) -> frozenset[Step]:
         """Rule and node of every step that was wrong."""
         return frozenset(self._undone)
+
+    @property
+    def kept(self) -> frozenset[Step]:
+        """Rule and node of every step that was right."""
+        return frozenset((check.rule, check.node) for check in self.checks if check.holds)
 
     def start(self, graph: Graph) -> None:
         """Take the graph as it is for right and remember its values."""
@@ -69,8 +83,9 @@ class Certifier:
         self._signatures = _signatures(graph)
 
     def allows(self, rule: str, node: str) -> bool:
-        """Return whether this step has not been found wrong."""
-        return (rule, node) not in self._undone
+        """Return whether this step is among those asked for and has not been found wrong."""
+        step = (rule, node)
+        return step not in self._undone and (self._only is None or step in self._only)
 
     def accepts(self, graph: Graph, rule: str, node: str) -> bool:
         """Run what changed and say whether the graph still computes the same."""
@@ -94,17 +109,23 @@ class Certifier:
 
 
 class Remembered:
-    """Repeats a certifier's decisions on the same graph in another type."""
+    """Takes only the steps that a certifier kept, on the same graph in another type, and notes which it took."""
 
-    def __init__(self, undone: frozenset[tuple[str, str]]) -> None:
-        self._undone = undone
+    def __init__(self, kept: frozenset[Step]) -> None:
+        self._kept, self._taken = kept, set[Step]()
+
+    @property
+    def taken(self) -> frozenset[Step]:
+        """Rule and node of every step taken: a narrow type holds fewer folded constants than float64."""
+        return frozenset(self._taken)
 
     def allows(self, rule: str, node: str) -> bool:
         """Return whether the certifier kept this step."""
-        return (rule, node) not in self._undone
+        return (rule, node) in self._kept
 
     def accepts(self, graph: Graph, rule: str, node: str) -> bool:
         """Accept: the float64 run has decided."""
+        self._taken.add((rule, node))
         return True
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-
-from torch import Tensor
 
 from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads
 from normfuse.bench.timing import EngineSpec
 from normfuse.build import Engine, build_float, build_quantized
 from normfuse.built import Built, Workspace, load
-from normfuse.capturing import Model, capture_model, save
+from normfuse.capturing import Examples, Model, capture_model, save
 from normfuse.conclusion import FLOAT, QUANTIZED, conclude
 from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
 from normfuse.errors import UsageError
@@ -34,7 +31,7 @@ FLOAT_BITS: Final = 32
 
 def compile(
     model: Model,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Examples | None = None,
     *,
     calibration: Data | None = None,
     evaluation: Data | None = None,
@@ -45,7 +42,8 @@ def compile(
 
     Args:
         model: a module, an exported program, or the path of a model file.
-        example_inputs: tensors to capture a module with; else the first calibration sample serves.
+        example_inputs: tensors to capture a module with, in the order of its inputs or by their names; else the first
+            calibration sample serves.
         calibration: samples for the ranges; needed for 8 bits. A path as ``--calib`` takes it, an array or tensor, a
             mapping of them by input name, a list of single samples, or a function that returns such.
         evaluation: labelled samples for the accuracy, in the same forms; else the outputs are compared on the

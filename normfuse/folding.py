@@ -16,30 +16,31 @@ from torch import Tensor, nn
 from normfuse.artifact import ArtifactWriter
 from normfuse.bench.environment import describe_environment
 from normfuse.capturing import Model, capture_model
-from normfuse.certificate import TOLERANCE, Certifier, Remembered, difference
+from normfuse.certificate import TOLERANCE, Certifier, Remembered, SiteCheck, Step, difference
 from normfuse.data import Samples, load_samples
 from normfuse.errors import UsageError
 from normfuse.feeding import bind, random_samples, stream
 from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
-from normfuse.graph.program import to_program
+from normfuse.graph.program import to_module, to_program
 from normfuse.graph.text import operator_name
-from normfuse.passes.compress_stream import CRMS_NORM
-from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
+from normfuse.manifest import CERTIFICATE, FOLDED, FOLDED_MODEL
+from normfuse.passes.presets import AFFINES, LOWER, PLAIN, LayerNorms, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
 from normfuse.refresh import refresh_norms
-from normfuse.report import PassReport, Refusal
+from normfuse.report import PassReport, Reason, Refusal
+from normfuse.rewrite.streams import CRMS_NORM
 
 __all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
 
 FORMAT: Final = "normfuse certificate"
 SCHEMA: Final = 1
-MODEL: Final = "model.pt2"
 CHECKED_SAMPLES: Final = 2
 """Samples that every step is checked with: each holds thousands of positions, and all values of each are kept."""
 
+READY: Final = frozenset({Fact.CANONICAL, Fact.AFFINES})
 NORMS: Final = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
@@ -57,8 +58,12 @@ class Folded:
 
     @property
     def module(self) -> nn.Module:
-        """The folded model as a module in eval mode; it takes and returns what the original does."""
-        return to_program(self.graph).module()
+        """The folded model as a module in eval mode.
+
+        It takes tensors as the original does and returns what it does: one tensor, a tuple, or a dict by name. It can
+        be saved, moved, compiled, exported and folded again.
+        """
+        return to_module(self.graph)
 
     def save(self, target: str | Path) -> None:
         """Write ``model.pt2`` (a torch.export archive) and ``certificate.json`` to a folder, whole or not at all.
@@ -70,9 +75,9 @@ class Folded:
         archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(to_program(self.graph), archive)
         with ArtifactWriter(Path(target)) as writer:
-            writer.add_bytes(MODEL, archive.getbuffer())
-            writer.add_json("certificate.json", self.certificate)
-            writer.finish({"kind": "fold", "environment": describe_environment().as_dict()})
+            writer.add_bytes(FOLDED_MODEL, archive.getbuffer())
+            writer.add_json(CERTIFICATE, self.certificate)
+            writer.finish({"kind": FOLDED, "environment": describe_environment().as_dict()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +85,12 @@ class FoldOptions:
     """How to fold.
 
     ``refresh_norms`` estimates batch norms' statistics again from all calibration samples before anything is folded;
-    ``recentres`` makes RMS norms of the layer norms whose stream can be centred; ``compresses`` does that too and
-    then computes those streams without their last channel; every step is checked with ``samples`` samples; ``seed``
-    is that of the random inputs where there are no samples.
+    ``layer_norms`` says what becomes of those whose stream can be centred; every step is checked with ``samples``
+    samples; ``seed`` is that of the random inputs where there are no samples.
     """
 
     refresh_norms: bool = False
-    recentres: bool = True
-    compresses: bool = False
+    layer_norms: LayerNorms = LayerNorms.RMS
     samples: int = CHECKED_SAMPLES
     seed: int = 0
 
@@ -110,10 +113,12 @@ def fold(
         progress: shows what takes long.
 
     Raises:
-        UsageError: statistics are to be refreshed without calibration samples.
+        UsageError: statistics are to be refreshed without calibration samples, or no sample is to be checked with.
         NormfuseError: see ``normfuse.errors``.
     """
     chosen, shown = options or FoldOptions(), progress or Silent()
+    if chosen.samples < 1:
+        raise UsageError(f"{chosen.samples} samples cannot check a fold", expected="FoldOptions(samples=1) or more")
     given = calibration if isinstance(calibration, Samples) or calibration is None else load_samples(calibration)
     if chosen.refresh_norms and given is None:
         raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
@@ -132,7 +137,7 @@ def fold(
 def fold_graph(
     original: Graph, samples: Sequence[Sequence[Tensor]], *, options: FoldOptions, origin: str, progress: Progress
 ) -> Folded:
-    """Fold a graph: first in float64, every step checked on the samples, then in the model's own type the same steps.
+    """Fold a graph: in float64, every step checked on the samples, and in the model's own type the same steps.
 
     Args:
         original: the captured model; it is not changed.
@@ -141,37 +146,88 @@ def fold_graph(
         origin: where the samples come from, for the certificate.
         progress: shows what takes long.
     """
-    layer_norms = {"recentres": options.recentres, "compresses": options.compresses}
-    with progress.task("folding in float64 and checking every step"):
+    with progress.task("folding and checking every step"):
+        graph, reports = original.copy(), list[PassReport]()
+        reports += Pipeline(phases=(PLAIN, AFFINES)).run(graph)
         wide = converted(original, torch.float64)
-        reports = Pipeline(phases=(PLAIN, AFFINES)).run(wide)
-        found = _affines(wide)
-        certifier = Certifier(wide, samples)
-        given = frozenset({Fact.CANONICAL, Fact.AFFINES})
-        audited = Pipeline(phases=(folds(audit=certifier, **layer_norms),), given=given).run(wide)
-        left = _affines(wide)
-    with progress.task("folding"):
-        graph = original.copy()
-        remembered = folds(audit=Remembered(certifier.undone), **layer_norms)
-        Pipeline(phases=(PLAIN, AFFINES, remembered, LOWER)).run(graph)
+        Pipeline(phases=(PLAIN, AFFINES)).run(wide)
+        found = _affines(graph)
+        folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms)
+        left, reasons = _affines(folded.own), folded.left(reports)
+        Pipeline(phases=(LOWER,), given=READY).run(folded.own)
     with progress.task("comparing the models"):
-        error = _error(converted(original, torch.float64), wide, [[_wide(value) for value in s] for s in samples])
-        own = _error(original, graph, samples)
+        wide_samples = [[_wide(value) for value in sample] for sample in samples]
+        error = _error(converted(original, torch.float64), folded.wide, wide_samples)
+        own = _error(original, folded.own, samples)
     certificate = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "holds": bool(error <= TOLERANCE and not certifier.undone),
+        "holds": bool(error <= TOLERANCE and not folded.undone),
         "samples": {"count": len(samples), "origin": origin},
         "tolerance": TOLERANCE,
         "error": {"float64": error, "own_type": own},
         "notes": list(original.notes),
-        "norms": {"before": _norms(original), "after": _norms(graph)},
+        "norms": {"before": _norms(original), "after": _norms(folded.own)},
         "affines": {"found": found, "folded": found - left, "left": left},
-        "sites": _sites(audited, certifier),
-        "left": [refusal.as_dict() for refusal in _left([*reports, *audited], wide)],
-        "undone": [{"rule": rule, "node": node} for rule, node in sorted(certifier.undone)],
+        "sites": folded.sites(),
+        "left": [refusal.as_dict() for refusal in reasons],
+        "undone": [{"rule": rule, "node": node} for rule, node in sorted(folded.undone)],
     }
-    return Folded(graph, certificate)
+    # Training may go on with the original, in place: what is certified must not follow it.
+    return Folded(folded.own.copy(with_constants=True), certificate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Both:
+    """The same steps taken in the model's own type and, checked, in float64."""
+
+    own: Graph
+    wide: Graph
+    made: Sequence[PassReport]
+    audited: Sequence[PassReport]
+    checks: Sequence[SiteCheck]
+    undone: frozenset[Step]
+
+    def sites(self) -> list[dict[str, Any]]:
+        """Join what the rules say of their steps with what the check said of them."""
+        kept = {(check.rule, check.node): check for check in self.checks if check.holds}
+        sites: list[dict[str, Any]] = []
+        for site in (site for report in self.audited for site in report.sites):
+            check = kept[(site["rule"], site["node"])]
+            compared = list(check.compared)
+            sites.append({**site, "absolute": check.absolute, "relative": check.relative, "compared": compared})
+        return sites
+
+    def left(self, before: Sequence[PassReport]) -> list[Refusal]:
+        """Return the last reason for everything that a pass left alone and no later one took."""
+        still = {node.name for node in self.own.nodes}
+        wrong = {node for _, node in self.undone}
+        others = {refusal.node: refusal for report in self.audited for refusal in report.refused}
+        last = {refusal.node: refusal for report in (*before, *self.made) for refusal in report.refused}
+        return [
+            # What was not asked for in the model's own type was refused in float64, and that reason counts.
+            others.get(node, refusal) if refusal.reason is Reason.WRONG and node not in wrong else refusal
+            for node, refusal in last.items()
+            if node in still
+        ]
+
+
+def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms) -> _Both:
+    """Fold in float64, every step checked, then take those steps in the model's own type, until both take the same.
+
+    Float16 may take fewer steps, as its constants end at 65504; every round asks for fewer, so there is a last one.
+    """
+    undone, only = frozenset[Step](), None
+    while True:
+        trial, trial_wide = own.copy(), wide.copy()
+        certifier = Certifier(trial_wide, samples, only=only)
+        audited = Pipeline(phases=(folds(audit=certifier, layer_norms=layer_norms),), given=READY).run(trial_wide)
+        remembered = Remembered(certifier.kept)
+        made = Pipeline(phases=(folds(audit=remembered, layer_norms=layer_norms),), given=READY).run(trial)
+        undone |= certifier.undone
+        if remembered.taken == certifier.kept:
+            return _Both(own=trial, wide=trial_wide, made=made, audited=audited, checks=certifier.checks, undone=undone)
+        only = remembered.taken
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -197,20 +253,3 @@ def _error(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -
         for ours, reference in zip(found.run(*sample), expected.run(*sample), strict=True):
             worst = max(worst, difference(ours, reference)[1])
     return worst
-
-
-def _sites(reports: Sequence[PassReport], certifier: Certifier) -> list[dict[str, Any]]:
-    """Join what the rules say of their steps with what the check said of them."""
-    kept = {(check.rule, check.node): check for check in certifier.checks if check.holds}
-    sites: list[dict[str, Any]] = []
-    for site in (site for report in reports for site in report.sites):
-        check = kept[(site["rule"], site["node"])]
-        sites.append({**site, "absolute": check.absolute, "relative": check.relative, "compared": list(check.compared)})
-    return sites
-
-
-def _left(reports: Sequence[PassReport], graph: Graph) -> list[Refusal]:
-    """Return the last reason for everything that a pass left alone and no later one took."""
-    still = {node.name for node in graph.nodes}
-    last = {refusal.node: refusal for report in reports for refusal in report.refused}
-    return [refusal for node, refusal in last.items() if node in still]

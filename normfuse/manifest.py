@@ -12,6 +12,9 @@ from typing import Any, Final
 from normfuse.errors import BadInput
 
 __all__ = [
+    "CERTIFICATE",
+    "FOLDED",
+    "FOLDED_MODEL",
     "FORMAT",
     "MANIFEST",
     "SCHEMA",
@@ -29,6 +32,10 @@ SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
 REPORT: Final = "report.json"
+FOLDED: Final = "fold"
+"""The kind of an artifact that holds a folded model and its certificate, and no engine."""
+FOLDED_MODEL: Final = "model.pt2"
+CERTIFICATE: Final = "certificate.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +46,14 @@ class Artifact:
     manifest: Mapping[str, Any]
 
     @property
+    def is_folded(self) -> bool:
+        """Whether it holds a folded model and no engine."""
+        return self.manifest.get("kind") == FOLDED
+
+    @property
     def model(self) -> Path:
-        """The ONNX file."""
-        return self.folder / MODEL
+        """The ONNX file, or the archive of a folded model."""
+        return self.folder / _model_name(self.manifest)
 
     @property
     def files(self) -> dict[str, str]:
@@ -55,12 +67,13 @@ class Artifact:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report written beside the model.
+        """The report written beside the model; a folded one's certificate.
 
         Raises:
             BadInput: it is missing or broken.
         """
-        return _read_object(self.folder / REPORT, "the artifact has no readable report")
+        name = CERTIFICATE if self.is_folded else REPORT
+        return _read_object(self.folder / name, "the artifact has no readable report")
 
 
 def read_artifact(folder: str | Path) -> Artifact:
@@ -71,7 +84,7 @@ def read_artifact(folder: str | Path) -> Artifact:
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    if missing := [name for name in {MODEL, *manifest["files"]} if not (path / name).is_file()]:
+    if missing := [name for name in {_model_name(manifest), *manifest["files"]} if not (path / name).is_file()]:
         raise BadInput(f"the artifact lacks {', '.join(sorted(missing))}", where=str(folder), hint="compile again")
     return Artifact(path, manifest)
 
@@ -80,9 +93,16 @@ def read_intact(folder: str | Path) -> Artifact:
     """Open an artifact to run it: what the engine is made of is what was written.
 
     Raises:
-        BadInput: as ``read_artifact``; or the model, or its external data, is another file.
+        BadInput: as ``read_artifact``; or the model, or its external data, is another file; or there is no engine.
     """
     artifact = read_artifact(folder)
+    if artifact.is_folded:
+        raise BadInput(
+            "the artifact holds a folded model and no engine",
+            where=str(folder),
+            expected="what normfuse compile wrote",
+            hint=f"normfuse compile {artifact.model}, or torch.export.load of that file",
+        )
     sums = {MODEL: "", **{name: sum_ for name, sum_ in artifact.files.items() if name.startswith(MODEL)}}
     if changed := [name for name, expected in sums.items() if sha256_of(artifact.folder / name) != expected]:
         raise BadInput(
@@ -103,10 +123,11 @@ def verify_artifact(folder: str | Path) -> list[str]:
         BadInput: the folder is no artifact, or was written by another version of the format.
     """
     path = Path(folder)
-    files = read_manifest(path)["files"]
+    manifest = read_manifest(path)
+    files, model = manifest["files"], _model_name(manifest)
     problems = [problem for name, expected in files.items() if (problem := _problem(path / name, expected))]
-    if MODEL not in files:
-        problems.append(f"{MODEL} is not in the manifest")
+    if model not in files:
+        problems.append(f"{model} is not in the manifest")
     strangers = sorted(found.name for found in path.iterdir() if found.name not in {*files, MANIFEST})
     return problems + [f"{name} is not of this artifact" for name in strangers]
 
@@ -117,6 +138,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         BadInput: the folder is no artifact, or was written by another version of the format.
     """
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(
+            f"the folder {state}", where=str(folder), expected="the folder of an artifact", hint="check the path"
+        )
     manifest = _read_object(folder / MANIFEST, "this is no normfuse artifact")
     if manifest.get("format") != FORMAT:
         raise BadInput("this is no normfuse artifact", where=str(folder), expected=f"{MANIFEST} of a {FORMAT}")
@@ -132,6 +158,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if outside := [name for name in manifest["files"] if not is_plain(name)]:
         raise BadInput(f"the manifest names {outside[0]!r}", where=str(folder / MANIFEST), expected="plain file names")
     return manifest
+
+
+def _model_name(manifest: Mapping[str, Any]) -> str:
+    return FOLDED_MODEL if manifest.get("kind") == FOLDED else MODEL
 
 
 def _problem(path: Path, expected: str) -> str:

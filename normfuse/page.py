@@ -200,7 +200,7 @@ def _heading(text: str) -> str:
 
 
 def _facts(facts: Section) -> str:
-    return _table(["", ""], ([name.replace("_", " "), value] for name, value in facts.items()))
+    return _table(["fact", "value"], ([name.replace("_", " "), value] for name, value in facts.items()))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:

@@ -102,7 +102,13 @@ class Recipe:
         try:
             return cls.from_toml(path.read_text(encoding="utf-8"), where=str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"the recipe cannot be read: {reason}",
+                where=str(path),
+                expected="a TOML file (recipe.toml of an artifact is one)",
+                hint="check the path",
+            ) from error
 
 
 def _parse(kind: type[Any], name: str, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -11,19 +11,17 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import Editor
-from normfuse.passes.recentre_stream import CENTRED
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.commuting import source_of, wirings
 from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map
+from normfuse.rewrite.streams import CENTRED, CRMS_NORM, caller, pads_with_number, works_along
 
-__all__ = ["CRMS_NORM", "CompressStream", "without_last_input", "without_last_output"]
+__all__ = ["CompressStream", "without_last_input", "without_last_output"]
 
 ATEN = ops.ATEN
-CRMS_NORM: Final = "crms_norm"
-"""Noted of the last operator of every norm over one channel less, so that it can be counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,11 +238,10 @@ class _Walk:
             return Blocked(node, Reason.MODEL_INPUT if node.op == "placeholder" else Reason.EVERY_CHANNEL)
         before = [index for index, after in self._whole_axes(node).items() if after == axis]
         arguments = self._sizes(node, axis)
-        if not before or arguments is None or query.is_call(node, *ops.MAXIMUM_POOLS) or _pads_with_number(node):
+        if not before or arguments is None or query.is_call(node, *ops.MAXIMUM_POOLS) or pads_with_number(node):
             return Blocked(node, Reason.EVERY_CHANNEL)
-        caller = _caller(node)
-        self.region.calls[caller], self.region.calls[node] = {}, arguments
-        return self._join(source, before[0], caller)
+        self.region.calls[caller(node)], self.region.calls[node] = {}, arguments
+        return self._join(source, before[0], caller(node))
 
     def _sizes(self, node: fx.Node, axis: int) -> dict[int, Any] | None:
         """Return the arguments that name the number of channels, with one less; None where it is not a number."""
@@ -258,7 +255,7 @@ class _Walk:
 
     def _whole_axes(self, node: fx.Node) -> dict[int, int]:
         """Return the output axis of every input axis that arrives as it is, whatever its size."""
-        along = _works_along(node)
+        along = works_along(node)
         return {
             axis: wiring.axis
             for axis, wiring in wirings(self._graph, node).items()
@@ -300,27 +297,3 @@ class _Walk:
     def _map(self, node: fx.Node) -> LinearMap | None:
         """Return a linear map as it will be: it may both read and write the stream."""
         return self.region.maps.get(node) or read_linear_map(self._graph, node)
-
-
-_AXES: Final[dict[Any, int]] = {ops.SLICE: 1, ops.INDEX_SELECT: 1, **dict.fromkeys(ops.SPLITS, 2), ops.ROLL: 2}
-"""The argument that says along which axes an operator works that may leave every channel in its place."""
-
-
-def _works_along(node: fx.Node) -> list[int]:
-    """Return the axes that an operator cuts or turns: with one channel less it would do so elsewhere."""
-    caller = _caller(node)
-    if caller.target not in _AXES:
-        return []
-    given = query.argument(caller, _AXES[caller.target], "dims" if caller.target is ops.ROLL else "dim", 0)
-    rank = query.rank(source_of(node))  # type: ignore[arg-type]
-    return [int(axis) % rank for axis in (given if isinstance(given, (list, tuple)) else [given])]
-
-
-def _caller(node: fx.Node) -> fx.Node:
-    """Return the node that reads what ``node`` is made of: itself, or the split that it is a part of."""
-    return node.args[0] if query.is_call(node, ops.GETITEM) else node  # type: ignore[return-value]
-
-
-def _pads_with_number(node: fx.Node) -> bool:
-    is_constant = query.argument(node, 2, "mode", "constant") == "constant"
-    return query.is_call(node, ops.PAD) and is_constant and bool(query.argument(node, 3, "value"))

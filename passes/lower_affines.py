@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,10 +34,6 @@ class LowerAffines(Pass):
         return apply_rules(graph, rules, name=self.name)
 
 
-POSITIONS: Final = {ops.LAYER_NORM: (2, 3), ops.RMS_NORM: (2,), ops.GROUP_NORM: (2, 3), ops.INSTANCE_NORM: (1, 2)}
-"""Arguments of gamma and beta."""
-
-
 class AffineIntoNorm(Rule[Affine]):
     """gamma * norm(x) + beta = norm(x; gamma, beta) (1)."""
 
@@ -47,7 +43,7 @@ class AffineIntoNorm(Rule[Affine]):
     def plan(self, graph: Graph, match: Match) -> Affine | None:
         """Return the affine if the norm can take it."""
         norm, found = match["norm"], read_affine(graph, match.root)
-        positions = POSITIONS[norm.target]
+        positions = ops.ONLINE_NORMS[norm.target]
         is_bare = all(len(norm.args) <= index or norm.args[index] is None for index in positions)
         axis = query.rank(norm) - 1 if norm.target in (ops.LAYER_NORM, ops.RMS_NORM) else 1
         is_along = not found.is_uniform and found.axis == axis
@@ -62,7 +58,7 @@ class AffineIntoNorm(Rule[Affine]):
         label = query.layer_of(match.root) or match.root.name
         joined = edit.replace(match.root, norm.target, *norm.args, **norm.kwargs)  # type: ignore[arg-type]
         for index, vector, name in zip(
-            POSITIONS[norm.target], (plan.scale, plan.shift), ("weight", "bias"), strict=False
+            ops.ONLINE_NORMS[norm.target], (plan.scale, plan.shift), ("weight", "bias"), strict=False
         ):
             edit.set_argument(joined, index, edit.constant(vector.to(dtype), f"{label}.{name}", like=norm))
 

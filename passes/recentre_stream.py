@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -17,11 +17,9 @@ from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.commuting import source_of, wirings
 from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map, rebind
+from normfuse.rewrite.streams import CENTRED, caller, pads_with_number
 
-__all__ = ["CENTRED", "RecentreStream"]
-
-CENTRED: Final = "centred"
-"""Noted of everything that was centred, with the axis: a channel sum tells no more once it is rounded."""
+__all__ = ["RecentreStream"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +30,9 @@ class RecentreStream(Pass):
         after    rms_norm(W' x + b' + ...),  W' = W - mean of W over its outputs,  b' = b - mean(b)
 
     "Pre-RMSNorm and Pre-CRMSNorm Transformers" (Jiang et al., 2023, arXiv 2305.14858). Exact in real arithmetic.
-    1. Every reader of the stream is a layer norm over its channels, or hands it on: sums, concatenations, views,
-       selections of other axes, means, pooling, interpolation, products with one number.
+    1. Every reader of the stream is a layer norm over its channels, or hands it on: sums, concatenations along other
+       axes, views, selections of other axes, means, pooling, interpolation, products with one number. Not a layer norm
+       over several vectors joined (Swin's patch merging): it subtracts one mean of all, centring one of each.
     2. Everything written to it is made by linear maps, tables or constants, or is a layer norm's bare output, which is
        centred already. The affine of a norm whose output is the stream cannot be centred.
     3. A layer norm that keeps its own gamma and beta stays as it is: RMS norm has no beta.
@@ -69,8 +68,8 @@ class LayerNormIsRmsNorm(Rule[_Region]):
     def plan(self, graph: Graph, match: Match) -> _Region | Refusal | None:
         """Return the whole stream with its new constants, or what cannot be centred."""
         norm, layer = match.root, query.layer_of(match.root)
-        if not _is_bare(norm):
-            return Refusal(norm.name, Reason.ONLINE, "its gamma or beta did not fold", layer)
+        if not _is_free_of_beta(graph, norm):
+            return Refusal(norm.name, Reason.ONLINE, "its beta did not fold, and RMS norm has none", layer)
         source = norm.args[0]
         assert isinstance(source, fx.Node)
         walk = _Walk(graph)
@@ -94,16 +93,17 @@ class LayerNormIsRmsNorm(Rule[_Region]):
         for node in (*plan.maps, *plan.tables, *plan.affines):
             metadata.note(node, CENTRED, plan.axes[node])
         for norm in plan.norms:
-            if _is_bare(norm):
+            if _is_free_of_beta(edit.graph, norm):
                 eps = query.argument(norm, 4, "eps", 1e-5)
-                new = edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
+                new = edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)  # of bare norms only
                 metadata.note(new, CENTRED, query.rank(new) - 1)
 
     def describe(self, graph: Graph, match: Match, plan: _Region) -> dict[str, str]:
         """Say which norms read the stream and which layers write it."""
+        norms = [norm for norm in plan.norms if _is_free_of_beta(graph, norm)]
         writers = [*plan.maps, *plan.tables, *(reader for reader, *_ in plan.constants)]
         return {
-            "affine": ", ".join(query.layer_of(norm) or norm.name for norm in plan.norms if _is_bare(norm)),
+            "affine": ", ".join(query.layer_of(norm) or norm.name for norm in norms),
             "into": ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in writers)),
             "formula": "layer norm = RMS norm of the centred stream: W' = W - mean(W), b' = b - mean(b)",
         }
@@ -112,6 +112,14 @@ class LayerNormIsRmsNorm(Rule[_Region]):
 def _is_bare(norm: fx.Node) -> bool:
     one_axis = len(norm.args[1]) == 1  # type: ignore[arg-type]
     return one_axis and query.argument(norm, 2, "weight") is None and query.argument(norm, 3, "bias") is None
+
+
+def _is_free_of_beta(graph: Graph, norm: fx.Node) -> bool:
+    """Return whether the norm is bare and will stay so: an affine that only it feeds goes back into it."""
+    reader = query.only_reader(norm)
+    if not _is_bare(norm):
+        return False
+    return not (query.is_call(reader, AFFINE) and bool(read_affine(graph, reader).shift.any()))  # type: ignore[arg-type]
 
 
 class _Walk:
@@ -161,12 +169,14 @@ class _Walk:
         if query.is_call(node, ops.ADD, ops.SUB):
             return self._sum(node, axis)
         if query.is_call(node, ops.CAT):
+            if int(query.argument(node, 1, "dim", 0)) % query.rank(node) == axis:
+                return Blocked(node, Reason.UNCENTRED)
             return next(filter(None, [self._join(part, axis, node) for part in node.args[0]]), None)  # type: ignore[union-attr, arg-type]
         source = source_of(node) if node.op == "call_function" else None
-        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or (query.is_call(node, ops.PAD) and _pads(node)):
+        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or pads_with_number(node):
             return Blocked(node, Reason.UNCENTRED)
         before = [index for index, whole in self._whole_axes(node).items() if whole == axis]
-        return self._join(source, before[0], _first_reader(node)) if before else Blocked(node, Reason.UNCENTRED)
+        return self._join(source, before[0], caller(node)) if before else Blocked(node, Reason.UNCENTRED)
 
     def _read(self, node: fx.Node, axis: int) -> Blocked | None:
         """Hand the stream on to its readers."""
@@ -196,11 +206,14 @@ class _Walk:
         return Blocked(reader, Reason.STREAM_READER) if after is None else self._join(reader, after, reader)
 
     def _whole_axes(self, node: fx.Node) -> dict[int, int]:
-        """Return the output axis of every input axis of which each position arrives equally often."""
+        """Return the output axis of every input axis that arrives whole, alone and once.
+
+        Not beside others: layer norm over joined vectors subtracts one mean of all, centring took one from each.
+        """
         found = {}
         for axis, wiring in wirings(self._graph, node).items():
-            counts = torch.bincount(wiring.index, minlength=int(query.shape(source_of(node))[axis]))  # type: ignore[arg-type]
-            if bool((counts == counts[0]).all()) and int(counts[0]) > 0:
+            size = query.shape(source_of(node))[axis]  # type: ignore[arg-type]
+            if sorted(wiring.index.tolist()) == list(range(int(size))):
                 found[axis] = wiring.axis
         return found
 
@@ -232,15 +245,6 @@ class _Walk:
             if (blocked := self._join(operand, own, node)) is not None:
                 return blocked
         return None
-
-
-def _first_reader(node: fx.Node) -> fx.Node:
-    """Return the node that reads what ``node`` is made of: itself, or the split that it is a part of."""
-    return node.args[0] if query.is_call(node, ops.GETITEM) else node  # type: ignore[return-value]
-
-
-def _pads(node: fx.Node) -> bool:
-    return bool(query.argument(node, 3, "value")) and query.argument(node, 2, "mode", "constant") == "constant"
 
 
 def _centred(tensor: Tensor, axis: int) -> Tensor:

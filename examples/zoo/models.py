@@ -1,4 +1,4 @@
-"""The zoo's models: a small ViT with a choice of norms, and a residual CNN."""
+"""The zoo's models: a small ViT with a choice of norms, a residual CNN, and a network of shifted windows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.zoo.swin import SwinShape, SwinTransformer
 from normfuse.nn import PRepBN, UnifiedNorm
 
 __all__ = ["MODELS", "BatchNormTokens", "ModelEntry", "ResidualNetwork", "VisionShape", "VisionTransformer"]
@@ -183,6 +184,7 @@ class ModelEntry:
 
 GLYPHS_SHAPE = VisionShape(size=48, patch=12, classes=62, width=128, depth=5, heads=4, has_stem=True)
 GLYPHS_POST_SHAPE = replace(GLYPHS_SHAPE, width=96, heads=3, is_post_norm=True)
+GLYPHS_SWIN_SHAPE = SwinShape(size=48, classes=62, width=64, depths=(2, 2), heads=(2, 4), window=4)
 DIGITS_SHAPE = VisionShape(size=8, patch=2, classes=10, width=96, depth=4, heads=3)
 GLYPHS_STEPS = 2600
 
@@ -211,6 +213,7 @@ MODELS: dict[str, ModelEntry] = {
     "glyphs_vit_un_post": ModelEntry(
         "glyphs", lambda steps: VisionTransformer(GLYPHS_POST_SHAPE, _un(steps)), 4000, peak_rate=1e-3, warm_up=0.1
     ),
+    "glyphs_swin_prepbn": ModelEntry("glyphs", lambda steps: SwinTransformer(GLYPHS_SWIN_SHAPE, _prepbn(steps)), 3600),
     "glyphs_resnet_bn": ModelEntry("glyphs", lambda steps: ResidualNetwork(classes=62), 1000),
     "digits_vit_ln": ModelEntry("digits", lambda steps: VisionTransformer(DIGITS_SHAPE, nn.LayerNorm), 2000),
 }

@@ -54,7 +54,7 @@ def main() -> int:
     before = _status("VmRSS")
     try:
         order = _Order(**json.loads(sys.stdin.readline()))
-        opener = {"onnxruntime": _open_onnx, "torch": _open_torch}[order.kind]
+        opener = {"onnxruntime": _open_onnx, "torch": _open_torch, "torch.compile": _open_compiled}[order.kind]
         run, shapes = opener(order)
     except NormfuseError as error:
         sys.stderr.write(f"{error}\n")
@@ -117,7 +117,11 @@ def _open_onnx(order: _Order) -> tuple[Run, dict[str, list[int]]]:
     return lambda: session.run(feeds), _shapes(feeds)
 
 
-def _open_torch(order: _Order) -> tuple[Run, dict[str, list[int]]]:
+def _open_compiled(order: _Order) -> tuple[Run, dict[str, list[int]]]:
+    return _open_torch(order, compiles=True)
+
+
+def _open_torch(order: _Order, *, compiles: bool = False) -> tuple[Run, dict[str, list[int]]]:
     import torch
     from torch.export import ExportedProgram
     from torch.utils import _pytree as pytree
@@ -135,9 +139,11 @@ def _open_torch(order: _Order) -> tuple[Run, dict[str, list[int]]]:
     flat = [torch.from_numpy(feeds[name]) for name in names]
     positional, named = pytree.tree_unflatten(flat, program.call_spec.in_spec)
 
+    call = torch.compile(module) if compiles else module
+
     def run() -> object:
         with torch.inference_mode():
-            return module(*positional, **named)
+            return call(*positional, **named)
 
     return run, _shapes(feeds)
 

@@ -27,7 +27,10 @@ TAIL: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """An engine to measure; ``kind`` is ``onnxruntime`` or ``torch`` (a torch.export archive, run eagerly)."""
+    """An engine to measure.
+
+    ``kind`` is ``onnxruntime``, ``torch`` (a torch.export archive, run eagerly) or ``torch.compile`` (one, compiled).
+    """
 
     label: str
     kind: str

@@ -84,6 +84,13 @@ def _items(make: Callable[[], Any], source: str) -> Iterator[Any]:
             raise UsageError(
                 f"the callable returned {type(iterable).__name__}", where=source, expected="an iterable of samples"
             )
+        if isinstance(iterable, Mapping):
+            raise UsageError(
+                f"the callable returned a {type(iterable).__name__}, which iterates over names",
+                where=source,
+                expected="an iterable of single samples, each a mapping of one array per input",
+                hint="give whole arrays as an .npz file, or in Python as a mapping without a function",
+            )
         for item in iterable:
             yield item
             given += 1
@@ -110,7 +117,7 @@ def as_array(value: Any, where: str) -> Array:
         array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"this is no array: {error}", where=where, expected=EXPECTED) from error
-    if array.dtype.hasobject:
+    if array.dtype.kind not in "biufc":
         raise BadInput(f"this is no array of numbers but {type(value).__name__}", where=where, expected=EXPECTED)
     return array
 

@@ -10,7 +10,9 @@ from normfuse.errors import UsageError
 
 __all__ = ["Interpolation", "Preprocess"]
 
-FORM: Final = "a preset (imagenet, vit), or mean=0.5,0.5,0.5;std=0.5,0.5,0.5;size=224 or 224x320;resize=256"
+FORM: Final = (
+    "a preset (imagenet, vit), or mean=0.5,0.5,0.5;std=0.5,0.5,0.5;size=224 or 224x320;resize=256;interpolation=bicubic"
+)
 
 
 class Interpolation(Enum):

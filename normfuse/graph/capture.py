@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
+from normfuse.graph import query
 from normfuse.graph.graph import Graph
 from normfuse.graph.unlift import unlift
 
@@ -34,11 +35,12 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor]
 
     Raises:
         UsageError: a module came without example inputs.
-        BadInput: an example input is no tensor.
+        BadInput: an example input is no tensor, or a weight holds NaN.
         UnsupportedModel: torch.export refuses the model, it changes its own state when it runs, or it is random.
     """
     program = model if isinstance(model, ExportedProgram) else export_program(model, example_inputs)
     graph = unlift(_functional(program))
+    _refuse_nan(graph)
     return graph if graph.has_dynamic_batch else _with_note(graph, STATIC_BATCH)
 
 
@@ -51,7 +53,8 @@ def export_program(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor |
         )
     inputs = _at_least_two((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs))
     # Not model.train(was_training): parts may be in other modes than the whole (a frozen batch norm, for example).
-    modes = {part: part.training for part in model.modules()}
+    # A frozen scripted module has no mode any more: it is in eval mode for good.
+    modes = {part: part.training for part in model.modules() if hasattr(part, "training")}
     try:
         if isinstance(model, torch.jit.ScriptModule):
             return _from_torchscript(model, inputs)
@@ -95,7 +98,7 @@ def _from_torchscript(model: torch.jit.ScriptModule, inputs: tuple[Tensor, ...])
 
     try:
         with _quiet():
-            scripted = torch.jit.freeze(model.eval()) if model.training else model
+            scripted = torch.jit.freeze(model.eval()) if getattr(model, "training", False) else model
             program = TS2EPConverter(scripted, inputs).convert()
             return _export(program.module(check_guards=False), inputs)
     except UnsupportedModel:
@@ -118,6 +121,20 @@ def _at_least_two(examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([example, example]) if is_one_sample and example.ndim else example for example in examples)
 
 
+def _refuse_nan(graph: Graph) -> None:
+    """Infinity is left alone: attention masks hold it."""
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = query.constant(graph, node)
+        if tensor.is_floating_point() and (count := int(tensor.isnan().sum())):
+            raise BadInput(
+                f"{node.target} holds NaN: {count} of {tensor.numel()} numbers",
+                expected="weights that are numbers",
+                hint="take a checkpoint from before the training diverged",
+            )
+
+
 def _with_note(graph: Graph, note: str) -> Graph:
     return Graph(graph.module, graph.input_names, graph.output_names, (*graph.notes, note))
 
@@ -129,7 +146,12 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's deprecation warnings about its own code from the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep torch's deprecation warnings about its own code from the user, and its logs of what it also raises."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from normfuse.errors import InternalError
 from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 
-__all__ = ["Editor", "converted", "refresh_values"]
+__all__ = ["Editor", "converted"]
 
 
 class Editor:
@@ -173,18 +174,15 @@ def compute_value(graph: Graph, node: fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def refresh_values(graph: Graph) -> None:
-    """Recompute the fake value of every call (after constants or arguments changed their type)."""
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.meta["val"] = compute_value(graph, node)
-
-
 def converted(graph: Graph, dtype: torch.dtype) -> Graph:
     """Return a copy that computes in ``dtype``: floating-point constants, inputs and casts follow it."""
 
     def follow(argument: Any) -> Any:
         return dtype if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
+
+    def convert(value: Any) -> Any:
+        is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return torch.empty_like(value, dtype=dtype) if is_floating else value
 
     copy = graph.copy()
     mode = fake_mode(copy)
@@ -192,13 +190,11 @@ def converted(graph: Graph, dtype: torch.dtype) -> Graph:
         if tensor.is_floating_point():
             metadata.set_attribute(copy.module, path, tensor.to(dtype))
     for node in copy.nodes:
-        value = node.meta.get("val")
-        if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point():
-            with mode:
-                node.meta["val"] = value.to(dtype)
         node.args = map_aggregate(node.args, follow)
         node.kwargs = map_aggregate(node.kwargs, follow)
-    refresh_values(copy)
+        if "val" in node.meta:  # not computed again: that may fix sizes which the exporter has left open
+            with mode:
+                node.meta["val"] = pytree.tree_map(convert, node.meta["val"])
     copy.module.recompile()
     return copy
 

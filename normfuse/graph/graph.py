@@ -85,9 +85,10 @@ class Graph:
         with torch.no_grad():
             return tuple(_Watched(self.module, watch).run(*inputs))
 
-    def copy(self) -> Graph:
-        """Return an independent graph that shares no nodes; constants are shared until replaced."""
-        memo = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+    def copy(self, *, with_constants: bool = False) -> Graph:
+        """Return an independent graph that shares no nodes; constants are shared until replaced, or copied too."""
+        shared = () if with_constants else (*self.module.parameters(), *self.module.buffers())
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
         module = copy.deepcopy(self.module, memo)
         return Graph(module, self.input_names, self.output_names, self.notes)
 

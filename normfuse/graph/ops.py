@@ -87,8 +87,9 @@ UPSAMPLINGS: Final = {
 MAXIMUM_POOLS: Final = {ATEN.max_pool1d.default: 1, ATEN.max_pool2d.default: 2, ATEN.max_pool3d.default: 3}
 """Maximum pooling; its padding is minus infinity."""
 
-ONLINE_NORMS: Final = frozenset({LAYER_NORM, RMS_NORM, GROUP_NORM, INSTANCE_NORM})
-"""Norms that take their statistics from the current input; each applies a gamma and a beta at no cost."""
+ONLINE_NORMS: Final = {LAYER_NORM: (2, 3), RMS_NORM: (2,), GROUP_NORM: (2, 3), INSTANCE_NORM: (1, 2)}
+"""Norms that take their statistics from the current input, and the arguments of the gamma and beta that each applies
+at no cost (RMS norm has no beta)."""
 
 VIEWS: Final = frozenset({PERMUTE, TRANSPOSE, VIEW, RESHAPE})
 """Rearrangements of the same elements (after canonicalization: permute and reshape only)."""

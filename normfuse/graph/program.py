@@ -19,7 +19,26 @@ from torch.utils import _pytree as pytree
 from normfuse.graph.edit import fake_mode
 from normfuse.graph.graph import Graph
 
-__all__ = ["to_program"]
+__all__ = ["to_module", "to_program"]
+
+
+def to_module(graph: Graph) -> fx.GraphModule:
+    """Return a module of its own that runs the graph, in eval mode: it can be saved, moved, captured and folded again.
+
+    A single tensor is returned bare, several as a tuple, named ones (a dict, a dataclass) as a dict. The weights are
+    buffers, shared with the graph.
+    """
+    own: fx.GraphModule = graph.copy().module
+    (output,) = [node for node in own.graph.nodes if node.op == "output"]
+    results = list(output.args[0])
+    numbered = tuple(f"output_{index}" for index in range(len(results)))
+    if graph.output_names == ("output",):
+        output.args = (results[0],)
+    elif graph.output_names != numbered:
+        output.args = (dict(zip(graph.output_names, results, strict=True)),)
+    own.recompile()
+    own.eval()
+    return own
 
 
 def to_program(graph: Graph) -> ExportedProgram:

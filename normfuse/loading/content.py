@@ -13,7 +13,7 @@ from normfuse.errors import BadInput
 __all__ = ["ARCHIVE_HINT", "MODEL_FILES", "Content", "recognize"]
 
 MODEL_FILES: Final = "a torch.export archive, a TorchScript archive, a state dict (torch.save) or a safetensors file"
-ARCHIVE_HINT: Final = "write the model again: normfuse.save(model, example_inputs, 'model.pt')"
+ARCHIVE_HINT: Final = "write the model again: normfuse.save(model, example_inputs, 'model.pt2')"
 
 # torch.save's old format starts with this number as a pickled long (torch.serialization.MAGIC_NUMBER).
 LEGACY_TORCH: Final = b"l\xfc\x9cF\xf9 j\xa8P\x19."

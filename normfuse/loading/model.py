@@ -53,7 +53,7 @@ def load_model(path: str | Path, *, arch: str | None = None, trust_pickle: bool 
 
     Raises:
         BadInput: the file is missing, broken, no model, not trusted, or does not fit ``arch``.
-        UsageError: ``arch`` cannot be imported, or is given for a file that needs none.
+        UsageError: ``arch`` is missing for weights, cannot be imported, or is given for a file that needs none.
         UnsupportedModel: the program was exported in training mode.
     """
     path = Path(path)

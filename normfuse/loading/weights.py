@@ -21,6 +21,7 @@ __all__ = ["build", "read_safetensors", "read_torch", "refuse_arch"]
 # Training frameworks put the weights under one of these keys, beside optimizer and epoch.
 NESTINGS: Final = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
 SHOWN_KEYS: Final = 5
+PACKAGE_HINT: Final = "run from the folder that holds the package, or install it"
 
 StateDict = Mapping[str, Tensor]
 
@@ -73,15 +74,15 @@ def build(path: Path, tensors: StateDict, arch: str | None) -> nn.Module:
     """Return the module that ``arch`` builds, with ``tensors`` in it; names and shapes must all fit.
 
     Raises:
-        UsageError: ``arch`` is missing its form, or cannot be imported.
-        BadInput: there is no ``arch``, it gives no module, or keys or shapes differ.
+        UsageError: there is no ``arch``, it has the wrong form, or it cannot be imported.
+        BadInput: it gives no module, or keys or shapes differ.
     """
     if arch is None:
-        raise BadInput(
+        raise UsageError(
             "the file holds weights only, not the network that they belong to",
             where=str(path),
             expected="arch (--arch) naming a function that builds the module",
-            hint="--arch package.module:factory",
+            hint="--arch package.module:factory; in Python give the module with the weights in it",
         )
     module = _build_module(arch)
     _refuse_other_keys(path, module.state_dict(), tensors, arch)
@@ -103,9 +104,17 @@ def refuse_arch(arch: str | None, path: Path) -> None:
 
 
 def _unpickle(path: Path) -> object:
+    _look_into_current_folder()
     try:
         with quiet_torch():
             return torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(
+            f"the classes in the file cannot be restored: {error}",
+            where=str(path),
+            expected="the package that defines the class, as it was when the file was written",
+            hint=f"{PACKAGE_HINT}; or save model.state_dict() and give --arch",
+        ) from error
     # Unpickling runs the file's own code, which may raise anything.
     except Exception as error:
         raise _broken(path, error) from error
@@ -160,9 +169,7 @@ def _import(arch: str) -> Callable[[], Any]:
     name, separator, attribute = arch.partition(":")
     if not separator or not name or not attribute:
         raise UsageError("arch has the wrong form", where=arch, expected="package.module:factory")
-    # Unlike `python -m`, a console script does not look into the current folder by itself.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    _look_into_current_folder()
     try:
         found: Any = importlib.import_module(name)
         for part in attribute.split("."):
@@ -173,11 +180,17 @@ def _import(arch: str) -> Callable[[], Any]:
             f"arch cannot be imported: {type(error).__name__}: {error}",
             where=arch,
             expected="package.module:factory",
-            hint="run from the folder that holds the package, or install it",
+            hint=PACKAGE_HINT,
         ) from error
     if not callable(found):
         raise BadInput(f"arch is a {type(found).__name__}", where=arch, expected="a function without arguments")
     return found  # type: ignore[no-any-return]  # a callable by the check above
+
+
+def _look_into_current_folder() -> None:
+    # Unlike `python -m`, a console script does not look into the current folder by itself.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 def _refuse_other_keys(path: Path, expected: StateDict, found: StateDict, arch: str) -> None:

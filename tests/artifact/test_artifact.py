@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from normfuse.artifact import ArtifactWriter, check_output, read_artifact, read_intact, verify_artifact
-from normfuse.errors import BadInput, InternalError, NormfuseError, UsageError
+from normfuse.errors import BadInput, InternalError, UsageError
 
 FACTS = {"seed": 3, "verdict": {"verdict": "kept"}, "session_config": {"session.x64quantprecision": "1"}}
 
@@ -210,14 +209,18 @@ def test_a_full_disk_is_bad_input_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["built.onnx"]
 
 
-def test_a_parent_that_cannot_be_written_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["file/out", "/proc/nope", "/proc/nope/deeper"])
+def test_an_output_that_cannot_be_written_is_found_at_the_start(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(BadInput, match="cannot be written"):
-        check_output(tmp_path / "file" / "out")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write anywhere
-    with pytest.raises(BadInput, match="cannot be written") as caught:
-        check_output(tmp_path / "out")
-    assert caught.value.exit_code == 4
+    with pytest.raises(UsageError, match="cannot be written") as caught:
+        check_output(tmp_path / place)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint == "choose another -o"
+
+
+def test_checking_the_output_leaves_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_manifest_nothing_is_published(tmp_path: Path) -> None:
@@ -314,9 +317,10 @@ def test_what_is_missing_or_no_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "model.onnx").unlink()
     with pytest.raises(BadInput, match=r"lacks model\.onnx"):
         read_artifact(tmp_path / "out")
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(NormfuseError, match="no normfuse artifact"):
-            read_artifact(folder)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for place, says in ((".", "no normfuse artifact"), ("none", "does not exist"), ("file", "the folder is a file")):
+        with pytest.raises(BadInput, match=says):
+            read_artifact(tmp_path / place)
 
 
 def test_a_missing_report_is_said(tmp_path: Path) -> None:

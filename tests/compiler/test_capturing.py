@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.capturing import capture_model
 from normfuse.data import Samples, load_samples
-from normfuse.errors import BadInput, UnsupportedModel
+from normfuse.errors import BadInput, UnsupportedModel, UsageError
 
 
 class Tokens(nn.Module):
@@ -93,6 +94,43 @@ def test_a_model_that_runs_and_cannot_be_captured_is_no_mistake_of_the_samples(t
 
     with pytest.raises(UnsupportedModel):
         capture_model(Branching(), samples=data(tmp_path, x=np.zeros((3, 7))))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_without_inputs_both_ways_to_give_them_are_named(tmp_path: Path) -> None:
+    torch.jit.script(Head()).save(str(tmp_path / "scripted.pt"))  # type: ignore[no-untyped-call]
+    with pytest.raises(UsageError) as caught:
+        capture_model(tmp_path / "scripted.pt")
+    assert "--calib" in caught.value.hint
+    assert "example_inputs" in caught.value.hint
+    assert caught.value.where.endswith("scripted.pt")
+
+
+WEIGHTS = {"linear.weight": torch.zeros(3, 7), "linear.bias": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("model", [WEIGHTS, Head, None])
+def test_what_is_no_module_is_said(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(UsageError, match="the model is a") as caught:
+        normfuse.save(model, [torch.zeros(2, 7)], tmp_path / "model.pt2")
+    assert ("load_state_dict" in caught.value.hint) == (model is WEIGHTS)
+    with pytest.raises(UsageError, match="the model is a"):
+        capture_model(model, [torch.zeros(2, 7)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_example_inputs_by_name_or_alone(tmp_path: Path) -> None:
+    normfuse.save(Tokens(), {"mask": torch.from_numpy(MASK).float(), "ids": torch.from_numpy(IDS)}, tmp_path / "t.pt2")
+    assert capture_model(tmp_path / "t.pt2").input_names == ("ids", "mask")
+    normfuse.save(Head(), torch.zeros(2, 7), tmp_path / "h.pt2")
+    assert capture_model(tmp_path / "h.pt2").input_names == ("x",)
+
+
+@pytest.mark.parametrize("names", [("ids",), ("ids", "masks"), ("ids", "mask", "number")])
+def test_example_inputs_of_other_names_are_named(names: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match=f"the arrays are called {', '.join(names)}") as caught:
+        capture_model(Tokens(), {name: torch.from_numpy(IDS) for name in names})
+    assert "ids, mask, shift" in caught.value.expected
 
 
 def test_save_into_a_folder_that_is_missing_is_bad_input(tmp_path: Path) -> None:

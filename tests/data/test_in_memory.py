@@ -68,7 +68,8 @@ def test_samples_stay_what_they_are() -> None:
         (np.float32(3), BadInput, "different lengths"),
         ({"x": X, "label": LABELS[:4]}, BadInput, "4 labels for 5 samples"),
         ({"x": X, "label": LABELS / 2}, BadInput, "labels are float64"),
-        ({"x": "a.png"}, BadInput, "different lengths"),
+        ({"x": "a.png"}, BadInput, "no array of numbers but str"),
+        (["a.png", "b.png"], BadInput, "no array of numbers but str"),
         ([], BadInput, "there are no samples"),
     ],
 )

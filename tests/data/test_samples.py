@@ -46,6 +46,8 @@ def shrinking():
     return [np.ones(3)] * (5 - next(calls))
 def nothing():
     return []
+def mapping():
+    return dict(DATA)
 def number():
     return 3
 def triples():
@@ -175,6 +177,8 @@ def test_callable_must_give_the_same_every_time(name: str) -> None:
     [
         ("nothing", BadInput, "no samples"),
         ("number", UsageError, "returned int"),
+        ("mapping", UsageError, "returned a dict, which iterates over names"),
+        ("strings", BadInput, "no array of numbers but str"),
         ("not_callable", UsageError, "this is a int"),
         ("missing", UsageError, "cannot be imported"),
         ("triples", BadInput, "tuple of 3"),

@@ -65,6 +65,7 @@ def test_what_every_compile_needs_is_missing(installed: dict[str, str]) -> None:
     assert not found["trial"]["ok"], "nothing may be tried with packages that are not there"
     done = CliRunner().invoke(doctor.command, ["--quiet"], standalone_mode=False)
     assert done.return_value == 5
+    assert "fact" in done.stdout.splitlines()[2], "no column without a name"
     assert "torch: 2.9.1 is too old" in done.stdout
 
 

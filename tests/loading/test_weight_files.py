@@ -1,5 +1,6 @@
 """State dicts, safetensors and pickles: what fits loads, what does not is named, nothing runs unasked."""
 
+import importlib
 import os
 import pickle
 import sys
@@ -104,7 +105,7 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
 def test_weights_need_arch(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save(network().state_dict(), path)
-    with pytest.raises(BadInput, match="weights only") as caught:
+    with pytest.raises(UsageError, match="weights only") as caught:
         load_model(path)
     assert "--arch" in caught.value.hint
 
@@ -171,6 +172,36 @@ def test_pickled_module_needs_trust(tmp_path: Path, legacy: bool) -> None:
     assert not any(module.training for module in loaded.model.modules())
     with pytest.raises(UsageError, match="its own network"):
         load_model(path, arch=ARCH, trust_pickle=True)
+
+
+def pickled(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Save a module of a class that only the current folder defines, and forget the class."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(Path.cwd())])
+        torch.save(importlib.import_module("arch_for_tests").build(), path)
+    del sys.modules["arch_for_tests"]
+    return path
+
+
+def test_a_pickled_module_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(pickled(tmp_path / "model.pt", monkeypatch), trust_pickle=True)
+    assert type(loaded.model).__module__ == "arch_for_tests"
+
+
+@pytest.mark.parametrize("other", [None, ""], ids=["no module", "no class"])
+def test_a_pickled_module_whose_class_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str | None
+) -> None:
+    path, folder = pickled(tmp_path / "model.pt", monkeypatch), tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if other is not None:
+        (folder / "arch_for_tests.py").write_text(other)
+    with pytest.raises(BadInput, match=r"cannot be restored: .*arch_for_tests") as caught:
+        load_model(path, trust_pickle=True)
+    assert caught.value.where == str(path)
+    assert "run from the folder" in caught.value.hint
+    assert "--arch" in caught.value.hint
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -14,7 +14,7 @@ from normfuse.folding import FoldOptions, fold
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.nn import CRMSNorm, expand_channels
 from normfuse.passes.compress_stream import CompressStream, without_last_input, without_last_output
-from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, folds
+from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, LayerNorms, folds
 from normfuse.pipeline import Pipeline
 from normfuse.report import Reason
 from normfuse.rewrite.linear_map import LinearMap
@@ -39,7 +39,7 @@ def sample(*shape: int) -> Tensor:
 
 def ready(model: nn.Module, x: Tensor) -> Graph:
     graph = capture(model, (x,))
-    Pipeline(phases=(CANONICAL, AFFINES, folds(recentres=True))).run(graph)
+    Pipeline(phases=(CANONICAL, AFFINES, folds(layer_norms=LayerNorms.RMS))).run(graph)
     return graph
 
 
@@ -332,8 +332,8 @@ REFUSALS = [
         lambda m, x: m.g(F.pad(m.b(m.f(x)), (0, 0, 1, 0), value=1.0)), {}, Reason.EVERY_CHANNEL, id="padded with 1 (2)"
     ),
     pytest.param(
-        lambda m, x: m.c(m.b(torch.cat([m.f(x), m.f(x)], -1))),
-        {"b": nn.LayerNorm(10, elementwise_affine=False), "c": nn.Linear(10, 3)},
+        lambda m, x: m.c(torch.cat([m.b(m.f(x)), m.b(m.f(x))], -1)),
+        {"c": nn.Linear(10, 3)},
         Reason.EVERY_CHANNEL,
         id="joined channels (3)",
     ),
@@ -392,7 +392,7 @@ def test_a_map_that_does_not_fit_stays() -> None:
 @pytest.mark.slow
 def test_fold_certifies_it_and_onnxruntime_runs_it(tmp_path: Path) -> None:
     model, x = randomized(ViT(layer_scale=True)), image().float()
-    folded = fold(model, [x], options=FoldOptions(compresses=True))
+    folded = fold(model, [x], options=FoldOptions(layer_norms=LayerNorms.CRMS))
     assert folded.holds
     assert folded.certificate["norms"] == {"before": {"layer_norm": 5}, "after": {"crms_norm": 5}}
     assert [site["rule"] for site in folded.certificate["sites"]][-1] == "stream-loses-channel"
@@ -406,7 +406,7 @@ def test_fold_certifies_it_and_onnxruntime_runs_it(tmp_path: Path) -> None:
 def test_the_preset_centres_first() -> None:
     model, x = randomized(ViT()).double(), image()
     graph = capture(model, (x,))
-    Pipeline(phases=(CANONICAL, AFFINES, folds(compresses=True), LOWER)).run(graph)
+    Pipeline(phases=(CANONICAL, AFFINES, folds(layer_norms=LayerNorms.CRMS), LOWER)).run(graph)
     assert norms(graph) == 0
     assert distance(graph.run(x), outputs(model, x)) < EXACT
     assert norms(ready(model, x)) == 5

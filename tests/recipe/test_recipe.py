@@ -62,8 +62,9 @@ def test_unknown_option_gets_a_suggestion() -> None:
 
 
 def test_unreadable_recipe_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read: No such file or directory") as caught:
         Recipe.read(tmp_path / "missing.toml")
+    assert caught.value.hint == "check the path"
     (tmp_path / "broken.toml").write_text("bits = = 8")
     with pytest.raises(UsageError, match="no TOML"):
         Recipe.read(tmp_path / "broken.toml")

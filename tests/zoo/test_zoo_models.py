@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from examples.zoo import train
 from examples.zoo.data import make
@@ -53,8 +53,9 @@ def test_the_post_norm_transformer_normalizes_behind_every_sum() -> None:
     called: list[str] = []
     for name, part in block.named_children():
         part.register_forward_hook(lambda part, given, found, name=name: called.append(name))
-    result = block.eval()(torch.randn(2, 17, 96))
+    result: Tensor = block.eval()(torch.randn(2, 17, 96))
     assert called == ["attn", "norm1", "fc1", "fc2", "norm2"]
+    assert isinstance(block.norm2, UnifiedNorm)
     with torch.no_grad():
         block.norm2.weight.zero_()
         block.norm2.bias.fill_(3.0)
