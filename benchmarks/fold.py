@@ -22,7 +22,7 @@ from normfuse.export.onnx import export_onnx
 from normfuse.folding import FoldOptions, fold
 from normfuse.graph import Graph, capture
 from normfuse.graph.program import to_program
-from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, folds
+from normfuse.passes.presets import AFFINES, CANONICAL, LOWER, LayerNorms, folds
 from normfuse.pipeline import Pipeline
 
 SHAPES: Final = {"DeiT-S": deit_small, "Swin-T": swin_tiny}
@@ -58,7 +58,7 @@ def build(shape: str, norm: str, folder: Path) -> None:
     """
     original = capture(SHAPES[shape](norm), [images(2)])
     torch.export.save(to_program(original), place(folder, shape, norm, UNFOLDED, ".pt2"))
-    folded = fold(to_program(original), options=FoldOptions(recentres=False))
+    folded = fold(to_program(original), options=FoldOptions(layer_norms=LayerNorms.KEEP))
     torch.export.save(to_program(folded.graph), place(folder, shape, norm, FOLDED, ".pt2"))
     for state, phases in ((UNFOLDED, ()), (FOLDED, (AFFINES, folds(), LOWER))):
         graph: Graph = original.copy()

@@ -19,10 +19,11 @@ __all__ = ["command"]
 @click.option("--refresh-norms", is_flag=True, help="Estimate batch norms again from all samples before folding.")
 @click.option(
     "--layer-norm",
-    type=click.Choice(["rms", "keep"]),
+    type=click.Choice(["rms", "keep", "crms"]),
     default="rms",
     show_default=True,
-    help="rms: layer norm becomes RMS norm where everything written to its stream can be centred.",
+    help="rms: layer norm becomes RMS norm where everything written to its stream can be centred; "
+    "crms: such a stream then loses its last channel, too.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Samples to check with.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
@@ -36,6 +37,7 @@ def command(model: Path, output: Path, as_json: bool, quiet: bool, **options: An
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.folding import FoldOptions, fold
+    from normfuse.passes.presets import LayerNorms
 
     shown = render.progress(quiet=quiet)
     check_output(output)
@@ -46,7 +48,7 @@ def command(model: Path, output: Path, as_json: bool, quiet: bool, **options: An
         calibration=samples,
         options=FoldOptions(
             refresh_norms=options["refresh_norms"],
-            recentres=options["layer_norm"] == "rms",
+            layer_norms=LayerNorms(options["layer_norm"]),
             samples=options["samples"],
             seed=options["seed"],
         ),

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from normfuse.data import Samples
     from normfuse.folding import FoldOptions, fold
     from normfuse.graph import capture
+    from normfuse.passes.presets import LayerNorms
     from normfuse.pipeline import Pass, Pipeline
     from normfuse.recipe import Recipe
     from normfuse.report import PassReport
 
 __all__ = [
     "FoldOptions",
+    "LayerNorms",
     "NormfuseError",
     "Pass",
     "PassReport",
@@ -42,6 +44,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _HOMES: Final = {
     "FoldOptions": "normfuse.folding",
+    "LayerNorms": "normfuse.passes.presets",
     "Pass": "normfuse.pipeline",
     "PassReport": "normfuse.report",
     "Pipeline": "normfuse.pipeline",

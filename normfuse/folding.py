@@ -20,17 +20,18 @@ from normfuse.certificate import TOLERANCE, Certifier, Remembered, SiteCheck, St
 from normfuse.data import Samples, load_samples
 from normfuse.errors import UsageError
 from normfuse.feeding import bind, random_samples, stream
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
 from normfuse.graph.program import to_module, to_program
 from normfuse.graph.text import operator_name
 from normfuse.manifest import CERTIFICATE, FOLDED, FOLDED_MODEL
-from normfuse.passes.presets import AFFINES, LOWER, PLAIN, folds
+from normfuse.passes.presets import AFFINES, LOWER, PLAIN, LayerNorms, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
 from normfuse.refresh import refresh_norms
 from normfuse.report import PassReport, Reason, Refusal
+from normfuse.rewrite.streams import CRMS_NORM
 
 __all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
 
@@ -84,12 +85,12 @@ class FoldOptions:
     """How to fold.
 
     ``refresh_norms`` estimates batch norms' statistics again from all calibration samples before anything is folded;
-    ``recentres`` makes RMS norms of the layer norms whose stream can be centred; every step is checked with
-    ``samples`` samples; ``seed`` is that of the random inputs where there are no samples.
+    ``layer_norms`` says what becomes of those whose stream can be centred; every step is checked with ``samples``
+    samples; ``seed`` is that of the random inputs where there are no samples.
     """
 
     refresh_norms: bool = False
-    recentres: bool = True
+    layer_norms: LayerNorms = LayerNorms.RMS
     samples: int = CHECKED_SAMPLES
     seed: int = 0
 
@@ -128,20 +129,20 @@ def fold(
     if chosen.refresh_norms:
         refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
     seen = list(islice(stream(bound, original)(), chosen.samples))
-    folded = fold_graph(original, seen, recentres=chosen.recentres, origin=bound.source, progress=shown)
+    folded = fold_graph(original, seen, options=chosen, origin=bound.source, progress=shown)
     folded.certificate["refreshed"] = refreshed
     return folded
 
 
 def fold_graph(
-    original: Graph, samples: Sequence[Sequence[Tensor]], *, recentres: bool, origin: str, progress: Progress
+    original: Graph, samples: Sequence[Sequence[Tensor]], *, options: FoldOptions, origin: str, progress: Progress
 ) -> Folded:
     """Fold a graph: in float64, every step checked on the samples, and in the model's own type the same steps.
 
     Args:
         original: the captured model; it is not changed.
         samples: inputs to check with, in the order of the graph's inputs.
-        recentres: whether layer norms become RMS norms where they can.
+        options: what becomes of layer norms.
         origin: where the samples come from, for the certificate.
         progress: shows what takes long.
     """
@@ -151,7 +152,7 @@ def fold_graph(
         wide = converted(original, torch.float64)
         Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(graph)
-        folded = _fold_both(graph, wide, samples, recentres=recentres)
+        folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms)
         left, reasons = _affines(folded.own), folded.left(reports)
         Pipeline(phases=(LOWER,), given=READY).run(folded.own)
     with progress.task("comparing the models"):
@@ -211,7 +212,7 @@ class _Both:
         ]
 
 
-def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, recentres: bool) -> _Both:
+def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms) -> _Both:
     """Fold in float64, every step checked, then take those steps in the model's own type, until both take the same.
 
     Float16 may take fewer steps, as its constants end at 65504; every round asks for fewer, so there is a last one.
@@ -220,9 +221,9 @@ def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, 
     while True:
         trial, trial_wide = own.copy(), wide.copy()
         certifier = Certifier(trial_wide, samples, only=only)
-        audited = Pipeline(phases=(folds(audit=certifier, recentres=recentres),), given=READY).run(trial_wide)
+        audited = Pipeline(phases=(folds(audit=certifier, layer_norms=layer_norms),), given=READY).run(trial_wide)
         remembered = Remembered(certifier.kept)
-        made = Pipeline(phases=(folds(audit=remembered, recentres=recentres),), given=READY).run(trial)
+        made = Pipeline(phases=(folds(audit=remembered, layer_norms=layer_norms),), given=READY).run(trial)
         undone |= certifier.undone
         if remembered.taken == certifier.kept:
             return _Both(own=trial, wide=trial_wide, made=made, audited=audited, checks=certifier.checks, undone=undone)
@@ -241,6 +242,7 @@ def _norms(graph: Graph) -> dict[str, int]:
     """Return how many norms of each kind a graph computes."""
     names = Counter(operator_name(node.target) for node in graph.nodes if node.op == "call_function")
     found = {kind: sum(count for name, count in names.items() if kind in name) for kind in NORMS}
+    found[CRMS_NORM] = sum(metadata.noted(node, CRMS_NORM) is not None for node in graph.nodes)
     return {kind: count for kind, count in found.items() if count}
 
 

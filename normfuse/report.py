@@ -30,6 +30,7 @@ class Reason(Enum):
     NO_LINEAR = "no linear map stands in front of what it meets"
     MODEL_INPUT = "it meets an input of the model"
     UNCENTRED = "what is written to the stream cannot be centred"
+    EVERY_CHANNEL = "it needs every channel of the stream"
     WRONG = "the float64 check failed, so the fold was undone"
     TRANSPOSED = "every output position of a transposed convolution sees other taps"
     SHARED_WEIGHT = "the weight has another reader"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Final
 
 from normfuse.passes.canonicalize import Canonicalize
+from normfuse.passes.compress_stream import CompressStream
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
@@ -44,10 +46,19 @@ CANONICAL: Final = Phase(
 AFFINES: Final = Phase("affines", (FindAffines(),))  # every affine is one node before any fold looks for it
 
 
-def folds(*, audit: Audit | None = None, rescales: bool = True, recentres: bool = False) -> Phase:
+class LayerNorms(StrEnum):
+    """What becomes of the layer norms whose stream can be centred."""
+
+    KEEP = "keep"  # layer norms, without gamma and beta
+    RMS = "rms"
+    CRMS = "crms"  # RMS norms of a stream without its last channel
+
+
+def folds(*, audit: Audit | None = None, rescales: bool = True, layer_norms: LayerNorms = LayerNorms.KEEP) -> Phase:
     """Return the folds in order, each step looked over by ``audit``.
 
-    ``rescales`` carries affines along the residual stream; ``recentres`` makes RMS norms of layer norms.
+    ``rescales`` carries affines along the residual stream; ``layer_norms`` says what becomes of those whose
+    stream can be centred.
     """
     passes: list[Pass] = [
         FoldAffineIntoProducers(audit=audit),  # always exact, so before the consumers get their chance
@@ -56,8 +67,10 @@ def folds(*, audit: Audit | None = None, rescales: bool = True, recentres: bool 
     if rescales:
         passes.append(RescaleStream(audit=audit))  # the one that divides, so the last of these three
     passes.append(MergeLinearMaps(audit=audit))  # adapters have taken in their factor by now
-    if recentres:
+    if layer_norms != LayerNorms.KEEP:
         passes.append(RecentreStream(audit=audit))  # reads bare norms: their gamma and beta have gone
+    if layer_norms == LayerNorms.CRMS:
+        passes.append(CompressStream(audit=audit))  # of what sums to zero one channel says nothing new
     return Phase("norms", tuple(passes))
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
@@ -17,6 +17,7 @@ from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.commuting import source_of, wirings
 from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map, rebind
+from normfuse.rewrite.streams import CENTRED, caller, pads_with_number
 
 __all__ = ["RecentreStream"]
 
@@ -53,7 +54,7 @@ class _Region:
     axes: dict[fx.Node, int] = field(default_factory=dict)
     maps: dict[fx.Node, LinearMap] = field(default_factory=dict)
     tables: dict[fx.Node, Tensor] = field(default_factory=dict)
-    constants: list[tuple[fx.Node, fx.Node, Tensor]] = field(default_factory=list)
+    constants: list[tuple[fx.Node, fx.Node, Tensor, int]] = field(default_factory=list)
     affines: dict[fx.Node, Affine] = field(default_factory=dict)
     norms: list[fx.Node] = field(default_factory=list)
 
@@ -83,19 +84,24 @@ class LayerNormIsRmsNorm(Rule[_Region]):
             rebind(edit, node, linear)
         for node, table in plan.tables.items():
             edit.set_constant(node, 0, table, f"{node.args[0].target}")  # type: ignore[union-attr]
-        for reader, old, tensor in plan.constants:
-            edit.substitute(reader, old, edit.constant(tensor, str(old.target), like=old))
+        for reader, old, tensor, axis in plan.constants:
+            new = edit.constant(tensor, str(old.target), like=old)
+            metadata.note(new, CENTRED, axis)
+            edit.substitute(reader, old, new)
         for node, found in plan.affines.items():
             edit.set_constant(node, 2, found.shift, f"{query.layer_of(node) or node.name}.affine")
+        for node in (*plan.maps, *plan.tables, *plan.affines):
+            metadata.note(node, CENTRED, plan.axes[node])
         for norm in plan.norms:
             if _is_free_of_beta(edit.graph, norm):
                 eps = query.argument(norm, 4, "eps", 1e-5)
-                edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)
+                new = edit.replace(norm, ops.RMS_NORM, norm.args[0], norm.args[1], None, eps)  # of bare norms only
+                metadata.note(new, CENTRED, query.rank(new) - 1)
 
     def describe(self, graph: Graph, match: Match, plan: _Region) -> dict[str, str]:
         """Say which norms read the stream and which layers write it."""
         norms = [norm for norm in plan.norms if _is_free_of_beta(graph, norm)]
-        writers = [*plan.maps, *plan.tables, *(reader for reader, _, _ in plan.constants)]
+        writers = [*plan.maps, *plan.tables, *(reader for reader, *_ in plan.constants)]
         return {
             "affine": ", ".join(query.layer_of(norm) or norm.name for norm in norms),
             "into": ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in writers)),
@@ -139,7 +145,7 @@ class _Walk:
             rank = query.rank(reader) if is_sum else query.rank(node)
             size = query.shape(reader)[axis] if is_sum else query.shape(node)[axis]
             centred = _centred_constant(query.constant(self._graph, node), axis, rank, int(size))
-            self.region.constants.append((reader, node, centred))
+            self.region.constants.append((reader, node, centred, axis))
             return None
         if node in self.region.axes:
             return None if self.region.axes[node] == axis else Blocked(node, Reason.AXIS)
@@ -156,6 +162,8 @@ class _Walk:
             return None
         if query.is_call(node, ops.LAYER_NORM) and _is_bare(node) and axis == query.rank(node) - 1:
             return None
+        if query.is_call(node, ops.RMS_NORM) and metadata.noted(node, CENTRED) == axis:  # it was such a layer norm
+            return None
         if query.is_call(node, AFFINE):
             return self._affine(node, axis)
         if query.is_call(node, ops.ADD, ops.SUB):
@@ -165,10 +173,10 @@ class _Walk:
                 return Blocked(node, Reason.UNCENTRED)
             return next(filter(None, [self._join(part, axis, node) for part in node.args[0]]), None)  # type: ignore[union-attr, arg-type]
         source = source_of(node) if node.op == "call_function" else None
-        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or (query.is_call(node, ops.PAD) and _pads(node)):
+        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or pads_with_number(node):
             return Blocked(node, Reason.UNCENTRED)
         before = [index for index, whole in self._whole_axes(node).items() if whole == axis]
-        return self._join(source, before[0], _first_reader(node)) if before else Blocked(node, Reason.UNCENTRED)
+        return self._join(source, before[0], caller(node)) if before else Blocked(node, Reason.UNCENTRED)
 
     def _read(self, node: fx.Node, axis: int) -> Blocked | None:
         """Hand the stream on to its readers."""
@@ -237,15 +245,6 @@ class _Walk:
             if (blocked := self._join(operand, own, node)) is not None:
                 return blocked
         return None
-
-
-def _first_reader(node: fx.Node) -> fx.Node:
-    """Return the node that reads what ``node`` is made of: itself, or the split that it is a part of."""
-    return node.args[0] if query.is_call(node, ops.GETITEM) else node  # type: ignore[return-value]
-
-
-def _pads(node: fx.Node) -> bool:
-    return bool(query.argument(node, 3, "value")) and query.argument(node, 2, "mode", "constant") == "constant"
 
 
 def _centred(tensor: Tensor, axis: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfuse.certificate import TOLERANCE, Certifier, Remembered, difference
-from normfuse.folding import Folded, fold_graph
+from normfuse.folding import Folded, FoldOptions, fold_graph
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE, read_affine
 from normfuse.graph.edit import Editor
@@ -305,7 +305,7 @@ def test_what_cannot_be_right(found: Tensor, expected: Any) -> None:
 
 def certified(model: nn.Module, x: Tensor) -> Folded:
     graph = capture(lively(model), (x,))
-    return fold_graph(graph, [[x]], recentres=True, origin="the test", progress=Silent())
+    return fold_graph(graph, [[x]], options=FoldOptions(), origin="the test", progress=Silent())
 
 
 def padded() -> nn.Module:

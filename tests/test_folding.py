@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse import FoldOptions, fold
+from normfuse import FoldOptions, LayerNorms, fold
 from normfuse.artifact import verify_artifact
 from normfuse.errors import BadInput, UsageError
 from normfuse.folding import Folded
@@ -66,7 +66,7 @@ def test_certificate(mixed: tuple[nn.Module, Tensor, Folded]) -> None:
     found = folded.certificate
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert folded.holds is found["holds"] is True
-    assert found["norms"] == {"before": {"batch_norm": 1, "layer_norm": 2}, "after": {"rms_norm": 2}}
+    assert found["norms"] == {"before": {"batch_norm": 1, "layer_norm": 2}, "after": {"layer_norm": 1, "rms_norm": 1}}
     assert found["samples"] == {"count": 2, "origin": "random samples, seed 0"}
     assert found["error"]["float64"] < EXACT
     assert found["undone"] == []
@@ -84,7 +84,7 @@ def test_every_site_says_what_went_where_and_how_exactly(mixed: tuple[nn.Module,
     assert " to " in bn["scale"]
     assert " to " in bn["shift"]
     (stream,) = [site for site in sites.values() if site["rule"] == "layer-norm-is-rms-norm"]
-    assert set(stream["affine"].split(", ")) == {"ln", "last"}
+    assert stream["affine"] == "last"
     assert {"patch", "mlp"} <= set(stream["into"].split(", "))
     for site in sites.values():
         assert 0.0 <= site["relative"] <= 1e-12
@@ -96,6 +96,7 @@ def test_everything_left_has_its_reason(mixed: tuple[nn.Module, Tensor, Folded])
     left = {each["layer"]: each for each in mixed[2].certificate["left"]}
     assert left["alone"]["reason"] in ("no_linear", "nonlinear_reader")
     assert left["alone"]["because"]
+    assert left["ln"]["detail"] == "its beta did not fold, and RMS norm has none"
     assert not {"bn", "last"} & left.keys()
 
 
@@ -290,13 +291,13 @@ def test_a_fold_needs_samples_to_check_with() -> None:
 
 
 def test_a_module_needs_example_inputs() -> None:
-    with pytest.raises(UsageError, match="example inputs"):
+    with pytest.raises(UsageError, match="must be run once"):
         fold(normed())
 
 
 def test_layer_norms_stay_where_they_are_to_stay() -> None:
     model = randomized(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)))
-    kept = fold(model, (x := sample(2, 4),), options=FoldOptions(recentres=False))
+    kept = fold(model, (x := sample(2, 4),), options=FoldOptions(layer_norms=LayerNorms.KEEP))
     assert kept.certificate["norms"]["after"] == {"layer_norm": 1}
     made = fold(model, (x,))
     assert made.certificate["norms"]["after"] == {"rms_norm": 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +102,21 @@ class Editor:
             node.meta["val"] = compute_value(self.graph, node)
             return
         self.set_argument(node, index, self.constant(tensor, name, like=node))
+
+    def resize(self, node: fx.Node, *, arguments: Mapping[int, Any], constants: Mapping[fx.Node, Tensor]) -> None:
+        """Change what a call reads all at once, as its inputs have another shape; refresh its fake value last.
+
+        ``arguments`` are positional ones, by index; ``constants`` the new tensors of constants that it reads. A
+        constant that only this call reads gives its name to the new one.
+        """
+        node.args = tuple(arguments.get(index, argument) for index, argument in enumerate(node.args))
+        for old, tensor in constants.items():
+            if list(old.users) == [node]:
+                metadata.set_attribute(self.graph.module, str(old.target), tensor.detach().contiguous())
+                old.meta["val"] = fake_mode(self.graph).from_tensor(tensor.detach(), static_shapes=True)
+            else:
+                node.replace_input_with(old, self.constant(tensor, str(old.target), like=old))
+        node.meta["val"] = compute_value(self.graph, node)
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nobody reads."""
