@@ -118,10 +118,6 @@ class Editor:
                 node.replace_input_with(old, self.constant(tensor, str(old.target), like=old))
         node.meta["val"] = compute_value(self.graph, node)
 
-    def erase(self, node: fx.Node) -> None:
-        """Remove a node that nobody reads."""
-        self.graph.module.graph.erase_node(node)
-
     def finish(self) -> None:
         """Remove dead code and dead constants, and recompile."""
         graph = self.graph.module.graph

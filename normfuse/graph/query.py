@@ -24,7 +24,6 @@ __all__ = [
     "readers",
     "shape",
     "source_line",
-    "weight_is_shared",
 ]
 
 Size = int | torch.SymInt
@@ -79,8 +78,3 @@ def rank(node: fx.Node) -> int:
 def dtype(node: fx.Node) -> torch.dtype:
     """Return the element type."""
     return value_of(node).dtype  # type: ignore[no-any-return]
-
-
-def weight_is_shared(node: fx.Node) -> bool:
-    """Return whether a constant node has more than one reader."""
-    return len(node.users) > 1
