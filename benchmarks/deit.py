@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from benchmarks.random_weights import randomized_norms
 from normfuse.nn import PRepBN, UnifiedNorm, replace_norms
 
 __all__ = ["NORMS", "deit_small", "images"]
@@ -34,7 +35,7 @@ class Logits(nn.Module):
 
 
 def deit_small(norm: str, *, layers: int = 12, seed: int = 0) -> nn.Module:
-    """Return a ViT of width 384, 6 heads and 197 tokens in eval mode; frozen statistics are random."""
+    """Return a ViT of width 384, 6 heads and 197 tokens in eval mode; its norms are random."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(seed)
@@ -45,12 +46,7 @@ def deit_small(norm: str, *, layers: int = 12, seed: int = 0) -> nn.Module:
     factory = NORMS[norm]
     if factory is not None:
         replace_norms(model, factory)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 2.0)
-        if name.endswith("running_mean"):
-            buffer.normal_(0.0, 0.1)
-    return model.eval()
+    return randomized_norms(model, seed=seed)
 
 
 def images(count: int, *, seed: int = 0) -> Tensor:
