@@ -2,6 +2,7 @@
 
     normfuse::quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int minimum, int maximum) -> Tensor
     normfuse::dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor
+    normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
 What they compute is written in ``normfuse.kernels.reference``.
@@ -17,7 +18,7 @@ from torch import Tensor
 from normfuse.kernels import reference
 from normfuse.quant.integer_type import smallest_container
 
-__all__ = ["DEQUANTIZE", "QUANTIZE"]
+__all__ = ["DEQUANTIZE", "QUANTIZE", "UNPACK"]
 
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
@@ -25,6 +26,10 @@ def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, min
 
 
 def _dequantize_shape(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def _unpack_shape(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
@@ -36,9 +41,11 @@ def _define() -> None:
     torch.library.custom_op("normfuse::dequantize", reference.dequantize, mutates_args=()).register_fake(
         _dequantize_shape
     )
+    torch.library.custom_op("normfuse::unpack", reference.unpack, mutates_args=()).register_fake(_unpack_shape)
 
 
 _define()
 
 QUANTIZE: Final[Any] = torch.ops.normfuse.quantize.default
 DEQUANTIZE: Final[Any] = torch.ops.normfuse.dequantize.default
+UNPACK: Final[Any] = torch.ops.normfuse.unpack.default

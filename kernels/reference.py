@@ -7,7 +7,15 @@ functions of ``normfuse.quant.rounding`` on bare tensors, because calibration co
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "quantize", "unpack"]
+
+
+def unpack(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float weight that symmetric codes stand for: ``codes * scale`` along axis 0, in the scale's type."""
+    return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)

@@ -15,10 +15,12 @@ from normfuse.export.onnx import export_onnx
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
+from normfuse.graph.quantization import requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Fact, Phase, Pipeline
+from normfuse.precision import round_all_to_nearest
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
@@ -41,6 +43,7 @@ class Engine:
     passes: tuple[PassReport, ...]
     checks: tuple[Check, ...]
     ranges: Ranges | None = None
+    quantized_weights: int = 0
     session_config: dict[str, str] = field(default_factory=dict)
 
 
@@ -85,11 +88,14 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
     place = Phase("precision", (PlaceQuantizers(placement=placement),))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     batch = fixed_batch(graph) or 1
-    ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
-    ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
+    ranges = Ranges({}, 0)
+    if requests(graph):
+        ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+        ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
     chosen = {name: found.range for name, found in ranges.chosen.items()}
-    insert = Phase("precision", (InsertQuantizers(ranges=chosen, weight=placement.weight),))
     with progress.task("quantizing"):
+        decided = round_all_to_nearest(graph, chosen)
+        insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
         reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
     with progress.task("writing the quantized engine"):
         export_onnx(graph, path)
@@ -98,5 +104,11 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
         seen = list(islice(samples(), CHECKED_BATCHES))
         checks = check_codes(graph, path, seen, threads=threads, session_config=config)
     return Engine(
-        graph=graph, path=path, passes=tuple(reports), checks=tuple(checks), ranges=ranges, session_config=config
+        graph=graph,
+        path=path,
+        passes=tuple(reports),
+        checks=tuple(checks),
+        ranges=ranges,
+        quantized_weights=len(decided.weights),
+        session_config=config,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads
@@ -12,7 +11,7 @@ from normfuse.bench.timing import EngineSpec
 from normfuse.build import Engine, build_float, build_quantized
 from normfuse.built import Built, Workspace, load
 from normfuse.capturing import Examples, Model, capture_model, save
-from normfuse.conclusion import FLOAT, QUANTIZED, conclude
+from normfuse.conclusion import FLOAT, conclude
 from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
 from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
@@ -25,8 +24,6 @@ from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
-
-FLOAT_BITS: Final = 32
 
 
 def compile(
@@ -60,9 +57,9 @@ def compile(
     if isinstance(model, (str, Path)):
         model = load_model(model)
     samples, held = _samples(calibration, "calibration"), _samples(evaluation, "evaluation")
-    if samples is None and recipe.bits != FLOAT_BITS:
+    if samples is None and not recipe.precision.is_float:
         raise UsageError(
-            "8 bits need calibration data",
+            f"{recipe.bits} bits need calibration data",
             expected="samples like those the model will see",
             hint="--calib DATA (in Python: calibration=...), or --bits 32 (Recipe(bits=32)), which only folds",
         )
@@ -77,13 +74,14 @@ def compile(
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines = {FLOAT: floating}
-    if recipe.bits != FLOAT_BITS:
-        engines[QUANTIZED] = build_quantized(
+    if not recipe.precision.is_float:
+        label = recipe.precision.label
+        engines[label] = build_quantized(
             floating.graph,
             source,
-            folder.model(QUANTIZED),
+            folder.model(label),
             recipe=recipe,
-            placement=onnx_placement(detect_instruction_set().value),
+            placement=onnx_placement(detect_instruction_set().value, recipe.precision),
             total=min(len(seen), recipe.samples or len(seen)),
             threads=threads,
             progress=shown,

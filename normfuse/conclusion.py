@@ -12,14 +12,15 @@ from normfuse.bench.verdict import Judgement, Verdict, judge
 from normfuse.build import Engine
 from normfuse.built import Built, Workspace
 from normfuse.capturing import Model
+from normfuse.export.packing import is_packed
 from normfuse.graph import Graph, query
 from normfuse.loading import LoadedModel
 from normfuse.recipe import Recipe
 from normfuse.report import Reason
 
-__all__ = ["FLOAT", "QUANTIZED", "conclude"]
+__all__ = ["FLOAT", "conclude"]
 
-FLOAT, QUANTIZED = "float", "int8"
+FLOAT: Final = "float"
 
 STAYED_FLOAT: Final = frozenset({Reason.NOT_CONSTANT, Reason.UNSUPPORTED_TYPE, Reason.NO_RANGE})
 """Why a linear map that the target would run in integers runs in float (too small ones are left on purpose)."""
@@ -37,15 +38,17 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
 ) -> Built:
     """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
-    if QUANTIZED in engines:
-        judgement = _judge(engines[QUANTIZED], comparison, recipe)
+    label = recipe.precision.label
+    quantized = engines[label] if label != FLOAT else None
+    if quantized is not None:
+        judgement = _judge(quantized, comparison, recipe)
     kept = judgement.verdict is not Verdict.FELL_BACK
-    ships = QUANTIZED if kept and QUANTIZED in engines else FLOAT
+    ships = label if kept else FLOAT
     report = {
         "model": _describe(model, original),
         "recipe": recipe.to_toml(),
         "passes": [report.as_dict() for engine in engines.values() for report in engine.passes],
-        "quantization": _quantization(engines.get(QUANTIZED)),
+        "quantization": _quantization(quantized),
         "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
         "warnings": list(warnings),
         "comparison": comparison.as_dict(),
@@ -56,11 +59,11 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
 
 
 def _judge(engine: Engine, comparison: Comparison, recipe: Recipe) -> Judgement:
-    if engine.ranges is not None and not engine.ranges.chosen:
+    if not engine.quantized_weights:
         return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     judgement = judge(
         comparison,
-        QUANTIZED,
+        recipe.precision.label,
         max_drop=recipe.max_drop,
         min_speedup=recipe.min_speedup,
         left_float=_left_float(engine),
@@ -96,7 +99,10 @@ def _quantization(engine: Engine | None) -> dict[str, Any]:
         str(node.target): query.constant(engine.graph, node) for node in engine.graph.nodes if query.is_constant(node)
     }
     elements: Counter[str] = Counter()
+    bits = 0
     for tensor in read.values():
-        elements[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    bits = 8.0 * engine.graph.constant_bytes() / max(elements.total(), 1)
-    return {"constants_by_type": dict(elements), "effective_bits": round(bits, 3), **engine.ranges.as_dict()}
+        kind = "int4" if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
+        elements[kind] += tensor.numel()
+        bits += tensor.numel() * (4 if kind == "int4" else 8 * tensor.element_size())
+    effective = round(bits / max(elements.total(), 1), 3)
+    return {"constants_by_type": dict(elements), "effective_bits": effective, **engine.ranges.as_dict()}

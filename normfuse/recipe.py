@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from normfuse.errors import UsageError
+from normfuse.quant.bits import Bits
 from normfuse.quant.calibration_method import CalibrationMethod
 
 __all__ = ["CalibrationMethod", "Recipe", "Target"]
@@ -27,13 +28,14 @@ class Target(Enum):
 class Recipe:
     """What to build and how.
 
-    ``bits`` 8 is W8A8, 32 keeps float (folds only). ``samples`` limits the calibration samples (0: all).
+    ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
+    ``precision``. ``samples`` limits the calibration samples (0: all).
     ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of top-1 accuracy, in
     points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
-    bits: int = 8
+    bits: int | str = 8
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
     seed: int = 0
@@ -49,13 +51,18 @@ class Recipe:
         Raises:
             UsageError: a field is out of range; the message names it.
         """
-        _check(self.bits in (8, 32), "bits", self.bits, "8 (W8A8) or 32 (float, folded only)")
+        object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
         _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
         _check(self.batch > 0, "batch", self.batch, "a positive number")
         # TOML and JSON files with an infinity could not be read again.
         _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
         _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+
+    @property
+    def precision(self) -> Bits:
+        """``bits`` as numbers."""
+        return Bits.parse(self.bits)
 
     def with_options(self, **options: Any) -> Self:
         """Return the recipe with those options changed that are not None (as text, number or enum)."""
@@ -113,6 +120,8 @@ class Recipe:
 
 def _parse(kind: type[Any], name: str, value: Any) -> Any:
     """Return the value as the field's type; nothing is rounded, and no truth value is a number."""
+    if name == "bits":
+        return str(Bits.parse(value))
     expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
     if isinstance(value, bool) is not (kind is bool):
         raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected)

@@ -10,23 +10,11 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor, editing
-from normfuse.graph.quantization import QuantizationRequest, requests
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests, withdraw_weight
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import (
-    INT32,
-    SMALLEST_SCALE,
-    IntegerType,
-    QuantParams,
-    Range,
-    WeightClip,
-    asymmetric,
-    quantize,
-    scale_for_bias,
-    weight_params,
-)
+from normfuse.quant import INT32, SMALLEST_SCALE, QuantParams, RoundedWeight, quantize
 from normfuse.report import PassReport, Reason, Refusal
-from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
 __all__ = ["InsertQuantizers"]
 
@@ -36,16 +24,16 @@ MATRIX_RANK: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InsertQuantizers(Pass):
-    """Quantize the requested activations and the weights of the linear maps that read them.
+    """Write the chosen quantizers in the place of the requests, and weights as codes.
 
         before   y = linear(request(x), W, b)
         after    y = linear(dq(q(x)), dq(codes of W), b)
 
-    1. Activations: one scale and zero point per tensor, from the observed ranges (0 is always exact).
-    2. Weights: symmetric codes per output channel, clipped where that leaves less squared error; biases: int32
-       codes at scale_x * scale_w. A linear map is written on rows, the one form that onnxruntime runs in
-       integers with its bias inside (a product and a sum fall back to float there).
-    3. A tensor without a range stays float, with a refusal, and its request is withdrawn.
+    1. Activations: one scale and zero point per tensor (0 is always exact).
+    2. Weights: codes per output channel; biases: int32 codes at scale_x * scale_w. A linear map is written on rows,
+       the one form that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
+    3. A map whose input stays float computes in float, with the values that its weight's codes stand for.
+    4. A tensor without parameters stays float, with a refusal; its request is withdrawn, its readers' weights stay.
 
     Not exact: this is where accuracy is spent. The graph's float operators then compute what integer kernels
     compute, up to float rounding.
@@ -55,47 +43,60 @@ class InsertQuantizers(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.PLACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
 
-    ranges: Mapping[str, Range]
-    weight: IntegerType
+    activations: Mapping[str, QuantParams]
+    weights: Mapping[str, RoundedWeight]
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
         refused, applied = list[Refusal](), list[str]()
         scales: dict[fx.Node, Tensor] = {}
+        withdrawn: set[fx.Node] = set()
         with editing(graph) as edit:
             for request in requests(graph):
-                if (found := self.ranges.get(request.source.name)) is None:
+                if (params := self.activations.get(request.source.name)) is None:
                     refused.append(Refusal(request.source.name, Reason.NO_RANGE, layer=query.layer_of(request.source)))
                     applied.append("withdrawn")
+                    withdrawn.update(request.readers)
                     edit.redirect(request.node, request.source)
                     continue
-                params = asymmetric(found.minimum, found.maximum, request.type)
                 scales |= dict.fromkeys(request.readers, params.scale)
                 _quantize_activation(edit, request, params)
                 applied.append("activation")
-            for node, scale in scales.items():
-                if (linear := read_linear_map(graph, node)) is not None:
-                    self._quantize_weight(edit, node, linear, scale)
+            for node in requested_weights(graph):
+                withdraw_weight(node)
+                if (weight := self.weights.get(node.name)) is not None and node not in withdrawn:
+                    _quantize_weight(edit, node, weight, scales.get(node))
                     applied.append("weight")
         return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused))
 
-    def _quantize_weight(self, edit: Editor, node: fx.Node, linear: LinearMap, input_scale: Tensor) -> None:
-        params = weight_params(linear.weight, 0, self.weight, clip=WeightClip.MSE)
-        if linear.bias is not None:
-            params = scale_for_bias(params, input_scale=float(input_scale), bias=linear.bias)
-        codes, stem = quantize(linear.weight, params), str(node.args[1].target)  # type: ignore[union-attr]
-        bias = None
-        if linear.bias is not None:
-            bias_params = _bias_params(params, input_scale)
-            bias_stem = str(query.argument(node, 2, "bias").target)
-            bias = _values(edit, node, quantize(linear.bias, bias_params), bias_params, axis=0, stem=bias_stem)
-        if node.target is ops.LINEAR:
-            weight = _values(edit, node, codes.mT.contiguous(), params, axis=1, stem=stem)
-            _write_linear(edit, node, weight, bias)
-            return
-        edit.set_argument(node, 1, _values(edit, node, codes, params, axis=0, stem=stem))
-        if bias is not None:
-            edit.set_argument(node, 2, bias)
+
+def _quantize_weight(edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor | None) -> None:
+    params, stem = weight.params, str(node.args[1].target)  # type: ignore[union-attr]
+    given = query.argument(node, 2, "bias")
+    bias_stem = str(given.target) if given is not None else f"{stem.rpartition('.')[0]}.bias".lstrip(".")
+    if input_scale is None:
+        edit.set_argument(node, 1, _unpacked(edit, node, weight, stem=stem))
+        if weight.bias is not None:
+            edit.set_constant(node, 2, weight.bias, bias_stem)
+        return
+    bias = None
+    if weight.bias is not None:
+        bias_params = _bias_params(params, input_scale)
+        bias = _values(edit, node, quantize(weight.bias, bias_params), bias_params, axis=0, stem=bias_stem)
+    if node.target is ops.LINEAR:
+        values = _values(edit, node, weight.codes.mT.contiguous(), params, axis=1, stem=stem)
+        _write_linear(edit, node, values, bias)
+        return
+    edit.set_argument(node, 1, _values(edit, node, weight.codes, params, axis=0, stem=stem))
+    if bias is not None:
+        edit.set_argument(node, 2, bias)
+
+
+def _unpacked(edit: Editor, at: fx.Node, weight: RoundedWeight, *, stem: str) -> fx.Node:
+    """Return a node with the values of a weight that meets float activations (3)."""
+    data = edit.constant(weight.codes, f"{stem}_codes", like=at)
+    scale = edit.constant(weight.params.scale, f"{stem}_scale", like=at)
+    return edit.call(UNPACK, data, scale, at=at, name=f"{stem}_values")
 
 
 def _quantize_activation(edit: Editor, request: QuantizationRequest, params: QuantParams) -> None:

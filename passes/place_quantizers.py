@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import editing
 from normfuse.graph.metadata import value_of
-from normfuse.graph.quantization import is_requested, request_quantization
+from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.graph.text import operator_name
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant.placement import Placement
@@ -33,9 +33,11 @@ class PlaceQuantizers(Pass):
        that is no constant, and sum up at least ``placement.smallest_inner`` products per output.
     2. Where the target says so, also what such convolutions write (behind their ReLU), and the sums of two such
        outputs, so that a residual CNN never leaves its codes.
-    3. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
-    4. Operators that normfuse does not know stay float and are named.
+    3. Where the target says so, both operands of every product of two activations (attention's).
+    4. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
+    5. Operators that normfuse does not know stay float and are named.
 
+    The maps of 1 carry the type of their weights as a note; where activations stay float there is nothing else.
     Exact: a request passes its input on. Ranges come next, then quantizers in the place of the requests.
     """
 
@@ -48,18 +50,23 @@ class PlaceQuantizers(Pass):
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
         refused = {node: found for node in graph.nodes if (found := self._refusal(graph, node)) is not None}
-        wishes = _inputs(graph, refused)
+        wishes, type_ = _inputs(graph, refused), self.placement.activation
+        for node in (reader for wish in wishes for reader in wish.readers):
+            request_weight(node, self.placement.weight)
+        if self.placement.attention_operands:
+            wishes += _operands(graph)
         if self.placement.convolution_outputs:
             wishes += _outputs(graph, refused)
-        with editing(graph) as edit:
-            for source, readers in _by_source(wishes).items():
-                request_quantization(edit, source, self.placement.activation, readers)
+        if type_ is not None:
+            with editing(graph) as edit:
+                for source, readers in _by_source(wishes).items():
+                    request_quantization(edit, source, type_, readers)
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )
 
     def _refusal(self, graph: Graph, node: fx.Node) -> Refusal | None:
-        """Return why ``node`` computes floats (1, 4), or None."""
+        """Return why ``node`` computes floats (1, 5), or None."""
         if not _is_linear_map(node):
             return _unknown(node)
         layer, source, linear = query.layer_of(node), _input(node), read_linear_map(graph, node)
@@ -93,8 +100,19 @@ def _inputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
     ]
 
 
+def _operands(graph: Graph) -> list[_Wish]:
+    """Return what products of two activations read (3)."""
+    products = (node for node in graph.nodes if query.is_call(node, ops.MATMUL))
+    pairs = ((source, node) for node in products for source in node.args[:2] if isinstance(source, fx.Node))
+    return [
+        _Wish("operand", source, (node,))
+        for source, node in pairs
+        if not query.is_constant(source) and not is_requested(source) and query.dtype(source) is torch.float32
+    ]
+
+
 def _outputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
-    """Return what convolutions and sums behind them write (2, 3) and is not requested yet."""
+    """Return what convolutions and sums behind them write (2, 4) and is not requested yet."""
     wishes, written = list[_Wish](), set[fx.Node]()
     for node in graph.nodes:
         is_convolution = query.is_call(node, *ops.CONVOLUTIONS) and node not in refused
@@ -138,7 +156,7 @@ def _behind_relu(node: fx.Node) -> fx.Node:
 
 
 def _unknown(node: fx.Node) -> Refusal | None:
-    """Return a refusal for a call that computes floats in a way that normfuse has no integer form for (4)."""
+    """Return a refusal for a call that computes floats in a way that normfuse has no integer form for (5)."""
     if node.op != "call_function" or node.target in ops.KNOWN or is_requested(node) or not _makes_floats(node):
         return None
     return Refusal(node.name, Reason.UNKNOWN_OPERATOR, operator_name(node.target), query.layer_of(node))

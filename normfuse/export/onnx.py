@@ -17,6 +17,7 @@ import torch
 from onnxscript import opset21 as op
 
 from normfuse.errors import UnsupportedModel
+from normfuse.export.packing import pack_small_codes
 from normfuse.export.quantizer_translation import translation_table
 from normfuse.graph import Graph
 from normfuse.graph.program import to_program
@@ -61,6 +62,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
     _name_interface(model, graph)
     _name_quantizers(model, graph)
     _name_nodes(model)
+    pack_small_codes(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
     constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
@@ -118,8 +120,15 @@ def _name_quantizers(model: ir.Model, graph: Graph) -> None:
     quantizers = [node.name for node in graph.nodes if node.target is torch.ops.normfuse.quantize.default]
     emitted = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node, name in zip(emitted, quantizers, strict=True):
-        if not node.outputs[0].is_graph_output():
-            node.outputs[0].name = name
+        codes = _narrowed(node.outputs[0])
+        if not codes.is_graph_output():
+            codes.name = name
+
+
+def _narrowed(codes: ir.Value) -> ir.Value:
+    """Return the codes behind the Clip that a narrow type needs, or the codes themselves."""
+    readers = [use.node for use in codes.uses()]
+    return readers[0].outputs[0] if [node.op_type for node in readers] == ["Clip"] else codes
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from normfuse.quant import UINT8, IntegerType
+from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
 
 __all__ = ["ARM", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement"]
 
+EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
 SYMMETRIC_7: Final = IntegerType(7, signed=True, narrow=True)
 
@@ -35,8 +38,18 @@ ARM: Final = Placement(
 )
 
 
-def onnx_placement(instruction_set: str) -> Placement:
-    """Return the placement for a processor's level (the names of ``InstructionSet``, lower case)."""
+def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
+    """Return the placement for a processor's level (the names of ``InstructionSet``, lower case) and widths."""
+    widest = _of_level(instruction_set)
+    assert widest.activation is not None
+    activation = None if bits.is_weight_only else replace(widest.activation, bits=bits.activation)
+    if bits.weight >= widest.weight.bits:
+        return replace(widest, activation=activation)
+    # Every level counts where there are few: the smallest code is used too.
+    return replace(widest, activation=activation, weight=IntegerType(bits.weight, signed=True))
+
+
+def _of_level(instruction_set: str) -> Placement:
     if instruction_set.startswith("neon"):
         return ARM
     return X86_WITHOUT_VNNI if instruction_set in ("avx2", "portable") else X86_VNNI

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from normfuse.quant.integer_type import smallest_container
 
 __all__ = ["translation_table"]
@@ -29,7 +29,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     The codes of a constant stay an integer initializer: the exporter folds neither of the two operators. A zero point
     that already has the codes' type stays an initializer under its own name; any other gets a cast.
     """
-    return {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+    return {QUANTIZE: _quantize, DEQUANTIZE: _dequantize, UNPACK: _unpack}
 
 
 # The exporter calls these with symbolic tensors (an untyped subclass of onnx_ir.Value) and Python integers.
@@ -48,6 +48,13 @@ def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, minimum: int, maxi
 
 def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
     return op.DequantizeLinear(codes, scale, _as(codes.dtype, zero_point), axis=max(axis, 0))
+
+
+def _unpack(codes: Any, scale: Any) -> Any:
+    """Write a cast and a product: onnxruntime computes them once, at loading, but DequantizeLinear in every run."""
+    values = op.Cast(codes, to=int(ir.DataType.FLOAT))
+    along: Any = op.Constant(value_ints=[-1] + [1] * (len(codes.shape) - 1))
+    return op.Mul(values, op.Reshape(scale, along))
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``normfuse::request``: stands where a tensor is to be quantized, and passes it on unchanged until it is."""
+"""What is to be quantized: ``normfuse::request`` stands in front of those who read codes; maps carry a note."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Final
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import query
+from normfuse.graph import metadata, query
 from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
 from normfuse.quant import IntegerType
 
-__all__ = ["QuantizationRequest", "is_requested", "request_quantization", "requests"]
+__all__ = [
+    "QuantizationRequest",
+    "is_requested",
+    "request_quantization",
+    "request_weight",
+    "requested_weights",
+    "requests",
+    "withdraw_weight",
+]
 
 
 @torch.library.custom_op("normfuse::request", mutates_args=())
@@ -28,6 +36,7 @@ def _(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
     return torch.empty_like(x)
 
 
+WEIGHT: Final = "weight_type"
 REQUEST: Final = torch.ops.normfuse.request.default
 
 
@@ -50,6 +59,22 @@ def request_quantization(edit: Editor, source: fx.Node, type_: IntegerType, read
     wanted = (type_.bits, type_.signed, type_.narrow)
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
+
+
+def request_weight(node: fx.Node, type_: IntegerType) -> None:
+    """Ask that the constant weight of a linear map is held as codes."""
+    metadata.note(node, WEIGHT, type_)
+
+
+def withdraw_weight(node: fx.Node) -> None:
+    """Take the wish back, because it was fulfilled or cannot be."""
+    metadata.note(node, WEIGHT, None)
+
+
+def requested_weights(graph: Graph) -> dict[fx.Node, IntegerType]:
+    """Return the linear maps whose weights shall be codes, in graph order."""
+    noted = {node: metadata.noted(node, WEIGHT) for node in graph.nodes}
+    return {node: type_ for node, type_ in noted.items() if isinstance(type_, IntegerType)}
 
 
 def is_requested(node: object) -> bool:

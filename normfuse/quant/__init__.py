@@ -7,7 +7,7 @@ from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, U
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
-from normfuse.quant.weights import WeightClip, scale_for_bias, weight_params
+from normfuse.quant.weights import RoundedWeight, WeightClip, round_to_nearest, scale_for_bias, weight_params
 
 __all__ = [
     "INT4",
@@ -27,12 +27,14 @@ __all__ = [
     "QuantParams",
     "Range",
     "RangeMethod",
+    "RoundedWeight",
     "WeightClip",
     "asymmetric",
     "candidates",
     "dequantize",
     "quantize",
     "quantize_dequantize",
+    "round_to_nearest",
     "scale_for_bias",
     "symmetric",
     "weight_params",

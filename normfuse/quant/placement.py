@@ -16,8 +16,9 @@ class Placement:
 
     Attributes:
         name: how reports call it.
-        activation: codes of activations (per tensor).
+        activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
         weight: codes of weights (per output channel, symmetric).
+        attention_operands: whether what the products of attention read are codes too.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
         smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
             with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
@@ -27,8 +28,9 @@ class Placement:
     """
 
     name: str
-    activation: IntegerType
+    activation: IntegerType | None
     weight: IntegerType
+    attention_operands: bool = False
     convolution_outputs: bool = True
     smallest_inner: int = 8
     session_config: Mapping[str, str] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -12,9 +13,9 @@ from normfuse.errors import UsageError
 from normfuse.quant.granularity import PerChannel
 from normfuse.quant.integer_type import INT32, IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, symmetric
-from normfuse.quant.rounding import quantize_dequantize
+from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
 
-__all__ = ["WeightClip", "scale_for_bias", "weight_params"]
+__all__ = ["RoundedWeight", "WeightClip", "round_to_nearest", "scale_for_bias", "weight_params"]
 
 COARSE: Final = [count / 20 for count in range(20, 2, -1)]
 """Clip points tried first, as fractions of the largest magnitude: 1.0, 0.95 ... 0.15."""
@@ -28,6 +29,45 @@ class WeightClip(Enum):
 
     MAXIMUM = "at its largest magnitude"
     MSE = "where the squared error of its values is least"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundedWeight:
+    """A linear map's weight as codes, and the float bias that goes with it.
+
+    Attributes:
+        codes: of the weight's shape, in ``params.type.torch_dtype``.
+        params: what the codes stand for.
+        bias: float32 [out], or None.
+    """
+
+    codes: Tensor
+    params: QuantParams
+    bias: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        """The weight that the codes stand for, float32."""
+        return dequantize(self.codes, self.params)
+
+
+def round_to_nearest(
+    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None, clip: WeightClip
+) -> RoundedWeight:
+    """Return the weight with every number rounded to its nearest code, channel by channel of axis 0.
+
+    Args:
+        weight: [out, ...], float.
+        bias: [out] or None.
+        type: a signed type.
+        input_scale: the scale of the codes that meet the weight, where the bias is held at the product's scale; None
+            where activations stay float.
+        clip: where the ranges end.
+    """
+    params = weight_params(weight, 0, type, clip=clip)
+    if bias is not None and input_scale is not None:
+        params = scale_for_bias(params, input_scale=input_scale, bias=bias)
+    return RoundedWeight(codes=quantize(weight, params), params=params, bias=bias)
 
 
 def weight_params(

@@ -1,5 +1,6 @@
 """Quantizers stand in the place of requests, and the graph computes what scales and codes say."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from torch.export import Dim, export
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, ops, query, verify
 from normfuse.graph.quantization import requests
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
-from normfuse.quant import QuantParams, Range, WeightClip, asymmetric, quantize_dequantize, weight_params
+from normfuse.precision import round_all_to_nearest
+from normfuse.quant import IntegerType, QuantParams, Range, WeightClip, asymmetric, quantize_dequantize, weight_params
 from normfuse.report import Reason
 from normfuse.testing import Golden, Small, check_pass_contract, distance, fold_tolerance, picture, randomized, seeded
 
@@ -42,7 +44,12 @@ def placed(model: Any, x: Tensor) -> tuple[Graph, InsertQuantizers]:
     graph = capture(model, (x,))
     Canonicalize().run(graph)
     PlaceQuantizers(placement=X86_VNNI).run(graph)
-    return graph, InsertQuantizers(ranges=observed(graph, x), weight=X86_VNNI.weight)
+    return graph, decided(graph, observed(graph, x))
+
+
+def decided(graph: Graph, ranges: dict[str, Range]) -> InsertQuantizers:
+    found = round_all_to_nearest(graph, ranges)
+    return InsertQuantizers(activations=found.activations, weights=found.weights)
 
 
 def params_of(x: Tensor) -> QuantParams:
@@ -92,7 +99,7 @@ def test_two_dynamic_axes() -> None:
     sizes = {"x": {0: Dim("batch"), 1: Dim("tokens")}}
     graph = capture(export(model, (sample(3, 5, 9),), dynamic_shapes=sizes))
     PlaceQuantizers(placement=X86_VNNI).run(graph)
-    step = InsertQuantizers(ranges=observed(graph, sample(3, 5, 9)), weight=X86_VNNI.weight)
+    step = decided(graph, observed(graph, sample(3, 5, 9)))
     check_pass_contract(step, graph, (sample(3, 5, 9),))
     assert step.run(graph).applied == {"activation": 2, "weight": 2}
     verify(graph)
@@ -111,8 +118,8 @@ def test_one_dynamic_axis_is_not_computed() -> None:
 def test_a_tensor_without_a_range_stays_float() -> None:
     x = sample(3, 9)
     model = randomized(Small(lambda m, x: m.b(F.gelu(m.a(x))), a=nn.Linear(9, 12), b=nn.Linear(12, 8)))
-    graph, step = placed(model, x)
-    nothing = InsertQuantizers(ranges={}, weight=step.weight)
+    graph, _ = placed(model, x)
+    nothing = decided(graph, {})
     report = check_pass_contract(nothing, graph, (x,))
     assert [(refusal.node, refusal.reason) for refusal in report.refused] == [
         ("x", Reason.NO_RANGE),
@@ -154,3 +161,23 @@ def test_one_weight_with_two_readers() -> None:
     graph, step = placed(model, x)
     assert step.run(graph).applied == {"activation": 2, "weight": 2}
     assert distance(graph.run(x), [model(x)]) < 0.05
+
+
+def test_float_activations_meet_the_values_of_codes() -> None:
+    x = sample(4, 3, 6, 7)
+    parts = {"a": nn.Conv2d(3, 16, 3), "b": nn.Linear(5, 8, bias=False)}
+    model = randomized(Small(lambda m, x: m.b(m.a(x).relu()), **parts))
+    graph = capture(model, (x,))
+    placement = replace(X86_VNNI, activation=None, weight=IntegerType(4, signed=True))
+    PlaceQuantizers(placement=placement).run(graph)
+    assert not requests(graph)
+    step = decided(graph, {})
+    check_pass_contract(step, graph, (x,))
+    assert step.run(graph).applied == {"weight": 1}  # b reads 5 inputs only
+    (codes,) = (query.constant(graph, node.args[0]) for node in graph.nodes if query.is_call(node, UNPACK))  # type: ignore[arg-type]
+    assert codes.unique().numel() > 8
+    assert int(codes.min()) >= -8
+    assert int(codes.max()) <= 7
+    with torch.no_grad():
+        model.a.weight.copy_(step.weights["conv2d"].values)
+    assert distance(graph.run(x), [model(x)]) < 1e-6

@@ -1,0 +1,51 @@
+"""What was decided for a graph with requests: parameters of activations, codes of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from normfuse.graph import Graph
+from normfuse.graph.quantization import requested_weights, requests
+from normfuse.quant import QuantParams, Range, RoundedWeight, WeightClip, round_to_nearest
+from normfuse.rewrite.linear_map import read_linear_map
+
+__all__ = ["Quantization", "activation_params", "input_scales", "round_all_to_nearest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Parameters by the name of the node that makes the tensor, and weights by the name of the linear map."""
+
+    activations: Mapping[str, QuantParams]
+    weights: Mapping[str, RoundedWeight]
+
+
+def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, QuantParams]:
+    """Return the parameters that the requests of a graph get from ranges; what has none stays float."""
+    found = ((request, ranges.get(request.source.name)) for request in requests(graph))
+    return {request.source.name: range_.quantizer(request.type) for request, range_ in found if range_ is not None}
+
+
+def input_scales(graph: Graph, activations: Mapping[str, QuantParams]) -> dict[fx.Node, float | None]:
+    """Return the maps whose weights are to be codes, with the scale of their input's codes; None: a float input.
+
+    A map whose input was to be quantized and could not be is left out: it computes floats.
+    """
+    reads = {reader: request.source.name for request in requests(graph) for reader in request.readers}
+    maps = [node for node in requested_weights(graph) if node not in reads or reads[node] in activations]
+    return {node: float(activations[reads[node]].scale) if node in reads else None for node in maps}
+
+
+def round_all_to_nearest(
+    graph: Graph, ranges: Mapping[str, Range], *, clip: WeightClip = WeightClip.MSE
+) -> Quantization:
+    """Return the plainest decision: every activation by its range, every weight to its nearest code."""
+    activations, weights, types = activation_params(graph, ranges), {}, requested_weights(graph)
+    for node, scale in input_scales(graph, activations).items():
+        if (linear := read_linear_map(graph, node)) is not None:
+            rounded = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale, clip=clip)
+            weights[node.name] = rounded
+    return Quantization(activations=activations, weights=weights)
