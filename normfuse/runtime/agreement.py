@@ -122,13 +122,14 @@ class _Forcing:
 
 
 def _show_codes(path: Path, opened: Path) -> None:
-    """Write a copy of the model that also returns what every QuantizeLinear makes."""
+    """Write a copy of the model that also returns what every QuantizeLinear makes, behind the Clip of narrow types."""
     model = onnx.load(path)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     returned = {value.name for value in model.graph.output}
+    narrowed = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.output[0] not in returned:
+        if node.op_type == "QuantizeLinear" and (name := narrowed.get(node.output[0], node.output[0])) not in returned:
             kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
-            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     # Protobuf ends at 2 GiB, which a model with its constants in a file beside it may exceed.
     onnx.save(model, opened, save_as_external_data=True, location=f"{opened.name}.data")
