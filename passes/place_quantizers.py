@@ -60,7 +60,8 @@ class PlaceQuantizers(Pass):
         if type_ is not None:
             with editing(graph) as edit:
                 for source, readers in _by_source(wishes).items():
-                    request_quantization(edit, source, type_, readers)
+                    is_input = source.op == "placeholder"
+                    request_quantization(edit, source, (is_input and self.placement.model_input) or type_, readers)
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )

@@ -43,10 +43,10 @@ def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
     widest = _of_level(instruction_set)
     assert widest.activation is not None
     activation = None if bits.is_weight_only else replace(widest.activation, bits=bits.activation)
-    if bits.weight >= widest.weight.bits:
-        return replace(widest, activation=activation)
-    # Every level counts where there are few: the smallest code is used too.
-    return replace(widest, activation=activation, weight=IntegerType(bits.weight, signed=True))
+    weight = widest.weight
+    if bits.weight < weight.bits:  # every level counts where there are few: the smallest code is used too
+        weight = IntegerType(bits.weight, signed=True)
+    return replace(widest, activation=activation, weight=weight, model_input=widest.activation)
 
 
 def _of_level(instruction_set: str) -> Placement:

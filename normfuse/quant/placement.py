@@ -17,6 +17,7 @@ class Placement:
     Attributes:
         name: how reports call it.
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
+        model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
         weight: codes of weights (per output channel, symmetric).
         attention_operands: whether what the products of attention read are codes too.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
@@ -30,6 +31,7 @@ class Placement:
     name: str
     activation: IntegerType | None
     weight: IntegerType
+    model_input: IntegerType | None = None
     attention_operands: bool = False
     convolution_outputs: bool = True
     smallest_inner: int = 8

@@ -1,0 +1,77 @@
+"""One segment of a network between what came in in float, what comes in quantized, and what should come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.graph import Graph
+from normfuse.graph.segments import Compute, Segment, run_segment
+from normfuse.precision.decision import Quantization
+from normfuse.precision.simulation import Simulation
+
+__all__ = ["Block"]
+
+Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """A segment with its data, chunk by chunk.
+
+    Attributes:
+        graph: a float graph with requests.
+        segment: what the block computes.
+        entries: per chunk what the quantized network before it makes.
+        targets: per chunk the segment's floating-point exits in the float network.
+        held_out: how many chunks at the end judge and do not teach.
+    """
+
+    graph: Graph
+    segment: Segment
+    entries: Sequence[Values]
+    targets: Sequence[Sequence[Tensor]]
+    held_out: int
+
+    @property
+    def teaching(self) -> range:
+        """The chunks to learn from; all, if there are too few to hold some out."""
+        return range(max(len(self.entries) - self.held_out, 1))
+
+    @property
+    def judging(self) -> range:
+        """The chunks that decide what is kept."""
+        first = len(self.entries) - self.held_out if len(self.entries) > self.held_out else 0
+        return range(first, len(self.entries))
+
+    def outputs(self, chunk: int, compute: Compute) -> list[Tensor]:
+        """Return the floating-point exits of one chunk."""
+        values = dict(self.entries[chunk])
+        run_segment(self.graph, self.segment, values, compute)
+        return tensors_of(self.segment, values)
+
+    def loss(self, chunk: int, compute: Compute) -> Tensor:
+        """Return the squared error of the exits over the squares of the targets, summed over the exits."""
+        pairs = zip(self.outputs(chunk, compute), self.targets[chunk], strict=True)
+        return torch.stack([relative_error(found, wanted) for found, wanted in pairs]).sum()
+
+    def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
+        """Return the mean loss of a decision over chunks."""
+        with torch.no_grad():
+            losses = [float(self.loss(chunk, Simulation(decided))) for chunk in chunks]
+        return sum(losses) / len(losses)
+
+
+def tensors_of(segment: Segment, values: Values) -> list[Tensor]:
+    """Return the floating-point exits of a segment (sizes and masks are not learned)."""
+    found = (values[node] for node in segment.exits)
+    return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return ``sum (found - wanted)^2 / sum wanted^2``."""
+    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)

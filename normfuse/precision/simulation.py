@@ -1,0 +1,44 @@
+"""Computes a graph with requests as it will be: activations moved to their codes' values, weights too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from normfuse.graph.quantization import is_requested
+from normfuse.graph.segments import plainly
+from normfuse.precision.decision import Quantization
+from normfuse.quant import QuantParams, quantize_dequantize
+
+__all__ = ["Simulation", "call_with", "params_of_request"]
+
+
+class Simulation:
+    """A ``Compute``: what was decided is computed with codes' values, the rest as the graph says."""
+
+    def __init__(self, decided: Quantization) -> None:
+        self._decided = decided
+        self._values = {name: weight.values for name, weight in decided.weights.items()}
+
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of one call."""
+        if is_requested(node):
+            params = params_of_request(node, self._decided)
+            return args[0] if params is None else quantize_dequantize(args[0], params)
+        if (values := self._values.get(node.name)) is not None:
+            return call_with(node, args, kwargs, values, self._decided.weights[node.name].bias)
+        return plainly(node, args, kwargs)
+
+
+def params_of_request(node: fx.Node, decided: Quantization) -> QuantParams | None:
+    """Return the parameters of the tensor that a request stands behind."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return decided.activations.get(source.name)
+
+
+def call_with(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, bias: Tensor | None) -> Any:
+    """Compute a linear map with another weight and bias."""
+    options = {key: value for key, value in kwargs.items() if key != "bias"}
+    return node.target(args[0], weight, bias, *args[3:], **options)  # type: ignore[operator]
