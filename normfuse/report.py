@@ -31,6 +31,8 @@ class Reason(Enum):
     MODEL_INPUT = "it meets an input of the model"
     UNCENTRED = "what is written to the stream cannot be centred"
     EVERY_CHANNEL = "it needs every channel of the stream"
+    APART = "its channels are cut apart or moved"
+    CHANNEL_SCALE = "a scale per channel does not commute with a rotation"
     WRONG = "the float64 check failed, so the fold was undone"
     TRANSPOSED = "every output position of a transposed convolution sees other taps"
     OVERFLOW = "the folded weights do not fit into their type"

@@ -16,12 +16,13 @@ from normfuse.passes.merge_linear_maps import MergeLinearMaps
 from normfuse.passes.recentre_stream import RecentreStream
 from normfuse.passes.recognize_norms import RecognizeNorms
 from normfuse.passes.rescale_stream import RescaleStream
+from normfuse.passes.rotate_stream import RotateStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Pass, Phase
 from normfuse.rewrite import Audit
 
-__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "folds"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "ROTATE", "folds"]
 
 PLAIN: Final = Phase(
     "canonical",
@@ -75,5 +76,8 @@ def folds(*, audit: Audit | None = None, rescales: bool = True, layer_norms: Lay
 
 
 FOLD: Final = Phase("norms", (*AFFINES.passes, *folds().passes))
+
+ROTATE: Final = Phase("rotations", (RotateStream(),))  # behind all folds (RMS norms), before ranges are observed
+"""For activations of few bits."""
 
 LOWER: Final = Phase("lower", (LowerAffines(),))  # the exporter knows no affine
