@@ -16,6 +16,7 @@ from normfuse.passes.merge_linear_maps import MergeLinearMaps
 from normfuse.passes.recentre_stream import RecentreStream
 from normfuse.passes.recognize_norms import RecognizeNorms
 from normfuse.passes.rescale_stream import RescaleStream
+from normfuse.passes.rotate_heads import RotateHeads
 from normfuse.passes.rotate_stream import RotateStream
 from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.split_joint_projections import SplitJointProjections
@@ -77,7 +78,13 @@ def folds(*, audit: Audit | None = None, rescales: bool = True, layer_norms: Lay
 
 FOLD: Final = Phase("norms", (*AFFINES.passes, *folds().passes))
 
-ROTATE: Final = Phase("rotations", (RotateStream(),))  # behind all folds (RMS norms), before ranges are observed
+ROTATE: Final = Phase(
+    "rotations",
+    (
+        RotateStream(),  # behind all folds: it reads streams without gammas
+        RotateHeads(),  # of attention spelled out; the order of the two does not matter
+    ),
+)
 """For activations of few bits."""
 
 LOWER: Final = Phase("lower", (LowerAffines(),))  # the exporter knows no affine
