@@ -90,6 +90,9 @@ REFUSALS = [
         id="class token",
     ),
     pytest.param(lambda m, x: nn.functional.linear(m.n(x), x[0, :3]), TOKENS, Reason.NOT_CONSTANT, id="weight (1)"),
+    pytest.param(
+        lambda m, x: nn.functional.linear(m.n(x), m.k[0, 0]), TOKENS, Reason.NOT_CONSTANT, id="a vector as weight (1)"
+    ),
     pytest.param(lambda m, x: m.h(m.n(x).mT), TOKENS, Reason.AXIS, id="another axis (3)"),
     pytest.param(lambda m, x: m.f(m.n(x).mT), (4, 5, 5), Reason.AXIS, id="another axis of the same size (3)"),
     pytest.param(lambda m, x: m.f(m.n(x).reshape(-1, 5, 5).mT), (4, 5, 5), Reason.AXIS, id="so behind views (3)"),
