@@ -286,6 +286,7 @@ def test_the_image_itself_is_no_branch() -> None:
 @pytest.mark.parametrize("name", ["middle", "sum", "order"])
 def test_the_naive_merges_are_wrong(name: str) -> None:
     """The small kernel in a corner, biases of one branch only, A B for B A."""
+    model: nn.Module
     if name == "order":
         model, x = randomized(Adapter(5, 5, rank=5)).double(), sample(*TOKENS)
     else:

@@ -197,7 +197,8 @@ def test_the_stream_splits_and_joins_again() -> None:
         first, last = y.split([2, 5], 1)
         kept, pooled = (first + m.h(m.g(m.n(first)).sin())) * -0.5, last[:, 1::2] - last.mean(1, keepdim=True)
         z = torch.cat([pooled.flip(1), kept, y.unbind(1)[3][:, None]], 1)
-        return m.g(m.n(z)).sum(1) + m.g(m.b(z[:, 0]))
+        result: Tensor = m.g(m.n(z)).sum(1) + m.g(m.b(z[:, 0]))
+        return result
 
     model = randomized(Small(function, **parts(), t=nn.Parameter(torch.ones(7, 5)))).double()
     graph = ready(model, x := sample(2, 7, 4))
@@ -238,7 +239,8 @@ def test_gamma_alone_may_stay() -> None:
 
 def test_one_weight_in_the_stream_and_elsewhere() -> None:
     def function(m: Any, x: Tensor) -> Tensor:
-        return m.g(m.b(m.f(x))) + m.f(x.cos())[..., :3].exp()
+        result: Tensor = m.g(m.b(m.f(x))) + m.f(x.cos())[..., :3].exp()
+        return result
 
     model = randomized(Small(function, **parts())).double()
     graph = ready(model, x := sample(2, 7, 4))
