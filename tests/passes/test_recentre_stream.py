@@ -165,18 +165,15 @@ def test_numbers_and_contract(name: str) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_float32_differs_by_rounding(seed: int) -> None:
-    model, x = randomized(ViT(), seed=seed), sample(2, 3, 4, 6).float()
+    model, x = randomized(Turned(), seed=seed), sample(2, 3, 5, 7).float()
     graph = ready(model, x)
     tolerance = fold_tolerance(graph, x)
     RecentreStream().run(graph)
+    assert count(graph, ops.LAYER_NORM) == 0
     torch.testing.assert_close(graph.run(x)[0], outputs(model, x)[0], rtol=0, atol=tolerance)
 
 
-WRITERS = ["patch.weight", "patch.bias", "cls", "positions", "blocks.0.proj.weight", "blocks.1.proj.bias"]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_writer_must_be_centred(name: str) -> None:
+def test_every_writer_must_be_centred() -> None:
     """T6: one writer left as it was, and the model is another one."""
     model, x = randomized(ViT()).double(), sample(2, 3, 4, 6)
     graph = ready(model, x)
@@ -184,11 +181,14 @@ def test_every_writer_must_be_centred(name: str) -> None:
     RecentreStream().run(graph)
     assert distance(graph.run(x), outputs(model, x)) < EXACT
     constants = dict(graph.module.named_buffers())
-    centred = constants.get(f"{name}_1", constants.get(name))
-    assert centred is not None
-    assert float(centred.sum(0 if name.endswith(("weight", "bias")) else -1).abs().max()) < EXACT
-    centred.copy_(before[name])
-    assert distance(graph.run(x), outputs(model, x)) > WRONG
+    for name in ("patch.weight", "patch.bias", "cls", "positions", "blocks.0.proj.weight", "blocks.1.proj.bias"):
+        found = constants.get(f"{name}_1", constants.get(name))
+        assert found is not None
+        centred = found.clone()
+        assert float(centred.sum(0 if name.endswith(("weight", "bias")) else -1).abs().max()) < EXACT
+        found.copy_(before[name])
+        assert distance(graph.run(x), outputs(model, x)) > WRONG, name
+        found.copy_(centred)
 
 
 def test_the_stream_splits_and_joins_again() -> None:
