@@ -84,6 +84,12 @@ REFUSALS = [
     pytest.param(lambda m, x: m.f((y := m.n(x)) + y.flip(2)), TOKENS, Reason.UNNORMED_TOKENS, id="its channels turned"),
     pytest.param(lambda m, x: m.f(torch.cat([m.n(x), x], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="tokens joined"),
     pytest.param(
+        lambda m, x: m.f(torch.cat([y := m.n(x), y.flip(2)], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="turned and joined"
+    ),
+    pytest.param(
+        lambda m, x: m.f(torch.cat([m.n(x), m.p(x.sin())], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="tokens of two norms"
+    ),
+    pytest.param(
         lambda m, x: m.f(torch.cat([m.k.expand(x.shape[0], 1, 5), m.n(x)], 1)),
         TOKENS,
         Reason.UNNORMED_TOKENS,
