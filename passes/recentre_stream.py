@@ -144,7 +144,10 @@ class _Walk:
             is_sum = query.is_call(reader, ops.ADD, ops.SUB)
             rank = query.rank(reader) if is_sum else query.rank(node)
             size = query.shape(reader)[axis] if is_sum else query.shape(node)[axis]
-            centred = _centred_constant(query.constant(self._graph, node), axis, rank, int(size))
+            if not (dtype := query.dtype(reader)).is_floating_point:
+                return Blocked(node, Reason.UNCENTRED)
+            data = query.constant(self._graph, node).to(dtype)  # a table may hold integers
+            centred = _centred_constant(data, axis, rank, int(size))
             self.region.constants.append((reader, node, centred, axis))
             return None
         if node in self.region.axes:
