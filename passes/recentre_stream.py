@@ -150,7 +150,10 @@ def _region(graph: Graph, stream: Stream) -> _Region | Blocked:
         region.tables[node] = _centred(query.constant(graph, node.args[0]), 1)  # type: ignore[arg-type]
     for reader, old, axis in stream.constants:
         seen = reader if query.is_call(reader, ops.ADD, ops.SUB) else old
-        centred = _centred_constant(query.constant(graph, old), axis, query.rank(seen), int(query.shape(seen)[axis]))
+        if not (dtype := query.dtype(seen)).is_floating_point:
+            return Blocked(old, Reason.UNCENTRED)
+        data = query.constant(graph, old).to(dtype)  # a table may hold integers
+        centred = _centred_constant(data, axis, query.rank(seen), int(query.shape(seen)[axis]))
         region.constants.append((reader, old, centred, axis))
     for node in stream.affines:
         found = read_affine(graph, node).spread()
