@@ -15,7 +15,7 @@ from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
-from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map, rebind
+from normfuse.rewrite.linear_map import LinearMap, read_linear_map, rebind
 from normfuse.rewrite.stream_walk import Stream, follow
 from normfuse.rewrite.streams import CENTRED
 
@@ -136,7 +136,8 @@ def _region(graph: Graph, stream: Stream) -> _Region | Blocked:
     """Return the stream with its new constants, or what cannot be centred."""
     blocked = stream.blocked or _uncentred(stream)
     if blocked is not None:
-        is_read = query.is_call(blocked.node, *LINEAR_MAPS) and blocked.node not in stream.axes
+        where, axes = blocked.node, stream.axes
+        is_read = where.op != "output" and where not in axes and any(node in axes for node in where.all_input_nodes)
         reason = Reason.STREAM_READER if is_read else _REASONS.get(blocked.reason, Reason.UNCENTRED)
         return replace(blocked, reason=reason)
     region = _Region(stream.axes, norms=stream.norms)
