@@ -1,7 +1,7 @@
 """Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums."""
 
 from normfuse.quant.exact_sum import ExactSum
-from normfuse.quant.granularity import Granularity, PerChannel, PerTensor
+from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from normfuse.quant.histogram import DyadicHistogram
 from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
@@ -23,6 +23,7 @@ __all__ = [
     "Granularity",
     "IntegerType",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
     "QuantParams",
     "Range",
