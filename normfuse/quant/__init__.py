@@ -1,12 +1,15 @@
-"""Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums."""
+"""Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums, weights."""
 
+from normfuse.quant.bias_correction import corrected_bias
 from normfuse.quant.exact_sum import ExactSum
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
 from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
+from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import WeightClip, scale_for_bias, weight_params
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "DyadicHistogram",
     "ExactSum",
     "Granularity",
+    "InputMoments",
     "IntegerType",
     "PerChannel",
     "PerGroup",
@@ -31,10 +35,12 @@ __all__ = [
     "WeightClip",
     "asymmetric",
     "candidates",
+    "corrected_bias",
     "dequantize",
     "quantize",
     "quantize_dequantize",
     "scale_for_bias",
     "symmetric",
+    "unfold_rows",
     "weight_params",
 ]
