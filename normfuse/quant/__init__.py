@@ -2,6 +2,7 @@
 
 from normfuse.quant.bias_correction import corrected_bias
 from normfuse.quant.exact_sum import ExactSum
+from normfuse.quant.gptq import round_by_gptq
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
@@ -9,6 +10,7 @@ from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, U
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
+from normfuse.quant.rounding_problem import added_error
 from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import WeightClip, scale_for_bias, weight_params
 
@@ -33,12 +35,14 @@ __all__ = [
     "Range",
     "RangeMethod",
     "WeightClip",
+    "added_error",
     "asymmetric",
     "candidates",
     "corrected_bias",
     "dequantize",
     "quantize",
     "quantize_dequantize",
+    "round_by_gptq",
     "scale_for_bias",
     "symmetric",
     "unfold_rows",
