@@ -1,6 +1,7 @@
 """Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums, weights."""
 
 from normfuse.quant.bias_correction import corrected_bias
+from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.exact_sum import ExactSum
 from normfuse.quant.gptq import round_by_gptq
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -44,6 +45,7 @@ __all__ = [
     "quantize_dequantize",
     "round_by_gptq",
     "scale_for_bias",
+    "shrink_drift",
     "symmetric",
     "unfold_rows",
     "weight_params",
