@@ -1,6 +1,7 @@
 """Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums, weights."""
 
 from normfuse.quant.bias_correction import corrected_bias
+from normfuse.quant.coordinate_descent import round_by_coordinate_descent
 from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.exact_sum import ExactSum
 from normfuse.quant.gptq import round_by_gptq
@@ -12,6 +13,7 @@ from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, s
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
 from normfuse.quant.rounding_problem import added_error
+from normfuse.quant.scale_refit import refit_scale
 from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import WeightClip, scale_for_bias, weight_params
 
@@ -43,6 +45,8 @@ __all__ = [
     "dequantize",
     "quantize",
     "quantize_dequantize",
+    "refit_scale",
+    "round_by_coordinate_descent",
     "round_by_gptq",
     "scale_for_bias",
     "shrink_drift",
