@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, metadata, ops, query
-from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
-from normfuse.rewrite.commuting import source_of, wirings
-from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map
-from normfuse.rewrite.streams import CENTRED, CRMS_NORM, caller, pads_with_number, works_along
+from normfuse.rewrite.commuting import source_of
+from normfuse.rewrite.linear_map import LinearMap, read_linear_map
+from normfuse.rewrite.stream_walk import Stream, follow
+from normfuse.rewrite.streams import CENTRED, CRMS_NORM, caller, works_along
 
 __all__ = ["CompressStream", "without_last_input", "without_last_output"]
 
 ATEN = ops.ATEN
+
+_SAID: Final = {
+    Reason.UNCENTRED,
+    Reason.NOT_CONSTANT,
+    Reason.MODEL_INPUT,
+    Reason.GRAPH_OUTPUT,
+}
+"""What says more of why a stream stays than that it needs every channel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +90,8 @@ class StreamLosesChannel(Rule[_Region]):
         layer, channels = query.layer_of(norm), query.shape(norm)[-1]
         if not isinstance(channels, int) or channels < 2:
             return Refusal(norm.name, Reason.NOT_STATIC if channels != 1 else Reason.EVERY_CHANNEL, layer=layer)
-        walk = _Walk(graph, channels)
-        blocked = walk.stream(norm, query.rank(norm) - 1)
-        if blocked is not None:
-            return Refusal(norm.name, blocked.reason, blocked.where, layer)
-        return walk.region
+        found = _region(graph, follow(graph, norm, query.rank(norm) - 1, channels, has_products=False))
+        return found if isinstance(found, _Region) else Refusal(norm.name, found.reason, found.where, layer)
 
     def rewrite(self, match: Match, plan: _Region, edit: Editor) -> None:
         """Go through the stream in order, so that every call finds its inputs as they will be."""
@@ -145,155 +150,60 @@ def _write_norm(edit: Editor, norm: fx.Node, channels: int) -> None:
     metadata.note(new, CRMS_NORM, True)
 
 
-class _Walk:
-    """Follows a stream through its norms, backwards to what writes it and forwards to what reads it."""
+def _region(graph: Graph, stream: Stream) -> _Region | Blocked:
+    """Return what a stream becomes, or what needs every channel."""
+    blocked = stream.blocked or _uncut(graph, stream) or _uncentred(stream)
+    if blocked is not None:
+        return blocked if blocked.reason in _SAID else replace(blocked, reason=Reason.EVERY_CHANNEL)
+    region = _Region(stream.block, axes=stream.axes, norms=stream.norms)
+    for node in (*stream.writers, *stream.readers):
+        linear = region.maps.get(node) or read_linear_map(graph, node)
+        assert linear is not None
+        is_written = node in stream.writers and node not in region.maps
+        region.maps[node] = without_last_output(linear) if is_written else without_last_input(linear)
+        if not region.maps[node].is_finite:
+            return Blocked(node, Reason.OVERFLOW)
+    _shorten_constants(graph, stream, region)
+    for node in stream.axes:
+        region.calls[caller(node)] = {}
+        region.calls[node] = _sizes(node, stream.axes[node]) or {}
+    return region
 
-    def __init__(self, graph: Graph, channels: int) -> None:
-        self._graph = graph
-        self._waiting: list[fx.Node] = []
-        self.region = _Region(channels)
 
-    def stream(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Collect the whole stream that ``node`` is part of, or return what needs every channel."""
-        blocked = self._join(node, axis, node)
-        while blocked is None and self._waiting:
-            node = self._waiting.pop()
-            axis = self.region.axes[node]
-            blocked = self._written(node, axis) or self._read(node, axis)
-        return blocked
-
-    def _join(self, node: fx.Node, axis: int, reader: fx.Node) -> Blocked | None:
-        """Note that ``reader`` reads ``node`` without the last position of ``axis``; a constant loses it at once."""
-        if axis < 0 or query.shape(node)[axis] != self.region.channels:
-            return Blocked(node, Reason.EVERY_CHANNEL)
-        if query.is_constant(node):
-            return self._constant(node, axis, reader)
-        if node in self.region.axes:
-            return None if self.region.axes[node] == axis else Blocked(node, Reason.AXIS)
-        self.region.axes[node] = axis
-        self._waiting.append(node)
-        return None
-
-    def _constant(self, node: fx.Node, axis: int, reader: fx.Node) -> Blocked | None:
-        if metadata.noted(node, CENTRED) != axis:
-            return Blocked(node, Reason.UNCENTRED, str(node.target))
-        self.region.constants[reader, node] = _shortened(query.constant(self._graph, node), axis)
-        return None
-
-    def _written(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Shorten what makes the node, or make its inputs part of the stream."""
-        if query.is_call(node, *LINEAR_MAPS, ops.EMBEDDING, AFFINE) and metadata.noted(node, CENTRED) != axis:
-            return Blocked(node, Reason.UNCENTRED)
-        if query.is_call(node, *LINEAR_MAPS):
-            self._map_writes(node)
-            return None
-        if query.is_call(node, ops.EMBEDDING):
-            table = node.args[0]
-            self.region.constants[node, table] = _shortened(query.constant(self._graph, table), 1)  # type: ignore[arg-type, index]
-            return None
-        if query.is_call(node, ops.RMS_NORM):
-            return self._normed(node, axis)
-        if query.is_call(node, AFFINE):
-            return self._affine(node, axis)
-        if query.is_call(node, ops.ADD, ops.SUB):
-            return self._all(node, list(node.args[:2]), axis)
-        if query.is_call(node, ops.CAT):
-            is_along = int(query.argument(node, 1, "dim", 0)) % query.rank(node) == axis
-            return Blocked(node, Reason.EVERY_CHANNEL) if is_along else self._all(node, list(node.args[0]), axis)  # type: ignore[arg-type]
-        return self._view(node, axis)
-
-    def _all(self, node: fx.Node, operands: list[Any], axis: int) -> Blocked | None:
-        """Make every operand of a sum or concatenation part of the stream."""
-        for operand in operands:
-            if not query.is_tensor(operand):
-                return Blocked(node, Reason.UNCENTRED)
-            own = axis - (query.rank(node) - query.rank(operand))
-            if (blocked := self._join(operand, own, node)) is not None:
-                return blocked
-        return None
-
-    def _map_writes(self, node: fx.Node) -> None:
-        linear = self._map(node)
-        assert linear is not None  # it was centred
-        self.region.maps[node] = without_last_output(linear)
-
-    def _normed(self, node: fx.Node, axis: int) -> Blocked | None:
-        if query.argument(node, 2, "weight") is not None or len(node.args[1]) != 1 or axis != query.rank(node) - 1:  # type: ignore[arg-type]
-            return Blocked(node, Reason.ONLINE)
-        self.region.norms.append(node)
-        return self._join(node.args[0], axis, node)  # type: ignore[arg-type]
-
-    def _affine(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Shorten the shift: the scale is one number, and all that was centred has this axis."""
+def _shorten_constants(graph: Graph, stream: Stream, region: _Region) -> None:
+    constants = [*stream.constants, *((node, node.args[0], 1) for node in stream.tables)]
+    for reader, old, axis in constants:
+        region.constants[reader, old] = _shortened(query.constant(graph, old), axis)  # type: ignore[arg-type, index]
+    for node in stream.affines:
         for vector in node.args[1:3]:
-            data = query.constant(self._graph, vector)  # type: ignore[arg-type]
-            if data.numel() > 1:
-                self.region.constants[node, vector] = data[:-1]  # type: ignore[index]
-        return self._join(node.args[0], axis, node)  # type: ignore[arg-type]
+            data = query.constant(graph, vector)  # type: ignore[arg-type]
+            if data.numel() > 1:  # the shift: the scale is one number
+                region.constants[node, vector] = data[:-1]  # type: ignore[index]
 
-    def _view(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Let a view arrange one channel less."""
-        source = source_of(node) if node.op == "call_function" else None
-        if source is None:
-            return Blocked(node, Reason.MODEL_INPUT if node.op == "placeholder" else Reason.EVERY_CHANNEL)
-        before = [index for index, after in self._whole_axes(node).items() if after == axis]
-        arguments = self._sizes(node, axis)
-        if not before or arguments is None or query.is_call(node, *ops.MAXIMUM_POOLS) or pads_with_number(node):
+
+def _uncentred(stream: Stream) -> Blocked | None:
+    """Return what writes the stream without having been centred (1)."""
+    written = [(node, stream.axes[node]) for node in (*stream.writers, *stream.tables, *stream.affines)]
+    both = [*written, *((constant, axis) for _, constant, axis in stream.constants)]
+    return next((Blocked(node, Reason.UNCENTRED) for node, axis in both if metadata.noted(node, CENTRED) != axis), None)
+
+
+def _uncut(graph: Graph, stream: Stream) -> Blocked | None:
+    """Return where the channels are not on one axis, whole and in order, whatever their number (3)."""
+    for node, axis in stream.axes.items():
+        source = source_of(node)
+        cuts = source is not None and stream.axes.get(source) in works_along(node)
+        if query.shape(node)[axis] != stream.block or cuts or _sizes(node, axis) is None:
             return Blocked(node, Reason.EVERY_CHANNEL)
-        self.region.calls[caller(node)], self.region.calls[node] = {}, arguments
-        return self._join(source, before[0], caller(node))
+    return None
 
-    def _sizes(self, node: fx.Node, axis: int) -> dict[int, Any] | None:
-        """Return the arguments that name the number of channels, with one less; None where it is not a number."""
-        if not query.is_call(node, ops.RESHAPE, ops.EXPAND):
-            return {}
-        sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-        if not isinstance(sizes[axis], int):
-            return None
-        sizes[axis] -= sizes[axis] != -1
-        return {1: sizes}
 
-    def _whole_axes(self, node: fx.Node) -> dict[int, int]:
-        """Return the output axis of every input axis that arrives as it is, whatever its size."""
-        along = works_along(node)
-        return {
-            axis: wiring.axis
-            for axis, wiring in wirings(self._graph, node).items()
-            if axis not in along and torch.equal(wiring.index, torch.arange(self.region.channels))
-        }
-
-    def _read(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Hand the stream on to its readers."""
-        blocked = (self._handed_on(node, reader, axis) for reader in query.readers(node))
-        return next(filter(None, blocked), None)
-
-    def _handed_on(self, node: fx.Node, reader: fx.Node, axis: int) -> Blocked | None:
-        if query.is_call(reader, *LINEAR_MAPS):
-            return self._map_reads(node, reader, axis)
-        if query.is_call(reader, *ops.SPLITS, ATEN.unbind.int):
-            parts = (self._handed_on(node, part, axis) for part in query.readers(reader))
-            return next(filter(None, parts), None)
-        if query.is_call(reader, AFFINE) and metadata.noted(reader, CENTRED) is None:  # behind a norm
-            return Blocked(reader, Reason.EVERY_CHANNEL)
-        if query.is_call(reader, ops.ADD, ops.SUB, ops.CAT, ops.RMS_NORM, AFFINE):
-            return self._join(reader, axis + query.rank(reader) - query.rank(node), reader)
-        is_view = reader.op == "call_function" and source_of(reader) is node
-        after = self._whole_axes(reader).get(axis) if is_view else None
-        if after is None:
-            is_output = reader.op == "output"
-            return Blocked(reader, Reason.GRAPH_OUTPUT if is_output else Reason.EVERY_CHANNEL)
-        return self._join(reader, after, reader)
-
-    def _map_reads(self, node: fx.Node, reader: fx.Node, axis: int) -> Blocked | None:
-        linear = self._map(reader)
-        if linear is None or linear.groups > 1 or axis != linear.input_axis or reader.args[0] is not node:
-            return Blocked(reader, Reason.NOT_CONSTANT if linear is None else Reason.EVERY_CHANNEL)
-        shorter = without_last_input(linear)
-        if not shorter.is_finite:
-            return Blocked(reader, Reason.OVERFLOW)
-        self.region.maps[reader] = shorter
+def _sizes(node: fx.Node, axis: int) -> dict[int, Any] | None:
+    """Return the arguments that name the number of channels, with one less; None where it is not a number."""
+    if not query.is_call(node, ops.RESHAPE, ops.EXPAND):
+        return {}
+    sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    if not isinstance(sizes[axis], int):
         return None
-
-    def _map(self, node: fx.Node) -> LinearMap | None:
-        """Return a linear map as it will be: it may both read and write the stream."""
-        return self.region.maps.get(node) or read_linear_map(self._graph, node)
+    sizes[axis] -= sizes[axis] != -1
+    return {1: sizes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, fx
@@ -15,11 +15,19 @@ from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
 from normfuse.rewrite.changes import Blocked
-from normfuse.rewrite.commuting import source_of, wirings
-from normfuse.rewrite.linear_map import LINEAR_MAPS, LinearMap, read_linear_map, rebind
-from normfuse.rewrite.streams import CENTRED, caller, pads_with_number
+from normfuse.rewrite.linear_map import LinearMap, read_linear_map, rebind
+from normfuse.rewrite.stream_walk import Stream, follow
+from normfuse.rewrite.streams import CENTRED
 
 __all__ = ["RecentreStream"]
+
+_REASONS: Final = {
+    Reason.NOT_CONSTANT: Reason.NOT_CONSTANT,
+    Reason.GRAPH_OUTPUT: Reason.GRAPH_OUTPUT,
+    Reason.NONLINEAR_READER: Reason.STREAM_READER,
+    Reason.STREAM_READER: Reason.STREAM_READER,
+}
+"""What a walk says, in the words of this pass: anything else cannot be centred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +80,13 @@ class LayerNormIsRmsNorm(Rule[_Region]):
             return Refusal(norm.name, Reason.ONLINE, "its beta did not fold, and RMS norm has none", layer)
         source = norm.args[0]
         assert isinstance(source, fx.Node)
-        walk = _Walk(graph)
-        blocked = walk.stream(source, query.rank(source) - 1, norm)
-        if blocked is not None:
-            return Refusal(norm.name, blocked.reason, blocked.where, layer)
-        return walk.region
+        channels = query.shape(source)[-1]
+        if not isinstance(channels, int):
+            return Refusal(norm.name, Reason.NOT_STATIC, layer=layer)
+        axis = query.rank(source) - 1
+        stream = follow(graph, source, axis, channels, borders=ops.LAYER_NORM, has_products=False)
+        found = _region(graph, stream)
+        return found if isinstance(found, _Region) else Refusal(norm.name, found.reason, found.where, layer)
 
     def rewrite(self, match: Match, plan: _Region, edit: Editor) -> None:
         """Write the centred constants and the norms."""
@@ -122,129 +132,50 @@ def _is_free_of_beta(graph: Graph, norm: fx.Node) -> bool:
     return not (query.is_call(reader, AFFINE) and bool(read_affine(graph, reader).shift.any()))  # type: ignore[arg-type]
 
 
-class _Walk:
-    """Follows a stream backwards to what writes it and forwards to what reads it."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._waiting: list[tuple[fx.Node, int]] = []
-        self.region = _Region()
-
-    def stream(self, node: fx.Node, axis: int, reader: fx.Node) -> Blocked | None:
-        """Collect the whole stream that ``reader`` reads as ``node``, or return what cannot be centred."""
-        blocked = self._join(node, axis, reader)
-        while blocked is None and self._waiting:
-            node, axis = self._waiting.pop()
-            blocked = self._written(node, axis) or self._read(node, axis)
-        return blocked
-
-    def _join(self, node: fx.Node, axis: int, reader: fx.Node) -> Blocked | None:
-        """Note that ``node`` must be centred along ``axis``; a constant is at once."""
-        if query.is_constant(node):
-            is_sum = query.is_call(reader, ops.ADD, ops.SUB)
-            rank = query.rank(reader) if is_sum else query.rank(node)
-            size = query.shape(reader)[axis] if is_sum else query.shape(node)[axis]
-            centred = _centred_constant(query.constant(self._graph, node), axis, rank, int(size))
-            self.region.constants.append((reader, node, centred, axis))
-            return None
-        if node in self.region.axes:
-            return None if self.region.axes[node] == axis else Blocked(node, Reason.AXIS)
-        self.region.axes[node] = axis
-        self._waiting.append((node, axis))
-        return None
-
-    def _written(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Centre what makes the node, or make its inputs part of the stream."""
-        if query.is_call(node, *LINEAR_MAPS):
-            return self._linear(node, axis)
-        if query.is_call(node, ops.EMBEDDING) and query.is_constant(node.args[0]) and axis == query.rank(node) - 1:
-            self.region.tables[node] = _centred(query.constant(self._graph, node.args[0]), 1)  # type: ignore[arg-type]
-            return None
-        if query.is_call(node, ops.LAYER_NORM) and _is_bare(node) and axis == query.rank(node) - 1:
-            return None
-        if query.is_call(node, ops.RMS_NORM) and metadata.noted(node, CENTRED) == axis:  # it was such a layer norm
-            return None
-        if query.is_call(node, AFFINE):
-            return self._affine(node, axis)
-        if query.is_call(node, ops.ADD, ops.SUB):
-            return self._sum(node, axis)
-        if query.is_call(node, ops.CAT):
-            if int(query.argument(node, 1, "dim", 0)) % query.rank(node) == axis:
-                return Blocked(node, Reason.UNCENTRED)
-            return next(filter(None, [self._join(part, axis, node) for part in node.args[0]]), None)  # type: ignore[union-attr, arg-type]
-        source = source_of(node) if node.op == "call_function" else None
-        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS) or pads_with_number(node):
-            return Blocked(node, Reason.UNCENTRED)
-        before = [index for index, whole in self._whole_axes(node).items() if whole == axis]
-        return self._join(source, before[0], caller(node)) if before else Blocked(node, Reason.UNCENTRED)
-
-    def _read(self, node: fx.Node, axis: int) -> Blocked | None:
-        """Hand the stream on to its readers."""
-        for reader in query.readers(node):
-            if query.is_call(reader, ops.LAYER_NORM) and axis == query.rank(node) - 1 and len(reader.args[1]) == 1:  # type: ignore[arg-type]
-                self.region.norms.append(reader)
-                continue
-            blocked = self._handed_on(node, reader, axis)
-            if blocked is not None:
-                return blocked
-        return None
-
-    def _handed_on(self, node: fx.Node, reader: fx.Node, axis: int) -> Blocked | None:
-        if reader.op != "call_function" or query.is_call(reader, *LINEAR_MAPS):
-            reason = Reason.GRAPH_OUTPUT if reader.op == "output" else Reason.STREAM_READER
-            return Blocked(reader, reason, query.layer_of(reader) or reader.name)
-        if query.is_call(reader, *ops.SPLITS, ops.ATEN.unbind.int):
-            parts = [self._handed_on(node, part, axis) for part in query.readers(reader)]
-            return next(filter(None, parts), None)
-        if query.is_call(reader, ops.ADD, ops.SUB):
-            return self._join(reader, axis + query.rank(reader) - query.rank(node), reader)
-        if query.is_call(reader, AFFINE, ops.CAT):
-            return self._join(reader, axis, reader)
-        if source_of(reader) is None:
-            return Blocked(reader, Reason.STREAM_READER, query.layer_of(reader) or reader.name)
-        after = self._whole_axes(reader).get(axis)
-        return Blocked(reader, Reason.STREAM_READER) if after is None else self._join(reader, after, reader)
-
-    def _whole_axes(self, node: fx.Node) -> dict[int, int]:
-        """Return the output axis of every input axis that arrives whole, alone and once.
-
-        Not beside others: layer norm over joined vectors subtracts one mean of all, centring took one from each.
-        """
-        found = {}
-        for axis, wiring in wirings(self._graph, node).items():
-            size = query.shape(source_of(node))[axis]  # type: ignore[arg-type]
-            if sorted(wiring.index.tolist()) == list(range(int(size))):
-                found[axis] = wiring.axis
-        return found
-
-    def _linear(self, node: fx.Node, axis: int) -> Blocked | None:
-        linear = read_linear_map(self._graph, node)
-        if linear is None or axis != linear.output_axis or linear.groups > 1:  # a group knows not all channels
-            return Blocked(node, Reason.NOT_CONSTANT if linear is None else Reason.UNCENTRED)
+def _region(graph: Graph, stream: Stream) -> _Region | Blocked:
+    """Return the stream with its new constants, or what cannot be centred."""
+    blocked = stream.blocked or _uncentred(stream)
+    if blocked is not None:
+        where, axes = blocked.node, stream.axes
+        is_read = where.op != "output" and where not in axes and any(node in axes for node in where.all_input_nodes)
+        reason = Reason.STREAM_READER if is_read else _REASONS.get(blocked.reason, Reason.UNCENTRED)
+        return replace(blocked, reason=reason)
+    region = _Region(stream.axes, norms=stream.norms)
+    for node in stream.writers:
+        linear = read_linear_map(graph, node)
+        assert linear is not None
         bias = None if linear.bias is None else _centred(linear.bias, 0)
         outputs = 1 if linear.is_transposed else 0
-        self.region.maps[node] = replace(linear, weight=_centred(linear.weight, outputs), bias=bias)
-        return None
-
-    def _affine(self, node: fx.Node, axis: int) -> Blocked | None:
-        found = read_affine(self._graph, node).spread()
-        is_one_scale = bool((found.scale == found.scale[0]).all())
-        if not is_one_scale or not (found.is_uniform or found.axis == axis):
-            return Blocked(node, Reason.UNCENTRED)
+        region.maps[node] = replace(linear, weight=_centred(linear.weight, outputs), bias=bias)
+    for node in stream.tables:
+        region.tables[node] = _centred(query.constant(graph, node.args[0]), 1)  # type: ignore[arg-type]
+    for reader, old, axis in stream.constants:
+        seen = reader if query.is_call(reader, ops.ADD, ops.SUB) else old
+        if not (dtype := query.dtype(seen)).is_floating_point:
+            return Blocked(old, Reason.UNCENTRED)
+        data = query.constant(graph, old).to(dtype)  # a table may hold integers
+        centred = _centred_constant(data, axis, query.rank(seen), int(query.shape(seen)[axis]))
+        region.constants.append((reader, old, centred, axis))
+    for node in stream.affines:
+        found = read_affine(graph, node).spread()
         shift = torch.zeros_like(found.shift) if found.is_uniform else found.shift - found.shift.mean()
-        self.region.affines[node] = Affine(found.scale, shift, found.axis)
-        return self._join(node.args[0], axis, node)  # type: ignore[arg-type]
+        region.affines[node] = Affine(found.scale, shift, found.axis)
+    return region
 
-    def _sum(self, node: fx.Node, axis: int) -> Blocked | None:
-        for operand in node.args[:2]:
-            if not isinstance(operand, fx.Node) or not query.is_tensor(operand):
-                return Blocked(node, Reason.UNCENTRED)
-            own = axis if query.is_constant(operand) else axis - (query.rank(node) - query.rank(operand))
-            if own < 0 or (not query.is_constant(operand) and query.shape(operand)[own] != query.shape(node)[axis]):
-                return Blocked(node, Reason.UNCENTRED)
-            if (blocked := self._join(operand, own, node)) is not None:
-                return blocked
-        return None
+
+def _uncentred(stream: Stream) -> Blocked | None:
+    """Return a map that reads the stream, vectors joined, or a norm whose output is the stream and not centred."""
+    if stream.readers:
+        return Blocked(stream.readers[0], Reason.STREAM_READER)
+    for node, axis in stream.axes.items():
+        if query.shape(node)[axis] != stream.block:
+            return Blocked(node, Reason.UNCENTRED)
+    for norm in stream.sources:
+        is_layer_norm = query.is_call(norm, ops.LAYER_NORM) and _is_bare(norm)
+        is_last = stream.axes[norm] == query.rank(norm) - 1
+        if not (is_layer_norm and is_last) and metadata.noted(norm, CENTRED) != stream.axes[norm]:
+            return Blocked(norm, Reason.UNCENTRED)
+    return None
 
 
 def _centred(tensor: Tensor, axis: int) -> Tensor:

@@ -29,8 +29,9 @@ class RecognizeNorms(Pass):
         after    rms_norm(x; eps)
 
     1. Quotients may be products with rsqrt or with the power -1/2; squares products, powers or `square`.
-    2. The means are over the same single axis, kept; an axis that is not the last one is turned there and back.
-    3. eps is a number; the variance is the biased one.
+    2. The means are over the same single axis, kept; an axis that is not the last one is turned there and back. Its
+       size is known: no norm over the samples.
+    3. eps is a number; the variance is the biased one; the means are of the tensor's own type.
 
     gamma and beta stay behind as a product and a sum: they are affines. Exact in real arithmetic.
     """
@@ -141,9 +142,11 @@ def _mean(node: Any) -> tuple[fx.Node, int] | None:
     """Return what a mean over one kept axis is taken of, and the axis."""
     if not query.is_call(node, ops.MEAN) or not query.argument(node, 2, "keepdim", False):
         return None
-    over = query.argument(node, 1, "dim", ())
-    source = node.args[0]
-    return (source, int(over[0]) % query.rank(source)) if over is not None and len(over) == 1 else None
+    over, source = query.argument(node, 1, "dim", ()), node.args[0]
+    if over is None or len(over) != 1 or query.dtype(node) != query.dtype(source):
+        return None
+    axis = int(over[0]) % query.rank(source)
+    return (source, axis) if isinstance(query.shape(source)[axis], int) else None
 
 
 def _squared(node: Any) -> Any:

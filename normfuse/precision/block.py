@@ -27,6 +27,7 @@ class Block:
         graph: a float graph with requests.
         segment: what the block computes.
         entries: per chunk what the quantized network before it makes.
+        exact: per chunk what the float network before it makes.
         targets: per chunk the segment's floating-point exits in the float network.
         held_out: how many chunks at the end judge and do not teach.
     """
@@ -34,6 +35,7 @@ class Block:
     graph: Graph
     segment: Segment
     entries: Sequence[Values]
+    exact: Sequence[Values]
     targets: Sequence[Sequence[Tensor]]
     held_out: int
 
@@ -53,6 +55,18 @@ class Block:
         values = dict(self.entries[chunk])
         run_segment(self.graph, self.segment, values, compute)
         return tensors_of(self.segment, values)
+
+    def inputs_of(self, node: fx.Node, chunk: int, compute: Compute, *, is_exact: bool) -> Tensor:
+        """Return what one linear map of the block reads, behind quantizers or in the float network."""
+        found = list[Tensor]()
+
+        def watch(call: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if call is node:
+                found.append(args[0])
+            return compute(call, args, kwargs)
+
+        run_segment(self.graph, self.segment, dict((self.exact if is_exact else self.entries)[chunk]), watch)
+        return found[0]
 
     def loss(self, chunk: int, compute: Compute) -> Tensor:
         """Return the squared error of the exits over the squares of the targets, summed over the exits."""

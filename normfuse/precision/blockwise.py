@@ -62,11 +62,13 @@ def refine_blockwise(
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
+            before = [dict(values) for values in exact]
             _advance(graph, segment, exact, plainly, set())
             block = Block(
                 graph=graph,
                 segment=segment,
                 entries=quantized,
+                exact=before,
                 targets=[tensors_of(segment, values) for values in exact],
                 held_out=max(len(chunks) // HELD_OUT, 1),
             )

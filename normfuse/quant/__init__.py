@@ -1,12 +1,20 @@
-"""Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums."""
+"""Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums, weights."""
 
+from normfuse.quant.bias_correction import corrected_bias
+from normfuse.quant.coordinate_descent import round_by_coordinate_descent
+from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.exact_sum import ExactSum
-from normfuse.quant.granularity import Granularity, PerChannel, PerTensor
+from normfuse.quant.gptq import round_by_gptq
+from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
 from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
+from normfuse.quant.rounding_problem import added_error
+from normfuse.quant.scale_refit import refit_scale
+from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import RoundedWeight, WeightClip, round_to_nearest, scale_for_bias, weight_params
 
 __all__ = [
@@ -21,21 +29,30 @@ __all__ = [
     "DyadicHistogram",
     "ExactSum",
     "Granularity",
+    "InputMoments",
     "IntegerType",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
     "QuantParams",
     "Range",
     "RangeMethod",
     "RoundedWeight",
     "WeightClip",
+    "added_error",
     "asymmetric",
     "candidates",
+    "corrected_bias",
     "dequantize",
     "quantize",
     "quantize_dequantize",
+    "refit_scale",
+    "round_by_coordinate_descent",
+    "round_by_gptq",
     "round_to_nearest",
     "scale_for_bias",
+    "shrink_drift",
     "symmetric",
+    "unfold_rows",
     "weight_params",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.quant.granularity import PER_TENSOR, Granularity, PerChannel
+from normfuse.quant.granularity import PER_TENSOR, Granularity
 from normfuse.quant.integer_type import IntegerType
 
 __all__ = ["SMALLEST_SCALE", "QuantParams", "asymmetric", "symmetric"]
@@ -23,10 +23,11 @@ class QuantParams:
     """The map ``real = (code - zero_point) * scale`` of one tensor.
 
     Attributes:
-        scale: float32, finite and at least ``SMALLEST_SCALE``; shape [] per tensor, [channels] per channel.
+        scale: float32, finite and at least ``SMALLEST_SCALE``; shape [] per tensor, [channels] per channel;
+            per group the tensor's shape with one position per group on their axis.
         zero_point: int32, of the scale's shape, inside ``type``.
         type: the range of the codes.
-        granularity: which axis the channels are on, if any.
+        granularity: which axis the channels or groups are on, if any.
 
     Raises:
         UsageError: one of the above does not hold.
@@ -38,11 +39,10 @@ class QuantParams:
     granularity: Granularity = PER_TENSOR
 
     def __post_init__(self) -> None:
-        rank = int(isinstance(self.granularity, PerChannel))
-        if self.scale.ndim != rank or self.scale.shape != self.zero_point.shape:
+        if not self.granularity.fits(self.scale.shape) or self.scale.shape != self.zero_point.shape:
             raise UsageError(
                 f"scale of shape {list(self.scale.shape)}, zero point of shape {list(self.zero_point.shape)}",
-                expected=f"both of {rank} dimensions and of one shape, for {self.granularity}",
+                expected=f"both of one shape that fits {self.granularity}",
             )
         if self.scale.dtype != torch.float32 or self.zero_point.dtype != torch.int32:
             raise UsageError(
@@ -80,10 +80,10 @@ def asymmetric(
     Source: Jacob et al. 2018, section 3.
 
     Args:
-        minimum: a number, or one per channel [channels].
+        minimum: a number, or one per scale, in the scales' shape.
         maximum: the same; not below the minimum.
         type: the range of the codes.
-        granularity: the axis that the channels are on.
+        granularity: the axis that the channels or groups are on.
 
     Raises:
         UsageError: an end is not finite, or the ends are in the wrong order.
@@ -105,9 +105,9 @@ def symmetric(
     """Return parameters with zero point 0 whose largest code stands for ``maximum_absolute``.
 
     Args:
-        maximum_absolute: a number, or one per channel [channels]; zero marks a dead channel.
+        maximum_absolute: a number, or one per scale, in the scales' shape; zero marks a dead channel.
         type: a signed type.
-        granularity: the axis that the channels are on.
+        granularity: the axis that the channels or groups are on.
 
     Raises:
         UsageError: the type is unsigned, or a magnitude is negative or not finite.

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.granularity import PER_TENSOR, PerChannel, PerTensor
 from normfuse.quant.integer_type import smallest_container
 from normfuse.quant.parameters import QuantParams
 
-__all__ = ["dequantize", "dequantize_tensor", "quantize", "quantize_dequantize", "quantize_tensor"]
+__all__ = [
+    "dequantize",
+    "dequantize_tensor",
+    "quantize",
+    "quantize_dequantize",
+    "quantize_tensor",
+    "to_codes",
+    "to_values",
+]
 
 EXACT_IN_FLOAT32: Final = 1 << 24
 """Integers up to here are exact in float32, so shorter code ranges saturate without widening."""
@@ -26,23 +35,19 @@ EXACT_IN_FLOAT32: Final = 1 << 24
 
 def quantize(x: Tensor, params: QuantParams) -> Tensor:
     """Return the codes of ``x``, of its shape, in ``params.type.torch_dtype``; NaN has no code, any may come back."""
-    scale, zero_point = _beside(x, params)
-    kind = params.type
-    return quantize_tensor(x, scale, zero_point, params.granularity.operator_axis, kind.minimum, kind.maximum)
+    scale, zero_point = _spread(params, x, x.dtype)
+    return to_codes(x, scale, zero_point, params.type.minimum, params.type.maximum)
 
 
 def dequantize(codes: Tensor, params: QuantParams) -> Tensor:
     """Return the float32 values that ``codes`` stand for."""
-    scale, zero_point = params.scale.to(codes.device), params.zero_point.to(codes.device)
-    return dequantize_tensor(codes, scale, zero_point, params.granularity.operator_axis)
+    return to_values(codes, *_spread(params, codes, torch.float32))
 
 
 def quantize_dequantize(x: Tensor, params: QuantParams) -> Tensor:
     """Return ``x`` moved to the nearest value that has a code, in x's shape and type."""
-    scale, zero_point = _beside(x, params)
-    axis, kind = params.granularity.operator_axis, params.type
-    codes = quantize_tensor(x, scale, zero_point, axis, kind.minimum, kind.maximum)
-    return dequantize_tensor(codes, scale, zero_point, axis)
+    scale, zero_point = _spread(params, x, x.dtype)
+    return to_values(to_codes(x, scale, zero_point, params.type.minimum, params.type.maximum), scale, zero_point)
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
@@ -59,15 +64,8 @@ def quantize_tensor(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, min
     Raises:
         UsageError: types or shapes do not fit.
     """
-    _check(x, scale, zero_point, axis)
-    if x.dtype != scale.dtype or x.dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"quantize {x.dtype} by a scale of {scale.dtype}", expected="both float32 or both float64")
-    # A true division by a tensor on x's own device: by a CPU scalar, CUDA would multiply with the reciprocal.
-    steps = torch.round(x / _along(scale, axis, x.ndim))
-    if maximum - minimum >= EXACT_IN_FLOAT32:
-        steps = steps.double()
-    shifted = steps + _along(zero_point, axis, x.ndim).to(steps.dtype)
-    return shifted.clamp(minimum, maximum).to(smallest_container(minimum, maximum))
+    granularity = _on(axis)
+    return to_codes(x, granularity.spread(scale, x.shape), granularity.spread(zero_point, x.shape), minimum, maximum)
 
 
 def dequantize_tensor(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -82,29 +80,35 @@ def dequantize_tensor(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: in
     Raises:
         UsageError: types or shapes do not fit.
     """
-    _check(codes, scale, zero_point, axis)
+    granularity = _on(axis)
+    return to_values(codes, granularity.spread(scale, codes.shape), granularity.spread(zero_point, codes.shape))
+
+
+def to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, minimum: int, maximum: int) -> Tensor:
+    """Return the codes of ``x``, as ``quantize_tensor``, by scales and zero points that broadcast to its shape."""
+    if x.dtype != scale.dtype or x.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"quantize {x.dtype} by a scale of {scale.dtype}", expected="both float32 or both float64")
+    # A true division by a tensor on x's own device: by a CPU scalar, CUDA would multiply with the reciprocal.
+    steps = torch.round(x / scale)
+    if maximum - minimum >= EXACT_IN_FLOAT32:
+        steps = steps.double()
+    shifted = steps + zero_point.to(steps.dtype)
+    return shifted.clamp(minimum, maximum).to(smallest_container(minimum, maximum))
+
+
+def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the values of ``codes``, as ``dequantize_tensor``, by scales and zero points that broadcast to theirs."""
     if codes.is_floating_point() or codes.dtype == torch.bool:
         raise UsageError(f"dequantize codes of {codes.dtype}", expected="an integer type")
     wide = torch.int64 if codes.dtype == torch.int64 else torch.int32
-    difference = codes.to(wide) - _along(zero_point, axis, codes.ndim).to(wide)
-    return difference.to(scale.dtype) * _along(scale, axis, codes.ndim)
+    difference = codes.to(wide) - zero_point.to(wide)
+    return difference.to(scale.dtype) * scale
 
 
-def _check(values: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None:
-    if not -1 <= axis < values.ndim:
-        raise UsageError(f"channel axis {axis} of a tensor with {values.ndim} axes", expected="an axis of it, or -1")
-    if scale.ndim != (axis >= 0) or zero_point.shape != scale.shape:
-        raise UsageError(
-            f"scale {list(scale.shape)} and zero point {list(zero_point.shape)} for axis {axis}",
-            expected="both [] for axis -1, both [channels] else",
-        )
-    if axis >= 0 and scale.shape[0] != values.shape[axis]:
-        raise UsageError(f"{scale.shape[0]} scales for {values.shape[axis]} channels", expected="one scale per channel")
+def _on(axis: int) -> PerTensor | PerChannel:
+    return PER_TENSOR if axis == -1 else PerChannel(axis)
 
 
-def _along(parameter: Tensor, axis: int, ndim: int) -> Tensor:
-    return parameter if axis < 0 else parameter.reshape([-1 if index == axis else 1 for index in range(ndim)])
-
-
-def _beside(x: Tensor, params: QuantParams) -> tuple[Tensor, Tensor]:
-    return params.scale.to(x.device, x.dtype), params.zero_point.to(x.device)
+def _spread(params: QuantParams, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale, zero_point = params.scale.to(x.device, dtype), params.zero_point.to(x.device)
+    return params.granularity.spread(scale, x.shape), params.granularity.spread(zero_point, x.shape)

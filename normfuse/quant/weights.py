@@ -1,7 +1,8 @@
-"""Per-channel symmetric scales of constant weights."""
+"""The scales of constant weights, per channel or per group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.quant.granularity import PerChannel
+from normfuse.quant.granularity import PerChannel, PerGroup
 from normfuse.quant.integer_type import INT32, IntegerType
-from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, symmetric
+from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
 
 __all__ = ["RoundedWeight", "WeightClip", "round_to_nearest", "scale_for_bias", "weight_params"]
@@ -22,6 +23,9 @@ COARSE: Final = [count / 20 for count in range(20, 2, -1)]
 
 FINE: Final = [count / 100 for count in (-4, -3, -2, -1, 1, 2, 3, 4)]
 """Offsets tried around the best of them."""
+
+BOTH, LOW, HIGH = slice(0, 2), slice(0, 1), slice(1, 2)
+"""Which ends of [2, rows] move."""
 
 
 class WeightClip(Enum):
@@ -71,25 +75,39 @@ def round_to_nearest(
 
 
 def weight_params(
-    weight: Tensor, axis: int, type: IntegerType, *, clip: WeightClip = WeightClip.MAXIMUM
+    weight: Tensor,
+    axis: int,
+    type: IntegerType,
+    *,
+    clip: WeightClip = WeightClip.MAXIMUM,
+    group: int | None = None,
+    is_symmetric: bool = True,
 ) -> QuantParams:
-    """Return one symmetric scale per channel of ``weight``; a channel of zeros takes the largest scale beside it.
+    """Return one scale per channel of ``weight``, or per group; where all is zero, the largest scale beside it.
 
     Args:
         weight: any float type, any shape with ``axis``.
         axis: the output channels: 0 for linear and convolution weights.
-        type: a signed type.
-        clip: where the ranges end. The search tries 26 ends per channel and never does worse than the maximum.
+        type: a signed type, or any if not symmetric.
+        clip: where the ranges end. The search tries 26 ends per scale, 68 if not symmetric, and never does worse than
+            the maximum.
+        group: how many neighbours on the axis of the inputs (1 beside an ``axis`` of 0, else 0) share a scale; None for
+            all weights of a channel.
+        is_symmetric: whether zero points are 0.
 
     Raises:
-        UsageError: the axis does not exist, the type is unsigned, or a weight is not finite.
+        UsageError: the axes do not exist, the type is unsigned but symmetric, or a weight is not finite.
     """
-    if not 0 <= axis < weight.ndim or weight.numel() == 0:
+    if not 0 <= axis < weight.ndim or weight.numel() == 0 or (group is not None and weight.ndim == 1):
         raise UsageError(f"channel axis {axis} of a weight of shape {list(weight.shape)}", expected="an axis of it")
-    rows = weight.detach().movedim(axis, 0).reshape(weight.shape[axis], -1).float()
-    largest = rows.abs().amax(dim=1).double()
-    magnitude = largest if clip is WeightClip.MAXIMUM else _search(rows, largest, type)
-    return symmetric(magnitude, type, PerChannel(axis))
+    granularity = PerChannel(axis) if group is None else PerGroup(0 if axis else 1, group)
+    rows, scales = _rows(weight.detach().float(), granularity)
+    ends = torch.stack([rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)]).double()
+    if clip is WeightClip.MSE:
+        ends = _search(rows, ends, type, is_symmetric)
+    found = _params(ends, type, is_symmetric)
+    scale, zero_point = scales(found.scale), scales(found.zero_point)
+    return QuantParams(scale=scale, zero_point=zero_point, type=type, granularity=granularity)
 
 
 def scale_for_bias(params: QuantParams, *, input_scale: float, bias: Tensor) -> QuantParams:
@@ -115,28 +133,50 @@ def scale_for_bias(params: QuantParams, *, input_scale: float, bias: Tensor) -> 
     )
 
 
-def _search(rows: Tensor, largest: Tensor, type: IntegerType) -> Tensor:
-    """Return the clip point of least squared error per row, [channels] float64."""
-    fraction = torch.ones_like(largest)
-    error = _squared_error(rows, largest, type)
-    for offset in COARSE[1:]:
-        fraction, error = _better(rows, largest, torch.full_like(fraction, offset), (fraction, error), type)
-    centre = fraction
-    for offset in FINE:
-        fraction, error = _better(rows, largest, (centre + offset).clamp(max=1.0), (fraction, error), type)
-    return largest * fraction
+def _rows(weight: Tensor, granularity: PerChannel | PerGroup) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the weights that share a scale as rows, and what gives [rows] the shape of the scales."""
+    axis = granularity.axis
+    if isinstance(granularity, PerChannel):
+        return weight.movedim(axis, 0).reshape(weight.shape[axis], -1), lambda parameter: parameter
+    missing = -weight.shape[axis] % granularity.size
+    padded = torch.nn.functional.pad(weight.movedim(axis, -1), (0, missing))  # zeros widen no range and have no error
+    blocks = padded.reshape(*padded.shape[:-1], -1, granularity.size)
+    return blocks.flatten(0, -2), lambda parameter: parameter.reshape(blocks.shape[:-1]).movedim(-1, axis).contiguous()
 
 
-def _better(
-    rows: Tensor, largest: Tensor, fraction: Tensor, best: tuple[Tensor, Tensor], type: IntegerType
-) -> tuple[Tensor, Tensor]:
-    error = _squared_error(rows, largest * fraction, type)
-    is_better = error < best[1]
-    return torch.where(is_better, fraction, best[0]), torch.where(is_better, error, best[1])
+def _params(ends: Tensor, type: IntegerType, is_symmetric: bool) -> QuantParams:
+    """Return the parameters of rows with ``ends`` [2, rows]: at most 0, at least 0."""
+    low, high = ends
+    if is_symmetric:
+        return symmetric(torch.maximum(-low, high), type, PerChannel(0))
+    return asymmetric(low, high, type, PerChannel(0))
 
 
-def _squared_error(rows: Tensor, magnitude: Tensor, type: IntegerType) -> Tensor:
-    error = quantize_dequantize(rows, symmetric(magnitude, type, PerChannel(0))) - rows
+def _search(rows: Tensor, ends: Tensor, type: IntegerType, is_symmetric: bool) -> Tensor:
+    """Return the ends of least squared error per row, [2, rows] float64: both moved together, then each alone."""
+    error = _squared_error(rows, ends, type, is_symmetric)
+    kept = torch.ones_like(ends)
+
+    def attempt(side: slice, fraction: Tensor | float) -> None:
+        nonlocal kept, error
+        tried = kept.clone()
+        tried[side] = fraction
+        new = _squared_error(rows, ends * tried, type, is_symmetric)
+        kept, error = torch.where(new < error, tried, kept), torch.minimum(new, error)
+
+    sides = [BOTH] if is_symmetric else [BOTH, LOW, HIGH]
+    for side in sides:
+        for fraction in COARSE[1:]:
+            attempt(side, fraction)
+    for side in sides[-2:]:
+        centre = kept[side]
+        for offset in FINE:
+            attempt(side, (centre + offset).clamp(max=1.0))
+    return ends * kept
+
+
+def _squared_error(rows: Tensor, ends: Tensor, type: IntegerType, is_symmetric: bool) -> Tensor:
+    error = quantize_dequantize(rows, _params(ends, type, is_symmetric)) - rows
     return error.square_().sum(dim=1, dtype=torch.float64)
 
 

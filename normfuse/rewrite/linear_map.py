@@ -86,13 +86,15 @@ class LinearMap:
 
 
 def read_linear_map(graph: Graph, node: fx.Node) -> LinearMap | None:
-    """Return the map that ``node`` computes, or None if it is none or its weights are not constant."""
+    """Return the map that ``node`` computes, or None if it is none or its weight is not constant or a vector."""
     if not query.is_call(node, *LINEAR_MAPS):
         return None
     weight, bias = node.args[1], query.argument(node, 2, "bias")
     if not query.is_constant(weight) or not (bias is None or query.is_constant(bias)):
         return None
     data = query.constant(graph, weight)  # type: ignore[arg-type]
+    if data.ndim < 2:  # a product with one vector has no output axis
+        return None
     bias_data = None if bias is None else query.constant(graph, bias)
     if node.target is ops.LINEAR:
         last = query.rank(node) - 1

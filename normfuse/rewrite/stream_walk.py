@@ -31,6 +31,7 @@ class Stream:
 
     Every channel axis holds whole blocks of ``block`` channels. ``constants`` are (reader, constant, axis), the axis
     as sums and concatenations see it, else the constant's own. A map may be among the writers and the readers.
+    ``norms`` stand on the stream or, at a border, read it; ``sources`` are norms at a border that write it.
     """
 
     block: int
@@ -42,12 +43,19 @@ class Stream:
     affines: list[fx.Node] = field(default_factory=list)
     norms: list[fx.Node] = field(default_factory=list)
     sums: list[fx.Node] = field(default_factory=list)
+    sources: list[fx.Node] = field(default_factory=list)
     blocked: Blocked | None = None
 
 
-def follow(graph: Graph, node: fx.Node, axis: int, block: int) -> Stream:
-    """Return the stream that ``node`` is part of, its channels along ``axis`` in blocks of ``block``."""
-    walk = _Walk(graph, Stream(block))
+def follow(
+    graph: Graph, node: fx.Node, axis: int, block: int, *, borders: Any = None, has_products: bool = True
+) -> Stream:
+    """Return the stream that ``node`` is part of, its channels along ``axis`` in blocks of ``block``.
+
+    At norms of the kind ``borders`` the stream begins and ends; it goes on through RMS norms without gamma otherwise.
+    ``has_products`` lets it go on through products of two tensors, as what is orthogonal may.
+    """
+    walk = _Walk(graph, Stream(block), borders, has_products)
     walk.join(node, axis, node)
     walk.finish()
     return walk.stream
@@ -56,8 +64,8 @@ def follow(graph: Graph, node: fx.Node, axis: int, block: int) -> Stream:
 class _Walk:
     """Follows a stream; what is known of it so far is ``stream``."""
 
-    def __init__(self, graph: Graph, stream: Stream) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, stream: Stream, borders: Any, has_products: bool) -> None:
+        self._graph, self._borders, self._has_products = graph, borders, has_products
         self._waiting: list[fx.Node] = []
         self.stream = stream
 
@@ -115,7 +123,7 @@ class _Walk:
         elif query.is_call(node, ops.CAT):
             for part in node.args[0]:  # type: ignore[union-attr]
                 self.join(part, axis, node)  # type: ignore[arg-type]
-        elif query.is_call(node, ops.MATMUL):
+        elif query.is_call(node, ops.MATMUL) and self._has_products:
             self._product(node, axis)
         else:
             self._view(node, axis)
@@ -132,12 +140,21 @@ class _Walk:
             (self.stream.writers if writes else self.stream.readers).append(node)
 
     def _norm(self, node: fx.Node, is_last: bool) -> None:
+        if self._borders is not None:
+            self.stream.sources.append(node)
+            return
         is_bare = query.argument(node, 2, "weight") is None
         if query.is_call(node, ops.RMS_NORM) and is_bare and is_last and len(node.args[1]) == 1:  # type: ignore[arg-type]
             self.stream.norms.append(node)
             self.join(node.args[0], query.rank(node) - 1, node)  # type: ignore[arg-type]
         else:
             self._end(node, Reason.ONLINE)
+
+    def _border(self, norm: fx.Node, *, is_last: bool) -> None:
+        if query.is_call(norm, self._borders) and is_last and len(norm.args[1]) == 1:  # type: ignore[arg-type]
+            self.stream.norms.append(norm)
+        else:
+            self._end(norm, Reason.NONLINEAR_READER)
 
     def _affine(self, node: fx.Node, axis: int) -> None:
         found = read_affine(self._graph, node).spread()
@@ -189,9 +206,11 @@ class _Walk:
         elif query.is_call(reader, *ops.SPLITS, ops.ATEN.unbind.int):
             for part in query.readers(reader):
                 self._read(node, part, axis)
+        elif query.is_call(reader, *ops.ONLINE_NORMS) and self._borders is not None:
+            self._border(reader, is_last=axis == query.rank(node) - 1)
         elif query.is_call(reader, ops.ADD, ops.SUB, ops.CAT, AFFINE, *ops.ONLINE_NORMS):
             self.join(reader, axis + query.rank(reader) - query.rank(node), reader)
-        elif query.is_call(reader, ops.MATMUL):
+        elif query.is_call(reader, ops.MATMUL) and self._has_products:
             self._multiply(node, reader, axis - query.rank(node))
         elif source_of(reader) is not node or query.is_call(reader, *ops.MAXIMUM_POOLS):
             self._end(reader, Reason.NONLINEAR_READER)

@@ -84,12 +84,21 @@ REFUSALS = [
     pytest.param(lambda m, x: m.f((y := m.n(x)) + y.flip(2)), TOKENS, Reason.UNNORMED_TOKENS, id="its channels turned"),
     pytest.param(lambda m, x: m.f(torch.cat([m.n(x), x], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="tokens joined"),
     pytest.param(
+        lambda m, x: m.f(torch.cat([y := m.n(x), y.flip(2)], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="turned and joined"
+    ),
+    pytest.param(
+        lambda m, x: m.f(torch.cat([m.n(x), m.p(x.sin())], 1)), TOKENS, Reason.UNNORMED_TOKENS, id="tokens of two norms"
+    ),
+    pytest.param(
         lambda m, x: m.f(torch.cat([m.k.expand(x.shape[0], 1, 5), m.n(x)], 1)),
         TOKENS,
         Reason.UNNORMED_TOKENS,
         id="class token",
     ),
     pytest.param(lambda m, x: nn.functional.linear(m.n(x), x[0, :3]), TOKENS, Reason.NOT_CONSTANT, id="weight (1)"),
+    pytest.param(
+        lambda m, x: nn.functional.linear(m.n(x), m.k[0, 0]), TOKENS, Reason.NOT_CONSTANT, id="a vector as weight (1)"
+    ),
     pytest.param(lambda m, x: m.h(m.n(x).mT), TOKENS, Reason.AXIS, id="another axis (3)"),
     pytest.param(lambda m, x: m.f(m.n(x).mT), (4, 5, 5), Reason.AXIS, id="another axis of the same size (3)"),
     pytest.param(lambda m, x: m.f(m.n(x).reshape(-1, 5, 5).mT), (4, 5, 5), Reason.AXIS, id="so behind views (3)"),
@@ -106,6 +115,12 @@ REFUSALS = [
         id="a number padded (5)",
     ),
     pytest.param(
+        lambda m, x: m.w(nn.functional.unfold(m.n(x).mT[..., None], (2, 1), padding=(1, 0)).mT),
+        TOKENS,
+        Reason.NONLINEAR_READER,
+        id="patches with zeros (5)",
+    ),
+    pytest.param(
         lambda m, x: m.c(nn.functional.max_pool1d(m.n(x).mT, 2)), TOKENS, Reason.NEGATIVE_SCALE, id="maximum (5)"
     ),
     pytest.param(
@@ -120,7 +135,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("function", "shape", "reason"), REFUSALS)
 def test_refusals(function: Any, shape: tuple[int, ...], reason: Reason) -> None:
     parts: dict[str, Any] = {"f": nn.Linear(5, 3), "h": nn.Linear(7, 3), "u": nn.Linear(7, 2)}
-    parts |= {"c": nn.Conv1d(5, 3, 2), "p": UnifiedNorm(5), "k": sample(1, 1, 5)}
+    parts |= {"c": nn.Conv1d(5, 3, 2), "p": UnifiedNorm(5), "k": sample(1, 1, 5), "w": nn.Linear(10, 3)}
     graph = ready(with_a_negative_scale(Small(function, n=UnifiedNorm(5), **parts)), sample(*shape))
     before = graph.text()
     report = FoldAffineIntoConsumers().run(graph)
@@ -189,6 +204,7 @@ def test_gamma_and_beta_of_layer_norm_cost_nothing_where_another_reader_keeps_th
 
 
 THROUGH = [
+    pytest.param(lambda m, x, y: m.f(nn.functional.dropout(y, 0.5, m.training)), id="dropout in eval mode"),
     pytest.param(lambda m, x, y: m.f(y[:, 2::3]), id="token selection"),
     pytest.param(lambda m, x, y: m.f(y.index_select(1, m.i)), id="tokens by index"),
     pytest.param(lambda m, x, y: m.f(y.mean(1)), id="mean of tokens"),
@@ -200,6 +216,10 @@ THROUGH = [
     pytest.param(lambda m, x, y: m.f(torch.cat([y, y.flip(1)], 1)), id="tokens of one norm joined"),
     pytest.param(lambda m, x, y: m.f(y + y.roll(1, 1) - y.flip(1)), id="sums of one norm"),
     pytest.param(lambda m, x, y: m.f(m.n(y.roll(1, 1))), id="another norm"),
+    pytest.param(
+        lambda m, x, y: m.d(nn.functional.max_pool1d((x * m.positive - 1).mT, 2)) + m.d(y.mT[..., :4]),
+        id="maxima of positive scales",
+    ),
     pytest.param(
         lambda m, x, y: m.f(
             y.unflatten(1, (4, 2)).roll((-1, 1), (1, 2)).unflatten(1, (2, 2)).transpose(2, 3).flatten(1, 2)
@@ -235,6 +255,7 @@ def test_goes_through(function: Any) -> None:
         "f4": nn.Linear(4, 3),
     }
     parts |= {"f2": nn.Linear(2, 3), "f3": nn.Linear(3, 2), "f12": nn.Linear(12, 5), "d": nn.Conv1d(6, 3, 1)}
+    parts["positive"] = sample(6).abs()
     model = randomized(Small(lambda m, x: function(m, x, m.n(x)), **parts, i=torch.tensor([1, 6, 1]))).double()
     graph = ready(model, x := sample(2, 8, 6))
     assert check_pass_contract(FoldAffineIntoConsumers(), graph, (x,)).changed

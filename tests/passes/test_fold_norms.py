@@ -7,9 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.graph import Graph, capture, query
+from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE
-from normfuse.nn import BatchChannelNorm, PowerNorm, PRepBN, RepBN, UnifiedNorm
+from normfuse.nn import (
+    IBN,
+    BatchChannelNorm,
+    Deviation,
+    EvoNormB0,
+    PowerNorm,
+    PRepBN,
+    RepBN,
+    StandardizedConv2d,
+    UnifiedNorm,
+)
 from normfuse.nn.batch_channel_norm import EstBN
 from normfuse.passes.presets import CANONICAL, FOLD
 from normfuse.pipeline import Pipeline
@@ -40,9 +50,13 @@ NORMS: dict[str, Norm] = {
     "prepbn": lambda channels, dims: Last(PRepBN(channels, total_step=0)),
     "power norm without groups": lambda channels, dims: Last(PowerNorm(channels, groups=None)),
 }
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ONLINE: dict[str, Norm] = {
     "layer norm": lambda channels, dims: Last(nn.LayerNorm(channels)),
+    "rms norm": lambda channels, dims: Last(nn.RMSNorm(channels)),
     "power norm": lambda channels, dims: Last(PowerNorm(channels)),
+    "group norm": lambda channels, dims: nn.GroupNorm(2, channels),
+    "instance norm": lambda channels, dims: INSTANCE_NORMS[dims - 1](channels, affine=True),
 }
 
 
@@ -128,4 +142,33 @@ def test_the_batch_norm_half_of_bcn_folds_into_the_convolution() -> None:
     x = torch.randn(2, 3, 5, 6, generator=seeded(9), dtype=torch.float64)
     graph = folded(model, (x,))
     assert "batch_norm" not in graph.text()
+    assert distance(graph.run(x), [model(x)]) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("norm", "left"),
+    [
+        pytest.param(lambda: BatchChannelNorm(6, groups=2), 0, id="bcn"),
+        pytest.param(lambda: BatchChannelNorm(6, groups=3, is_estimated=True), 0, id="bcn with estbn"),
+        pytest.param(lambda: IBN(6, ratio=0.4), 0, id="ibn"),
+        pytest.param(lambda: EvoNormB0(6), 2, id="evonorm, where v * x and var + eps stay"),
+    ],
+)
+def test_between_padded_convolutions(norm: Callable[[], nn.Module], left: int) -> None:
+    """What is frozen goes into the convolution in front, gamma and beta (one per group) into the one behind."""
+    convolutions = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1, groups=2)
+    model = randomized(nn.Sequential(convolutions[0], norm(), convolutions[1])).double()
+    x = torch.randn(2, 3, 5, 6, generator=seeded(9), dtype=torch.float64)
+    graph = folded(model, (x,))
+    assert sum(query.is_call(node, AFFINE) for node in graph.nodes) == left
+    assert distance(graph.run(x), [model(x)]) < EXACT
+
+
+@pytest.mark.parametrize("deviation", Deviation)
+def test_standardized_weights_are_constants(deviation: Deviation) -> None:
+    convolution = StandardizedConv2d(nn.Conv2d(3, 4, 3, padding=1), deviation=deviation)
+    model = randomized(nn.Sequential(convolution, nn.BatchNorm2d(4))).double()
+    x = torch.randn(2, 3, 5, 6, generator=seeded(9), dtype=torch.float64)
+    graph = folded(model, (x,))
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [ops.CONV2D]
     assert distance(graph.run(x), [model(x)]) < EXACT

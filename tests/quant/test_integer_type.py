@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from normfuse.errors import UsageError
-from normfuse.quant import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType, PerChannel
+from normfuse.quant import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType, PerChannel, PerGroup
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,13 @@ def test_unsigned_narrow_cannot_be_built() -> None:
 def test_axes_are_counted_from_the_front() -> None:
     with pytest.raises(UsageError, match="-1"):
         PerChannel(-1)
+    with pytest.raises(UsageError, match="-2"):
+        PerGroup(-2, 32)
+
+
+def test_groups_hold_something() -> None:
+    with pytest.raises(UsageError, match="groups of 0"):
+        PerGroup(1, 0)
 
 
 def test_names() -> None:

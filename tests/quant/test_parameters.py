@@ -19,6 +19,7 @@ from normfuse.quant import (
     UINT8,
     IntegerType,
     PerChannel,
+    PerGroup,
     PerTensor,
     QuantParams,
     asymmetric,
@@ -103,8 +104,9 @@ def test_impossible_scales_are_refused(scale: float) -> None:
         {"scale": torch.tensor(0.5, dtype=torch.float64)},
         {"scale": torch.tensor([0.5])},
         {"granularity": PerChannel(0)},
+        {"granularity": PerGroup(0, 4)},
     ],
-    ids=["below", "above", "int64", "float64", "shape", "granularity"],
+    ids=["below", "above", "int64", "float64", "shape", "granularity", "groups"],
 )
 def test_impossible_parameters_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from normfuse.errors import UsageError
 from normfuse.quant import (
+    INT4,
     INT8,
     INT32,
+    UINT4,
     UINT8,
     IntegerType,
     PerChannel,
+    PerGroup,
     PerTensor,
     QuantParams,
     dequantize,
@@ -148,6 +151,75 @@ def test_channels_lie_on_the_given_axis() -> None:
     )
     codes = quantize(torch.full((2, 3, 5), 8.0), params)
     assert codes[1, :, 4].tolist() == [8, 4, 2]
+
+
+@cache
+def _blocked_engine(code: int, axis: int, size: int) -> InferenceSession:
+    """DequantizeLinear with block_size; onnxruntime takes no 4-bit inputs from numpy, so int8 ones are cast first."""
+    shape = ["a", "b", "c"]
+    inputs = [
+        ("codes", TensorProto.INT8, shape),
+        ("scale", TensorProto.FLOAT, shape),
+        ("zeros", TensorProto.INT8, shape),
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["codes"], ["codes_cast"], to=code),
+            helper.make_node("Cast", ["zeros"], ["zeros_cast"], to=code),
+            helper.make_node(
+                "DequantizeLinear", ["codes_cast", "scale", "zeros_cast"], ["values"], axis=axis, block_size=size
+            ),
+        ],
+        "blocked",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info("values", TensorProto.FLOAT, ["d", "e", "f"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return InferenceSession(onnx.ModelProto.SerializeToString(model), SessionOptions())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("size", [2, 4, 5])
+@pytest.mark.parametrize("kind", [INT4, UINT4, INT8], ids=str)
+def test_groups_dequantize_as_onnxruntimes_blocks(kind: IntegerType, axis: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(axis)
+    granularity = PerGroup(axis, size)
+    shape = [3, 4, 6]
+    shape[axis] = 4 * size - 1  # the last group is shorter
+    scale = torch.exp(torch.randn(granularity.grouped(shape), generator=generator))
+    zero_point = torch.randint(kind.minimum, kind.maximum + 1, scale.shape, generator=generator, dtype=torch.int32)
+    params = QuantParams(scale=scale, zero_point=zero_point, type=kind, granularity=granularity)
+    codes = quantize(torch.randn(shape, generator=generator) * kind.levels / 3, params)
+    onnx_type = {INT4: TensorProto.INT4, UINT4: TensorProto.UINT4, INT8: TensorProto.INT8}[kind]
+    feeds = {"codes": codes.to(torch.int8), "scale": scale, "zeros": zero_point.to(torch.int8)}
+    (values,) = _blocked_engine(onnx_type, axis, size).run(None, {name: feed.numpy() for name, feed in feeds.items()})
+    np.testing.assert_array_equal(_bits(dequantize(codes, params)), _bits(values))
+
+
+def test_a_group_is_quantized_as_if_it_were_alone() -> None:
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(3)) * 5
+    scale = torch.tensor([[1.0, 0.5, 0.25], [2.0, 0.1, 0.3], [0.7, 0.9, 1.1]])
+    zero_point = torch.arange(9, dtype=torch.int32).reshape(3, 3)
+    params = QuantParams(scale=scale, zero_point=zero_point, type=UINT4, granularity=PerGroup(1, 3))
+    codes, values = quantize(x, params), quantize_dequantize(x, params)
+    for row in range(3):
+        for group in range(3):
+            alone = _per_tensor(scale[row, group].item(), int(zero_point[row, group]), UINT4)
+            block = x[row, group * 3 : group * 3 + 3]
+            assert torch.equal(codes[row, group * 3 : group * 3 + 3], quantize(block, alone))
+            assert torch.equal(values[row, group * 3 : group * 3 + 3], quantize_dequantize(block, alone))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (3, 3, 1)], ids=["too few", "other rows", "more axes"])
+def test_scales_that_are_not_one_per_group_are_refused(shape: tuple[int, ...]) -> None:
+    params = QuantParams(
+        scale=torch.ones(shape),
+        zero_point=torch.zeros(shape, dtype=torch.int32),
+        type=INT4,
+        granularity=PerGroup(1, 3),
+    )
+    with pytest.raises(UsageError, match="groups of 3"):
+        quantize(torch.zeros(3, 7), params)
 
 
 @pytest.mark.parametrize(

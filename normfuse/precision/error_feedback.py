@@ -1,0 +1,115 @@
+"""Rounds the weights of a block by their second-order error, map by map, behind what is quantized already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.graph import ops, query
+from normfuse.graph.quantization import requested_weights
+from normfuse.graph.segments import plainly
+from normfuse.precision.block import Block
+from normfuse.precision.decision import Quantization, input_scales
+from normfuse.precision.simulation import Simulation
+from normfuse.quant import (
+    InputMoments,
+    RoundedWeight,
+    corrected_bias,
+    round_by_coordinate_descent,
+    round_by_gptq,
+    scale_for_bias,
+    shrink_drift,
+    unfold_rows,
+)
+from normfuse.rewrite.linear_map import LinearMap, read_linear_map
+
+__all__ = ["ErrorFeedback", "correct_biases", "feed_back_errors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorFeedback:
+    """How weights are rounded: the parts that can be left out.
+
+    ``asymmetric`` counts the error of quantized inputs too; ``descends`` improves the codes one by one afterwards.
+    """
+
+    asymmetric: bool = True
+    descends: bool = True
+
+
+def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback) -> Quantization:
+    """Return the decision with this block's weights rounded by GPTQ, each behind those before it."""
+    for node, linear in _maps(block, decided).items():
+        moments = _moments(block, decided, node, linear)
+        if chosen.asymmetric:
+            moments = shrink_drift(moments)
+        start, wide = decided.weights[node.name], linear.weight
+        codes = round_by_gptq(wide, start.params, moments, asymmetric_correction=chosen.asymmetric)
+        if chosen.descends:
+            codes = round_by_coordinate_descent(wide, start.params, moments, start=codes)
+        decided = _with(decided, node, replace(start, codes=codes))
+    return decided
+
+
+def correct_biases(block: Block, decided: Quantization) -> Quantization:
+    """Return the decision with biases that give every map of the block the mean output it has in float."""
+    scales = input_scales(block.graph, decided.activations)
+    for node, linear in _maps(block, decided).items():
+        moments, start = _moments(block, decided, node, linear), decided.weights[node.name]
+        if start.bias is None:
+            continue
+        means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
+        bias = corrected_bias(linear.bias, linear.weight, start.values, **means).float()
+        scale = scales[node]
+        if scale is not None and not torch.equal(
+            scale_for_bias(start.params, input_scale=scale, bias=bias).scale, start.params.scale
+        ):
+            continue  # it would not fit the codes that the weight has
+        decided = _with(decided, node, replace(start, bias=bias))
+    return decided
+
+
+def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:
+    """Return the maps of the block whose weights are codes and whose inputs can be laid out as rows."""
+    wanted = requested_weights(block.graph)
+    nodes = [node for node in block.segment.nodes if node in wanted and node.name in decided.weights]
+    found = ((node, read_linear_map(block.graph, node)) for node in nodes)
+    return {node: linear for node, linear in found if linear is not None and not linear.is_transposed}
+
+
+def _moments(block: Block, decided: Quantization, node: fx.Node, linear: LinearMap) -> InputMoments:
+    moments = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups)
+    for chunk in block.teaching:
+        quantized = block.inputs_of(node, chunk, Simulation(decided), is_exact=False)
+        exact = block.inputs_of(node, chunk, plainly, is_exact=True)
+        moments.update(_rows(node, linear, quantized), _rows(node, linear, exact))
+    return moments
+
+
+def _rows(node: fx.Node, linear: LinearMap, x: Tensor) -> Tensor:
+    """Return what the outputs of a map read, [rows, inputs], [groups, rows, inputs] with groups."""
+    if node.target is ops.LINEAR:
+        return x.reshape(-1, x.shape[-1])
+    spatial = linear.weight.ndim - 2
+    batched = x if x.ndim == spatial + 2 else x[None]
+    return unfold_rows(
+        batched,
+        linear.weight.shape[2:],
+        stride=_each(query.argument(node, 3, "stride", 1), spatial),
+        padding=_each(query.argument(node, 4, "padding", 0), spatial),
+        dilation=_each(query.argument(node, 5, "dilation", 1), spatial),
+        groups=linear.groups,
+    )
+
+
+def _each(value: Any, count: int) -> list[int]:
+    sizes = [int(size) for size in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return sizes * count if len(sizes) == 1 else sizes
+
+
+def _with(decided: Quantization, node: fx.Node, weight: RoundedWeight) -> Quantization:
+    return Quantization(activations=decided.activations, weights={**decided.weights, node.name: weight})

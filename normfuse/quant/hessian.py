@@ -1,0 +1,130 @@
+"""What the inputs of a linear map say about its weights: second moments, summed over batches in float64."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from normfuse.errors import BadInput, UsageError
+
+__all__ = ["InputMoments"]
+
+EPSILON: Final = 2.0**-52
+"""The distance from 1 to the next float64."""
+
+
+class InputMoments:
+    """Sums of the inputs' products, for each group of a linear map with ``K`` inputs per output.
+
+    ``X_q`` are the inputs as the quantized layer will see them, ``X_f`` those of the float model, row by row for the
+    same samples. Products of float32 values are exact in float64 and their sums keep 53 bits, so that neither the order
+    of the samples nor their batches or workers show in the choices made from them.
+
+    Attributes:
+        count: how many rows were seen.
+        gram: ``X_q^T X_q``, float64 [groups, K, K], half the Hessian of the squared error of an output.
+        drift: ``X_q^T (X_f - X_q)``, float64 [groups, K, K]; None as long as both were the same. As a difference it
+            keeps its digits where the two are close.
+        total: the sum of ``X_q``, float64 [groups, K].
+        total_drift: the sum of ``X_f - X_q``, float64 [groups, K].
+        square_drift: the sum of all squares of ``X_f - X_q``, float64 [groups].
+    """
+
+    __slots__ = ("count", "drift", "gram", "square_drift", "total", "total_drift")
+
+    def __init__(self, inputs: int, *, groups: int = 1, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.gram = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=device)
+        self.drift: Tensor | None = None
+        self.total = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
+        self.total_drift = torch.zeros_like(self.total)
+        self.square_drift = torch.zeros(groups, dtype=torch.float64, device=device)
+
+    def update(self, x_quantized: Tensor, x_float: Tensor | None = None) -> None:
+        """Add rows of inputs.
+
+        Args:
+            x_quantized: any float type, [n, K] with one group, else [groups, n, K].
+            x_float: the same rows in the float model, of the same shape; None where they are the same.
+
+        Raises:
+            UsageError: a shape is another one.
+            BadInput: a value is NaN or infinite; the state is then unchanged.
+        """
+        if x_float is not None and x_float.shape != x_quantized.shape:
+            raise UsageError(
+                f"inputs of the float model of shape {list(x_float.shape)}", expected=str(list(x_quantized.shape))
+            )
+        rows = self._rows(x_quantized)
+        difference = None if x_float is None else self._rows(x_float) - rows
+        self.count += rows.shape[1]
+        self.gram.baddbmm_(rows.mT, rows)
+        self.total += rows.sum(dim=1)
+        if difference is not None:
+            self.drift = torch.zeros_like(self.gram) if self.drift is None else self.drift
+            self.drift.baddbmm_(rows.mT, difference)
+            self.total_drift += difference.sum(dim=1)
+            self.square_drift += difference.square().sum(dim=(1, 2))
+
+    def merge(self, other: InputMoments) -> None:
+        """Add everything that ``other`` has seen; ``other`` is not changed.
+
+        Raises:
+            UsageError: it is about another number of inputs or groups.
+        """
+        if other.gram.shape != self.gram.shape:
+            raise UsageError(
+                f"moments of {list(other.gram.shape)} merged into {list(self.gram.shape)}", expected="one shape"
+            )
+        device = self.gram.device
+        self.count += other.count
+        self.gram += other.gram.to(device)
+        self.total += other.total.to(device)
+        self.total_drift += other.total_drift.to(device)
+        self.square_drift += other.square_drift.to(device)
+        if other.drift is not None:
+            drift = other.drift.to(device)
+            self.drift = drift.clone() if self.drift is None else self.drift + drift
+
+    @property
+    def mean_quantized(self) -> Tensor:
+        """The mean of ``X_q``, float64 [groups, K]; zeros of nothing."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def mean_float(self) -> Tensor:
+        """The mean of ``X_f``, float64 [groups, K]; zeros of nothing."""
+        return (self.total + self.total_drift) / max(self.count, 1)
+
+    def centred(self) -> InputMoments:
+        """Return the moments about the means: those of a layer whose bias is corrected after its weights are rounded.
+
+        Rounding then need not keep the mean of the outputs, which the bias gives back. Inputs that are constant but for
+        rounding are dead then.
+        """
+        centred = InputMoments(self.gram.shape[1], groups=self.gram.shape[0], device=self.gram.device)
+        centred.count = self.count
+        mean = self.mean_quantized
+        varies = self._diagonal(self.gram) - mean * self.total > self.count * EPSILON * self._diagonal(self.gram)
+        centred.gram = (self.gram - mean[:, :, None] * self.total[:, None, :]) * (varies[:, :, None] & varies[:, None])
+        if self.drift is not None:
+            centred.drift = (self.drift - mean[:, :, None] * self.total_drift[:, None, :]) * varies[:, :, None]
+            centred.square_drift = self.square_drift - self.total_drift.square().sum(dim=1) / self.count
+        return centred
+
+    @staticmethod
+    def _diagonal(matrices: Tensor) -> Tensor:
+        return matrices.diagonal(dim1=1, dim2=2)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return the rows in float64 on the state's device, checked, [groups, n, K]."""
+        groups, inputs = self.total.shape
+        rows = x[None] if x.ndim == 2 else x
+        if rows.ndim != 3 or (rows.shape[0], rows.shape[2]) != (groups, inputs):
+            raise UsageError(f"inputs of shape {list(x.shape)}", expected=f"[{groups}, rows, {inputs}]")
+        rows = rows.detach().to(self.gram.device, torch.float64)
+        if not bool(rows.isfinite().all()):
+            raise BadInput("an input of a linear map holds NaN or infinity", expected="finite values")
+        return rows

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from correlated_layer import correlated_layer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normfuse.errors import UsageError
+from normfuse.quant import (
+    INT4,
+    InputMoments,
+    IntegerType,
+    PerChannel,
+    PerGroup,
+    QuantParams,
+    WeightClip,
+    quantize,
+    refit_scale,
+    round_by_coordinate_descent,
+    round_by_gptq,
+    shrink_drift,
+    symmetric,
+    weight_params,
+)
+
+INT2 = IntegerType(2, signed=True)
+INT3 = IntegerType(3, signed=True)
+
+
+@pytest.mark.parametrize("kind", [INT2, INT3, INT4], ids=str)
+def test_errors_fall_from_nearest_to_gptq_to_coordinate_descent(kind: IntegerType) -> None:
+    ratios = []
+    for seed in range(40):
+        layer = correlated_layer(seed)
+        params = weight_params(layer.weight, 0, kind, clip=WeightClip.MSE)
+        nearest = layer.squared_error(quantize(layer.weight, params), params).sum()
+        codes = round_by_gptq(layer.weight, params, layer.moments)
+        improved = round_by_coordinate_descent(layer.weight, params, layer.moments, start=codes)
+        ratios.append([float(layer.squared_error(found, params).sum() / nearest) for found in (codes, improved)])
+    by_gptq, by_descent = np.mean(ratios, axis=0)
+    assert by_descent < by_gptq < 0.8
+
+
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([None, 4]))
+def test_coordinate_descent_is_never_worse_and_ends_where_no_code_alone_is_better(
+    seed: int, from_nearest: bool, group: int | None
+) -> None:
+    layer = correlated_layer(seed, out=3, inputs=7, drift=0.5)
+    params = weight_params(layer.weight, 0, INT2, group=group)
+    generator = torch.Generator().manual_seed(seed)
+    start = None if from_nearest else torch.randint(-2, 2, layer.weight.shape, generator=generator, dtype=torch.int8)
+    codes = round_by_coordinate_descent(layer.weight, params, layer.moments, start=start, sweeps=100)
+    first = quantize(layer.weight, params) if start is None else start
+    error = layer.squared_error(codes, params)
+    tolerance = 1 + 1e-10  # float64 sums of 60 squares, and of products as large in the moments
+    assert bool((error <= layer.squared_error(first, params) * tolerance).all())
+    for column, code in itertools.product(range(7), range(-2, 2)):
+        other = codes.clone()
+        other[:, column] = code
+        assert bool((error <= layer.squared_error(other, params) * tolerance).all())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_beats_trying_all_codes_and_little_is_lost(seed: int) -> None:
+    layer = correlated_layer(seed, out=2, inputs=3, rows=9)
+    params = weight_params(layer.weight, 0, INT2)
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3)), dtype=torch.int8)
+    least = torch.stack([layer.squared_error(row.expand(2, 3), params) for row in every]).amin(dim=0)
+    nearest = layer.squared_error(quantize(layer.weight, params), params)
+    for start in (None, round_by_gptq(layer.weight, params, layer.moments)):
+        codes = round_by_coordinate_descent(layer.weight, params, layer.moments, start=start)
+        error = layer.squared_error(codes, params)
+        assert bool((error >= least * (1 - 1e-6)).all())  # values are rounded to float32 on either side
+        assert start is not None or bool((error <= nearest * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("group", [None, 2])
+def test_convolutions_are_rounded_group_by_group(group: int | None) -> None:
+    layers = [correlated_layer(seed, out=2, inputs=12) for seed in range(3)]
+    weight = torch.cat([layer.weight for layer in layers]).reshape(6, 4, 3)
+    moments = InputMoments(12, groups=3)
+    moments.update(torch.stack([layer.x for layer in layers]), torch.stack([layer.x_float for layer in layers]))
+    moments = shrink_drift(moments)
+    params = weight_params(weight, 0, INT3, group=group)
+    codes = round_by_gptq(weight, params, moments)
+    descended = round_by_coordinate_descent(weight, params, moments)
+    refitted = refit_scale(weight, codes, params, moments)
+    for index, layer in enumerate(layers):
+        own = slice(2 * index, 2 * index + 2)
+        alone = QuantParams(
+            scale=params.scale[own],
+            zero_point=params.zero_point[own],
+            type=INT3,
+            granularity=PerChannel(0) if group is None else PerGroup(1, group),
+        )
+        shrunk = shrink_drift(layer.moments)
+        assert torch.equal(codes[own], round_by_gptq(weight[own], alone, shrunk))
+        assert torch.equal(descended[own], round_by_coordinate_descent(weight[own], alone, shrunk))
+        torch.testing.assert_close(
+            refitted.scale[own], refit_scale(weight[own], codes[own], alone, shrunk).scale, atol=0, rtol=2.0**-22
+        )
+
+
+def test_a_start_of_another_shape_is_refused() -> None:
+    params = symmetric(torch.ones(2), INT4, PerChannel(0))
+    with pytest.raises(UsageError, match="one shape"):
+        round_by_coordinate_descent(
+            torch.zeros(2, 4), params, InputMoments(4), start=torch.zeros(4, 2, dtype=torch.int8)
+        )
