@@ -20,7 +20,7 @@ from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import round_all_to_nearest
+from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
@@ -30,6 +30,9 @@ __all__ = ["Engine", "build_float", "build_quantized", "write_float"]
 
 CHECKED_BATCHES: Final = 8
 """What every check runs (single samples, where the model fixes no batch): it meets each operator many times."""
+
+CHUNK: Final = 16
+"""Samples of one update while a block learns."""
 
 FOLDING: Final = Pipeline(phases=(CANONICAL, FOLD, LOWER))
 
@@ -44,6 +47,7 @@ class Engine:
     checks: tuple[Check, ...]
     ranges: Ranges | None = None
     quantized_weights: int = 0
+    blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,6 +99,11 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
     chosen = {name: found.range for name, found in ranges.chosen.items()}
     with progress.task("quantizing"):
         decided = round_all_to_nearest(graph, chosen)
+        tried = refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed)
+        blocks = list[BlockReport]()
+        if tried:
+            chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
+            decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
         insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
         reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
     with progress.task("writing the quantized engine"):
@@ -110,5 +119,6 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
         checks=tuple(checks),
         ranges=ranges,
         quantized_weights=len(decided.weights),
+        blocks=tuple(blocks),
         session_config=config,
     )

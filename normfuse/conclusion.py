@@ -105,4 +105,6 @@ def _quantization(engine: Engine | None) -> dict[str, Any]:
         elements[kind] += tensor.numel()
         bits += tensor.numel() * (4 if kind == "int4" else 8 * tensor.element_size())
     effective = round(bits / max(elements.total(), 1), 3)
-    return {"constants_by_type": dict(elements), "effective_bits": effective, **engine.ranges.as_dict()}
+    blocks = [block.as_dict() for block in engine.blocks]
+    sizes = {"constants_by_type": dict(elements), "effective_bits": effective}
+    return {**sizes, "blocks": blocks, **engine.ranges.as_dict()}

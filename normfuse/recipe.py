@@ -29,13 +29,15 @@ class Recipe:
     """What to build and how.
 
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
-    ``precision``. ``samples`` limits the calibration samples (0: all).
+    ``precision``. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects biases below eight bits, 2 also
+    learns block by block. ``samples`` limits the calibration samples (0: all).
     ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of top-1 accuracy, in
     points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
+    effort: int = 1
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
     seed: int = 0
@@ -52,6 +54,7 @@ class Recipe:
             UsageError: a field is out of range; the message names it.
         """
         object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
+        _check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
         _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
         _check(self.batch > 0, "batch", self.batch, "a positive number")

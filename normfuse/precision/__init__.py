@@ -1,5 +1,15 @@
 """Which codes activations and weights get: nearest, by second-order error feedback, or learned block by block."""
 
+from normfuse.precision.blockwise import BlockReport, refine_blockwise
 from normfuse.precision.decision import Quantization, round_all_to_nearest
+from normfuse.precision.effort import Effort, chunked, refinements
 
-__all__ = ["Quantization", "round_all_to_nearest"]
+__all__ = [
+    "BlockReport",
+    "Effort",
+    "Quantization",
+    "chunked",
+    "refine_blockwise",
+    "refinements",
+    "round_all_to_nearest",
+]

@@ -35,6 +35,15 @@ class BlockReport:
     kept: Mapping[str, float] = field(default_factory=dict)
     reverted: Mapping[str, float] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the block for JSON."""
+        return {
+            "block": ", ".join(self.exits),
+            "before": self.before,
+            "kept": dict(self.kept),
+            "reverted": dict(self.reverted),
+        }
+
 
 def refine_blockwise(
     graph: Graph,

@@ -32,9 +32,9 @@ class Reconstruction:
         seed: of the order of the chunks and of what is dropped.
     """
 
-    steps: int = 400
-    drop: float = 0.5
-    weight_rate: float = 0.02
+    steps: int = 200
+    drop: float = 0.25
+    weight_rate: float = 0.01
     scale_rate: float = 0.002
     zero_rate: float = 0.01
     bias_rate: float = 0.002

@@ -1,0 +1,53 @@
+"""How much is tried to keep the accuracy: seconds, minutes, tens of minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from normfuse.precision.blockwise import Refinement
+from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors
+from normfuse.precision.reconstruction import Reconstruction, reconstruct
+from normfuse.quant.bits import Bits
+
+__all__ = ["Effort", "chunked", "refinements"]
+
+EIGHT = 8
+
+
+class Effort(IntEnum):
+    """The value is what recipes and the command line write."""
+
+    NEAREST = 0  # every weight to its nearest code
+    CLOSED_FORM = 1  # below eight bits: second-order error feedback, bias correction
+    LEARNED = 2  # and weights and steps learned block by block
+
+
+def refinements(bits: Bits, effort: Effort, *, seed: int) -> dict[str, Refinement]:
+    """Return what is tried on every block, by name, in order.
+
+    At eight bits closed forms gain less than a sample (docs/quantization.md), so only ``LEARNED`` tries them there.
+    """
+    found: dict[str, Refinement] = {}
+    is_low = bits.weight < EIGHT or bits.activation < EIGHT
+    if effort is Effort.LEARNED or (effort is Effort.CLOSED_FORM and is_low):
+        found["error feedback"] = partial(feed_back_errors, chosen=ErrorFeedback())
+        found["bias correction"] = correct_biases
+    if effort is Effort.LEARNED:
+        found["reconstruction"] = partial(reconstruct, chosen=Reconstruction(seed=seed))
+    return found
+
+
+def chunked(samples: Iterable[Sequence[Tensor]], size: int) -> list[tuple[Tensor, ...]]:
+    """Return single samples joined to chunks of ``size`` along their first axis."""
+    stream, chunks = iter(samples), list[tuple[Tensor, ...]]()
+    while group := list(islice(stream, size)):
+        chunks.append(
+            tuple(torch.cat(tensors) if tensors[0].ndim else tensors[0] for tensors in zip(*group, strict=True))
+        )
+    return chunks
