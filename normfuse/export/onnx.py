@@ -17,7 +17,7 @@ import torch
 from onnxscript import opset21 as op
 
 from normfuse.errors import UnsupportedModel
-from normfuse.export.packing import pack_small_codes
+from normfuse.export.packing import pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
 from normfuse.graph import Graph
 from normfuse.graph.program import to_program
@@ -62,6 +62,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
     _name_interface(model, graph)
     _name_quantizers(model, graph)
     _name_nodes(model)
+    unpacked_at_loading(model)
     pack_small_codes(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"

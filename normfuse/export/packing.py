@@ -1,4 +1,4 @@
-"""Codes of at most four bits take four bits in the file."""
+"""How constant codes stand in the file: two to a byte, or to be unpacked once, when it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["is_packed", "pack_small_codes"]
+__all__ = ["is_packed", "pack_small_codes", "unpacked_at_loading"]
 
 FEWEST: Final = 64
 """Constants of fewer elements save less than the node in front of them costs."""
@@ -62,3 +62,40 @@ def _pack(graph: ir.Graph, value: ir.Value, codes: np.ndarray[tuple[int, ...], n
     del graph.initializers[name]
     graph.register_initializer(small)
     graph.insert_before(graph[0], cast)
+
+
+def unpacked_at_loading(model: ir.Model) -> None:
+    """Write weights that meet float activations as a cast and a product.
+
+    onnxruntime computes those of constants once, when it loads the file, but DequantizeLinear in every run.
+    """
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+            _unpack(model.graph, node)
+
+
+def _unpack(graph: ir.Graph, node: ir.Node) -> None:
+    codes, scale = node.inputs
+    assert codes is not None
+    assert scale is not None
+    assert scale.const_value is not None
+    assert codes.shape is not None
+    spread = scale.const_value.numpy().reshape(-1, *[1] * (len(codes.shape) - 1))
+    wide = ir.Value(
+        name=f"{scale.name}_spread",
+        shape=ir.Shape(spread.shape),
+        type=scale.type,
+        const_value=ir.tensor(spread, name=f"{scale.name}_spread"),
+    )
+    graph.register_initializer(wide)
+    cast = ir.node("Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{codes.name}/Unpack")
+    product = ir.node("Mul", [cast.outputs[0], wide], name=f"{codes.name}/Scale")
+    cast.outputs[0].name = f"{codes.name}_float"
+    (result,), (old,) = product.outputs, node.outputs
+    result.name, result.shape, result.type = old.name, old.shape, old.type
+    graph.insert_before(node, [cast, product])
+    for use in list(old.uses()):
+        use.node.replace_input_with(use.idx, result)
+    graph.remove(node, safe=True)
+    if not scale.uses():
+        del graph.initializers[scale.name]  # type: ignore[arg-type]

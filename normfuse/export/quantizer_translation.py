@@ -51,10 +51,8 @@ def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
 
 
 def _unpack(codes: Any, scale: Any) -> Any:
-    """Write a cast and a product: onnxruntime computes them once, at loading, but DequantizeLinear in every run."""
-    values = op.Cast(codes, to=int(ir.DataType.FLOAT))
-    along: Any = op.Constant(value_ints=[-1] + [1] * (len(codes.shape) - 1))
-    return op.Mul(values, op.Reshape(scale, along))
+    """Write DequantizeLinear without a zero point, which the exporter leaves alone; see ``unpacked_at_loading``."""
+    return op.DequantizeLinear(codes, scale, axis=0)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

@@ -1,0 +1,150 @@
+"""Blocks are refined against the float network: simulated as they will be, kept where they are better."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from normfuse.export.placement import X86_VNNI
+from normfuse.graph import Graph, capture
+from normfuse.graph.quantization import requests
+from normfuse.passes.insert_quantizers import InsertQuantizers
+from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision.simulation import Simulation
+from normfuse.quant import IntegerType, Range
+from normfuse.quant.bits import Bits
+from normfuse.testing import Small, distance, randomized, seeded
+
+
+def network(m: Any, x: Tensor) -> Tensor:
+    x = m.stem(x).relu().flatten(2).mT
+    x = x + m.fc2(nn.functional.gelu(m.fc1(x)))
+    x = x + m.fc4(torch.tanh(m.fc3(x)))
+    result: Tensor = m.head(x.mean(1))
+    return result
+
+
+def model() -> nn.Module:
+    parts = {
+        "stem": nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        "fc1": nn.Linear(8, 24),
+        "fc2": nn.Linear(24, 8, bias=False),
+        "fc3": nn.Linear(8, 24),
+        "fc4": nn.Linear(24, 8),
+        "head": nn.Linear(8, 5),
+    }
+    return randomized(Small(network, **parts))
+
+
+def images(count: int, seed: int) -> Tensor:
+    """Images whose rows depend on each other, as inputs of trained networks do."""
+    smooth = torch.randn(count, 3, 12, 12, generator=seeded(seed)).cumsum(-1).cumsum(-2)
+    return smooth / 6
+
+
+def decided(bits: str) -> tuple[Graph, Quantization]:
+    graph, precision = capture(model(), (images(2, 0),)), Bits.parse(bits)
+    activation = None if precision.is_weight_only else IntegerType(precision.activation, signed=False)
+    weight = IntegerType(precision.weight, signed=True)
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=activation, weight=weight)).run(graph)
+    ranges: dict[str, Range] = {}
+    sources = {request.node: request.source.name for request in requests(graph)}
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        if node in sources:
+            ranges[sources[node]] = Range(float(value.min()), float(value.max()))
+        return value
+
+    graph.run_watched((images(64, 1),), watch)
+    return graph, round_all_to_nearest(graph, ranges)
+
+
+def inserted(graph: Graph, found: Quantization) -> Graph:
+    graph = graph.copy()
+    InsertQuantizers(activations=found.activations, weights=found.weights).run(graph)
+    return graph
+
+
+def error(graph: Graph, found: Quantization, x: Tensor) -> float:
+    (output,), (wanted,) = inserted(graph, found).run(x), graph.run(x)
+    return float((output - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("bits", ["8", "w4a4", "w3a16"])
+def test_the_simulation_is_the_quantized_graph(bits: str) -> None:
+    graph, found = decided(bits)
+    x = images(7, 5)
+    simulation = Simulation(found)
+    values: dict[Any, Any] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            args = fx.map_arg(node.args, lambda each: _value(graph, values, each, x))
+            values[node] = simulation(node, args, {})
+    assert distance([values[graph.outputs[0]]], inserted(graph, found).run(x)) < 1e-2 if bits == "8" else 0.5
+
+
+def _value(graph: Graph, values: dict[Any, Any], node: fx.Node, x: Tensor) -> Any:
+    from normfuse.graph import query
+
+    if node.op == "placeholder":
+        return x
+    return query.constant(graph, node) if node.op == "get_attr" else values[node]
+
+
+@pytest.mark.parametrize("bits", ["w3a8", "w4a4", "w3a16", "w2a8"])
+@pytest.mark.parametrize("effort", [Effort.CLOSED_FORM, Effort.LEARNED])
+def test_each_effort_lowers_the_error_on_other_samples(bits: str, effort: Effort) -> None:
+    graph, start = decided(bits)
+    tried = refinements(Bits.parse(bits), effort, seed=0)
+    found, reports = refine_blockwise(graph, chunked(((x[None],) for x in images(128, 1)), 16), start, tried)
+    assert error(graph, found, images(64, 2)) < 0.9 * error(graph, start, images(64, 2))
+    assert len(reports) == 4
+    for report in reports:
+        assert set(report.kept) | set(report.reverted) == set(tried)
+        assert min([report.before, *report.kept.values()]) <= min([report.before, *report.reverted.values()])
+
+
+def test_what_makes_it_worse_is_reverted() -> None:
+    graph, start = decided("w4a8")
+
+    def spoil(block: Any, found: Quantization) -> Quantization:
+        weights = {name: replace(each, codes=-each.codes.clamp(min=-7)) for name, each in found.weights.items()}
+        return Quantization(activations=found.activations, weights=weights)
+
+    found, reports = refine_blockwise(graph, [(images(16, 1),), (images(16, 2),)], start, {"spoil": spoil})
+    assert found is start
+    assert all(not report.kept and set(report.reverted) == {"spoil"} for report in reports)
+
+
+def test_a_run_repeats() -> None:
+    graph, start = decided("w3a4")
+    chunks = chunked(((x[None],) for x in images(64, 1)), 16)
+    first, second = (
+        refine_blockwise(graph, chunks, start, refinements(Bits(3, 4), Effort.LEARNED, seed=7))[0] for _ in range(2)
+    )
+    assert all(torch.equal(first.weights[name].codes, second.weights[name].codes) for name in first.weights)
+    assert all(torch.equal(first.activations[name].scale, second.activations[name].scale) for name in first.activations)
+
+
+def test_one_sample_teaches_and_judges() -> None:
+    graph, start = decided("w4a8")
+    found, _ = refine_blockwise(graph, [(images(1, 1),)], start, refinements(Bits(4, 8), Effort.LEARNED, seed=0))
+    assert error(graph, found, images(16, 2)) <= 2 * error(graph, start, images(16, 2))
+
+
+def test_eight_bits_are_refined_only_where_learning_is_asked_for() -> None:
+    assert refinements(Bits(8, 8), Effort.CLOSED_FORM, seed=0) == {}
+    assert refinements(Bits(4, 8), Effort.NEAREST, seed=0) == {}
+    assert len(refinements(Bits(8, 8), Effort.LEARNED, seed=0)) == 3
+
+
+def test_chunks_keep_every_sample() -> None:
+    found = chunked(((torch.full((1, 2), float(i)), torch.tensor(5)) for i in range(7)), 3)
+    assert [len(chunk[0]) for chunk in found] == [3, 3, 1]
+    assert torch.cat([chunk[0] for chunk in found])[:, 0].tolist() == list(range(7))
+    assert all(int(chunk[1]) == 5 for chunk in found)
