@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -53,7 +54,7 @@ class Folded:
 
     @property
     def holds(self) -> bool:
-        """Whether the whole model is what it was and no fold had to be undone."""
+        """Whether the whole model is what it was, no fold had to be undone, and no number became an infinity."""
         return bool(self.certificate["holds"])
 
     @property
@@ -153,6 +154,8 @@ def fold_graph(
         Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(graph)
         folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms)
+        if not _stays_finite(original, folded.own, samples):  # float16 ends at 65504, and a rescaled stream grows
+            folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms, rescales=False)
         left, reasons = _affines(folded.own), folded.left(reports)
         Pipeline(phases=(LOWER,), given=READY).run(folded.own)
     with progress.task("comparing the models"):
@@ -162,7 +165,7 @@ def fold_graph(
     certificate = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "holds": bool(error <= TOLERANCE and not folded.undone),
+        "holds": bool(error <= TOLERANCE and not folded.undone and _stays_finite(original, folded.own, samples)),
         "samples": {"count": len(samples), "origin": origin},
         "tolerance": TOLERANCE,
         "error": {"float64": error, "own_type": own},
@@ -212,7 +215,9 @@ class _Both:
         ]
 
 
-def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms) -> _Both:
+def _fold_both(
+    own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms, rescales: bool = True
+) -> _Both:
     """Fold in float64, every step checked, then take those steps in the model's own type, until both take the same.
 
     Float16 may take fewer steps, as its constants end at 65504; every round asks for fewer, so there is a last one.
@@ -221,9 +226,10 @@ def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, 
     while True:
         trial, trial_wide = own.copy(), wide.copy()
         certifier = Certifier(trial_wide, samples, only=only)
-        audited = Pipeline(phases=(folds(audit=certifier, layer_norms=layer_norms),), given=READY).run(trial_wide)
+        chosen = partial(folds, rescales=rescales, layer_norms=layer_norms)
+        audited = Pipeline(phases=(chosen(audit=certifier),), given=READY).run(trial_wide)
         remembered = Remembered(certifier.kept)
-        made = Pipeline(phases=(folds(audit=remembered, layer_norms=layer_norms),), given=READY).run(trial)
+        made = Pipeline(phases=(chosen(audit=remembered),), given=READY).run(trial)
         undone |= certifier.undone
         if remembered.taken == certifier.kept:
             return _Both(own=trial, wide=trial_wide, made=made, audited=audited, checks=certifier.checks, undone=undone)
@@ -253,3 +259,9 @@ def _error(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -
         for ours, reference in zip(found.run(*sample), expected.run(*sample), strict=True):
             worst = max(worst, difference(ours, reference)[1])
     return worst
+
+
+def _stays_finite(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -> bool:
+    """Return whether every number that the original returns is a number in the folded model too."""
+    pairs = [zip(found.run(*sample), expected.run(*sample), strict=True) for sample in samples]
+    return all(bool((ours.isfinite() | ~reference.isfinite()).all()) for pair in pairs for ours, reference in pair)

@@ -19,7 +19,6 @@ from normfuse import FoldOptions, LayerNorms, fold
 from normfuse.artifact import verify_artifact
 from normfuse.errors import BadInput, UsageError
 from normfuse.folding import Folded
-from normfuse.graph.affine import AFFINE
 from normfuse.graph.capture import export_program
 from normfuse.nn import RepBN, UnifiedNorm
 from normfuse.testing import Small, distance, randomized, seeded
@@ -200,52 +199,6 @@ def test_inputs_and_outputs_are_those_of_the_model(kind: str) -> None:
     assert type(found) is type(expected)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(folded.module(id=inputs[1], input=inputs[0]), expected)
-
-
-@torch.no_grad()
-def test_float16_takes_only_the_steps_that_fit_and_says_so() -> None:
-    """Rescaled streams grow by octaves; float64 has room for all of them, float16 has not."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last, self.norm = nn.Linear(5, 7), nn.Linear(7, 5), UnifiedNorm(5)
-            self.norm.weight.copy_(torch.exp2(torch.linspace(-3.0, 3.0, 5)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x + self.last(torch.tanh(self.first(x))))  # type: ignore[no-any-return]
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(5, 5), nn.Tanh(), UnifiedNorm(5), *(Block() for _ in range(4)), nn.Linear(5, 3)
-        ).eval()
-
-    x = sample(4, 5)
-    wide, narrow = fold(model(), (x,)), fold(model().half(), (x.half(),))
-    assert wide.certificate["affines"]["left"] == 0
-    assert narrow.holds
-    assert not narrow.certificate["undone"]
-    left = narrow.certificate["affines"]["left"]
-    assert left > 0
-    assert {each["reason"] for each in narrow.certificate["left"]} == {"range"}
-    assert len(narrow.certificate["left"]) == left
-    assert not any(node.target is AFFINE for node in narrow.graph.nodes)
-    result = narrow.module(x.half())
-    assert result.dtype == torch.float16
-    # Half precision: 11 bits, sums of 4 blocks whose scales differ by six octaves.
-    torch.testing.assert_close(result.float(), model()(x), atol=0.05, rtol=0.05)
-
-
-def test_half_precision() -> None:
-    model = randomized(nn.Sequential(nn.Linear(4, 5), UnifiedNorm(5), nn.Linear(5, 3))).half()
-    folded = fold(model, (x := sample(2, 4).half(),))
-    assert folded.holds
-    assert folded.certificate["affines"] == {"found": 1, "folded": 1, "left": 0}
-    assert folded.certificate["error"]["float64"] < EXACT
-    assert 0 < folded.certificate["error"]["own_type"] < 0.05
-    assert folded.module(x).dtype == torch.float16
-    assert {tensor.dtype for tensor in folded.module.state_dict().values()} == {torch.float16}
 
 
 def normed() -> nn.Module:
