@@ -61,8 +61,9 @@ class Folded:
     def module(self) -> nn.Module:
         """The folded model as a module in eval mode.
 
-        It takes tensors as the original does and returns what it does: one tensor, a tuple, or a dict by name. It can
-        be saved, moved, compiled, exported and folded again.
+        It takes tensors as the original does and returns what it does: a tensor, or tuples, lists and dicts of them; a
+        class of the original's own (a dataclass) is a dict by field. It can be saved, moved, compiled, exported and
+        folded again.
         """
         return to_module(self.graph)
 

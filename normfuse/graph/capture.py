@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor]
     program = model if isinstance(model, ExportedProgram) else export_program(model, example_inputs)
     graph = unlift(_functional(program))
     _refuse_nan(graph)
-    return graph if graph.has_dynamic_batch else _with_note(graph, STATIC_BATCH)
+    return graph if graph.has_dynamic_batch else replace(graph, notes=(*graph.notes, STATIC_BATCH))
 
 
 def export_program(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None) -> ExportedProgram:
@@ -133,10 +134,6 @@ def _refuse_nan(graph: Graph) -> None:
                 expected="weights that are numbers",
                 hint="take a checkpoint from before the training diverged",
             )
-
-
-def _with_note(graph: Graph, note: str) -> Graph:
-    return Graph(graph.module, graph.input_names, graph.output_names, (*graph.notes, note))
 
 
 def _first_line(error: BaseException) -> str:

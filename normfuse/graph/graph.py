@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ class Graph:
 
     Read it through ``normfuse.graph.query`` and change it through ``normfuse.graph.edit`` only.
     ``input_names`` and ``output_names`` are the names that users see, in the order of the model's
-    signature; ``notes`` are facts about the capture that a report should repeat.
+    signature; ``notes`` are facts about the capture that a report should repeat. ``returned`` is what the model
+    returns: tuples, lists and dicts with the number of an output in place of every tensor.
     """
 
     module: fx.GraphModule
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    returned: Any = 0
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -89,8 +91,7 @@ class Graph:
         """Return an independent graph that shares no nodes; constants are shared until replaced, or copied too."""
         shared = () if with_constants else (*self.module.parameters(), *self.module.buffers())
         memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-        module = copy.deepcopy(self.module, memo)
-        return Graph(module, self.input_names, self.output_names, self.notes)
+        return replace(self, module=copy.deepcopy(self.module, memo))
 
     def text(self) -> str:
         """Return the stable text form (no addresses, no values)."""
