@@ -99,6 +99,14 @@ def test_everything_left_has_its_reason(mixed: tuple[nn.Module, Tensor, Folded])
     assert not {"bn", "last"} & left.keys()
 
 
+def test_a_border_made_for_one_position_meets_no_other_size() -> None:
+    parts = [nn.Conv2d(2, 3, 1), nn.Tanh(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)]
+    folded = fold(randomized(nn.Sequential(*parts)), (sample(2, 2, 1, 1),))
+    assert any(site["repair"] for site in folded.certificate["sites"])
+    with pytest.raises(AssertionError, match="axis 2 of input input is not 1"):
+        folded.module(sample(2, 2, 9, 9))
+
+
 def test_the_original_is_not_changed_and_does_not_change_the_result() -> None:
     model, x = randomized(Mixed()).train(), sample(2, 2, 5, 4)
     model.ln.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -29,14 +30,26 @@ def to_module(graph: Graph) -> fx.GraphModule:
     """Return a module of its own that runs the graph, in eval mode: it can be saved, moved, captured and folded again.
 
     It returns what the model does, nested as it was; a class of the model's own (a dataclass) as a dict by field. The
-    weights are buffers, shared with the graph.
+    weights are buffers, shared with the graph. An input of another size than the graph is of is an AssertionError.
     """
     own: fx.GraphModule = graph.copy().module
+    _assert_sizes(graph, own.graph)
     (output,) = [node for node in own.graph.nodes if node.op == "output"]
     output.args = (pytree.tree_map_only(int, list(output.args[0]).__getitem__, graph.returned),)
     own.recompile()
     own.eval()
     return own
+
+
+def _assert_sizes(graph: Graph, checked: fx.Graph) -> None:
+    """Let ``checked`` refuse inputs of other sizes: constants made for the graph's own would broadcast against them."""
+    inputs = [node for node in checked.nodes if node.op == "placeholder"]
+    for spec, node in zip(graph.input_specs, inputs, strict=True):
+        with checked.inserting_before(inputs[-1].next):
+            for axis, size in ((axis, size) for axis, size in enumerate(spec.shape) if size is not None):
+                same = checked.call_function(operator.eq, (checked.call_method("size", (node, axis)), size))
+                message = f"axis {axis} of input {spec.name} is not {size}: the model was captured with that size"
+                checked.call_function(torch._assert, (same, message))
 
 
 def to_program(graph: Graph) -> ExportedProgram:

@@ -1,5 +1,6 @@
 """A graph survives being written as an exported program and read again."""
 
+import copy
 import io
 import pickle
 from collections.abc import Callable
@@ -150,3 +151,13 @@ def test_a_class_of_the_models_own_is_a_dict_by_field() -> None:
     assert graph.output_names == ("a", "b")
     for found in (to_module(graph)(x), to_program(graph).module()(x)):
         assert torch.equal(found["a"], x + 1)
+
+
+def test_the_module_takes_the_sizes_it_was_captured_with() -> None:
+    """A constant of one position would broadcast over nine."""
+    graph = capture(Small(lambda m, x: x * torch.ones(x.shape[1:])), (torch.randn(2, 3, 1, generator=seeded(0)),))
+    own = to_module(graph)
+    for module in (own, pickle.loads(pickle.dumps(own)), copy.deepcopy(own)):
+        assert module(torch.ones(7, 3, 1)).shape == (7, 3, 1)
+        with pytest.raises(AssertionError, match="axis 2 of input x is not 1"):
+            module(torch.ones(2, 3, 9))
