@@ -20,8 +20,10 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from normfuse.graph import metadata
 from normfuse.graph.edit import fake_mode
 from normfuse.graph.graph import Graph
+from normfuse.graph.progression import counters
 
 __all__ = ["to_module", "to_program"]
 
@@ -34,6 +36,7 @@ def to_module(graph: Graph) -> fx.GraphModule:
     """
     own: fx.GraphModule = graph.copy().module
     _assert_sizes(graph, own.graph)
+    _keep_counters(own)
     (output,) = [node for node in own.graph.nodes if node.op == "output"]
     output.args = (pytree.tree_map_only(int, list(output.args[0]).__getitem__, graph.returned),)
     own.recompile()
@@ -50,6 +53,16 @@ def _assert_sizes(graph: Graph, checked: fx.Graph) -> None:
                 same = checked.call_function(operator.eq, (checked.call_method("size", (node, axis)), size))
                 message = f"axis {axis} of input {spec.name} is not {size}: the model was captured with that size"
                 checked.call_function(torch._assert, (same, message))
+
+
+def _keep_counters(module: fx.GraphModule) -> None:
+    """Let the module hold the counters of unfinished layers; what its graph does not name, a copy would drop."""
+    first = next(iter(module.graph.nodes))
+    for path, counter in counters(module.graph.nodes).items():
+        if path not in dict(module.named_buffers()):
+            metadata.set_attribute(module, path, counter)
+            with module.graph.inserting_before(first):
+                module.graph.create_node("get_attr", path)
 
 
 def to_program(graph: Graph) -> ExportedProgram:
@@ -72,7 +85,7 @@ def to_program(graph: Graph) -> ExportedProgram:
     numbers = pytree.tree_leaves(returned)
     results = [None if number is None else copies[graph.outputs[number]] for number in numbers]
     lifted.output(tuple(results))
-    state: dict[str, Tensor] = dict(graph.module.named_buffers())
+    state: dict[str, Tensor] = {**counters(graph.nodes), **dict(graph.module.named_buffers())}
     return ExportedProgram(
         root=torch.nn.Module(),
         graph=lifted,

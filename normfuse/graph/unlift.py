@@ -18,7 +18,7 @@ from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 from normfuse.graph.progression import mark_unfinished, unfinished_steps
 
-__all__ = ["unlift"]
+__all__ = ["UNFINISHED", "unlift"]
 
 UNFINISHED = "still mix in layer norm when they train, so eval mode is not what was trained; train until iter is 0"
 
