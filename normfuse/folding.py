@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from normfuse.artifact import ArtifactWriter
 from normfuse.bench.environment import describe_environment
-from normfuse.capturing import Model, capture_model
+from normfuse.capturing import Examples, Model, capture_model
 from normfuse.certificate import TOLERANCE, Certifier, Remembered, SiteCheck, Step, difference
 from normfuse.data import Samples, load_samples
 from normfuse.errors import UsageError
-from normfuse.feeding import bind, random_samples, stream
+from normfuse.feeding import bind, random_inputs, stream
 from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
@@ -99,7 +99,7 @@ class FoldOptions:
 
 def fold(
     model: Model,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Examples | None = None,
     *,
     calibration: Samples | str | Path | None = None,
     options: FoldOptions | None = None,
@@ -109,7 +109,8 @@ def fold(
 
     Args:
         model: a module, an exported program, or the path of a model file; it is not changed.
-        example_inputs: tensors to capture a module with; else the first calibration sample serves.
+        example_inputs: what to capture a module with: tensors in the order of ``forward``, one alone, or by name; else
+            the first calibration sample serves.
         calibration: samples to check with (and to refresh with); else random inputs are made.
         options: what to fold and how to check it.
         progress: shows what takes long.
@@ -126,8 +127,11 @@ def fold(
         raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
     with shown.task("capturing the model"):
         original = capture_model(model, example_inputs, given)
-    bound = bind(given or random_samples(original, seed=chosen.seed), original)
-    refreshed = 0
+    if given is None:
+        made = random_inputs(original, count=chosen.samples, seed=chosen.seed)
+        origin = f"random samples, seed {chosen.seed}"
+        return fold_graph(original, made, options=chosen, origin=origin, progress=shown)
+    bound, refreshed = bind(given, original), 0
     if chosen.refresh_norms:
         refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
     seen = list(islice(stream(bound, original)(), chosen.samples))
@@ -175,6 +179,7 @@ def fold_graph(
         "affines": {"found": found, "folded": found - left, "left": left},
         "sites": folded.sites(),
         "left": [refusal.as_dict() for refusal in reasons],
+        "refreshed": 0,
         "undone": [{"rule": rule, "node": node} for rule, node in sorted(folded.undone)],
     }
     # Training may go on with the original, in place: what is certified must not follow it.

@@ -112,3 +112,12 @@ def test_half_precision() -> None:
     assert 0 < folded.certificate["error"]["own_type"] < 0.05
     assert folded.module(x).dtype == torch.float16
     assert {tensor.dtype for tensor in folded.module.state_dict().values()} == {torch.float16}
+
+
+def test_bfloat16_needs_no_numpy() -> None:
+    model = randomized(nn.Sequential(nn.Linear(4, 5), UnifiedNorm(5), nn.Linear(5, 3))).bfloat16()
+    folded = fold(model, (x := sample(2, 4).bfloat16(),))
+    assert folded.holds
+    assert folded.certificate["affines"] == {"found": 1, "folded": 1, "left": 0}
+    assert folded.certificate["samples"] == {"count": 2, "origin": "random samples, seed 0"}
+    assert folded.module(x).dtype == torch.bfloat16

@@ -256,6 +256,11 @@ def test_a_module_needs_example_inputs() -> None:
         fold(normed())
 
 
+def test_example_inputs_may_be_one_tensor_or_have_names() -> None:
+    made = [fold(normed(), example) for example in (sample(2, 4), {"input": sample(2, 4)}, (sample(2, 4),))]
+    assert made[0].certificate == made[1].certificate == made[2].certificate
+
+
 def test_layer_norms_stay_where_they_are_to_stay() -> None:
     model = randomized(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)))
     kept = fold(model, (x := sample(2, 4),), options=FoldOptions(layer_norms=LayerNorms.KEEP))
