@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from normfuse.passes.presets import AFFINES, LOWER, PLAIN, LayerNorms, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
 from normfuse.refresh import refresh_norms
-from normfuse.report import PassReport, Reason, Refusal
+from normfuse.report import PassReport, Reason
 from normfuse.rewrite.streams import CRMS_NORM
 
 __all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
@@ -153,8 +153,10 @@ def fold_graph(
         progress: shows what takes long.
     """
     with progress.task("folding and checking every step"):
-        graph, reports = original.copy(), list[PassReport]()
-        reports += Pipeline(phases=(PLAIN, AFFINES)).run(graph)
+        graph = original.copy()
+        reports = list(Pipeline(phases=(PLAIN,)).run(graph))
+        before = _norms(graph)  # not of the original: norms written out by hand are recognized by now
+        reports += Pipeline(phases=(AFFINES,), given=frozenset({Fact.CANONICAL})).run(graph)
         wide = converted(original, torch.float64)
         Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(graph)
@@ -175,10 +177,10 @@ def fold_graph(
         "tolerance": TOLERANCE,
         "error": {"float64": error, "own_type": own},
         "notes": list(original.notes),
-        "norms": {"before": _norms(original), "after": _norms(folded.own)},
+        "norms": {"before": before, "after": _norms(folded.own)},
         "affines": {"found": found, "folded": found - left, "left": left},
         "sites": folded.sites(),
-        "left": [refusal.as_dict() for refusal in reasons],
+        "left": reasons,
         "refreshed": 0,
         "undone": [{"rule": rule, "node": node} for rule, node in sorted(folded.undone)],
     }
@@ -207,17 +209,20 @@ class _Both:
             sites.append({**site, "absolute": check.absolute, "relative": check.relative, "compared": compared})
         return sites
 
-    def left(self, before: Sequence[PassReport]) -> list[Refusal]:
-        """Return the last reason for everything that a pass left alone and no later one took."""
-        still = {node.name for node in self.own.nodes}
+    def left(self, before: Sequence[PassReport]) -> list[dict[str, str]]:
+        """Return the last reason for every affine and norm that a pass left alone and no later one took."""
+        still = {node.name: "affine" if query.is_call(node, AFFINE) else "norm" for node in self.own.nodes}
         wrong = {node for _, node in self.undone}
         others = {refusal.node: refusal for report in self.audited for refusal in report.refused}
         last = {refusal.node: refusal for report in (*before, *self.made) for refusal in report.refused}
-        return [
+        reasons = [
             # What was not asked for in the model's own type was refused in float64, and that reason counts.
             others.get(node, refusal) if refusal.reason is Reason.WRONG and node not in wrong else refusal
             for node, refusal in last.items()
             if node in still
+        ]
+        return [
+            {"what": still[each.node], **replace(each, layer=each.layer or each.node).as_dict()} for each in reasons
         ]
 
 

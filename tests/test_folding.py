@@ -92,11 +92,14 @@ def test_every_site_says_what_went_where_and_how_exactly(mixed: tuple[nn.Module,
 
 
 def test_everything_left_has_its_reason(mixed: tuple[nn.Module, Tensor, Folded]) -> None:
-    left = {each["layer"]: each for each in mixed[2].certificate["left"]}
-    assert left["alone"]["reason"] in ("no_linear", "nonlinear_reader")
-    assert left["alone"]["because"]
-    assert left["ln"]["detail"] == "its beta did not fold, and RMS norm has none"
-    assert not {"bn", "last"} & left.keys()
+    left = {(each["what"], each["layer"]): each for each in mixed[2].certificate["left"]}
+    assert left["affine", "alone"]["reason"] in ("no_linear", "nonlinear_reader")
+    assert left["affine", "alone"]["because"]
+    assert left["affine", "ln"]["reason"] == "nonlinear_reader"
+    assert left["norm", "ln"]["detail"] == "its beta did not fold, and RMS norm has none"
+    assert len(left) == 3
+    affines = [each for each in mixed[2].certificate["left"] if each["what"] == "affine"]
+    assert len(affines) == mixed[2].certificate["affines"]["left"]
 
 
 def test_a_border_made_for_one_position_meets_no_other_size() -> None:

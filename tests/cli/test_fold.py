@@ -88,7 +88,8 @@ def test_what_it_shows(run: Run, model: Path, tmp_path: Path) -> None:
     for text in (
         "folds: ",
         "W' = diag(a) W",
-        "left: ",
+        "affines left: ",
+        "norms left: ",
         "norms: batch_norm 2",
         "affines: ",
         "random samples",
