@@ -34,7 +34,7 @@ from normfuse.refresh import refresh_norms
 from normfuse.report import PassReport, Reason
 from normfuse.rewrite.streams import CRMS_NORM
 
-__all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
+__all__ = ["FoldOptions", "Folded", "fold", "fold_captured", "fold_graph"]
 
 FORMAT: Final = "normfuse certificate"
 SCHEMA: Final = 1
@@ -119,25 +119,41 @@ def fold(
         UsageError: statistics are to be refreshed without calibration samples, or no sample is to be checked with.
         NormfuseError: see ``normfuse.errors``.
     """
-    chosen, shown = options or FoldOptions(), progress or Silent()
-    if chosen.samples < 1:
-        raise UsageError(f"{chosen.samples} samples cannot check a fold", expected="FoldOptions(samples=1) or more")
+    shown = progress or Silent()
     given = calibration if isinstance(calibration, Samples) or calibration is None else load_samples(calibration)
-    if chosen.refresh_norms and given is None:
-        raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
+    _refuse_impossible(options or FoldOptions(), given)
     with shown.task("capturing the model"):
         original = capture_model(model, example_inputs, given)
+    return fold_captured(original, given, options=options or FoldOptions(), progress=shown)
+
+
+def fold_captured(original: Graph, given: Samples | None, *, options: FoldOptions, progress: Progress) -> Folded:
+    """Fold a captured model; refreshed statistics are written into it, as the certificate is of the refreshed model.
+
+    Raises:
+        UsageError: as for `fold`.
+        NormfuseError: see ``normfuse.errors``.
+    """
+    _refuse_impossible(options, given)
     if given is None:
-        made = random_inputs(original, count=chosen.samples, seed=chosen.seed)
-        origin = f"random samples, seed {chosen.seed}"
-        return fold_graph(original, made, options=chosen, origin=origin, progress=shown)
+        made = random_inputs(original, count=options.samples, seed=options.seed)
+        return fold_graph(
+            original, made, options=options, origin=f"random samples, seed {options.seed}", progress=progress
+        )
     bound, refreshed = bind(given, original), 0
-    if chosen.refresh_norms:
-        refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
-    seen = list(islice(stream(bound, original)(), chosen.samples))
-    folded = fold_graph(original, seen, options=chosen, origin=bound.source, progress=shown)
+    if options.refresh_norms:
+        refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=progress)
+    seen = list(islice(stream(bound, original)(), options.samples))
+    folded = fold_graph(original, seen, options=options, origin=bound.source, progress=progress)
     folded.certificate["refreshed"] = refreshed
     return folded
+
+
+def _refuse_impossible(options: FoldOptions, given: Samples | None) -> None:
+    if options.samples < 1:
+        raise UsageError(f"{options.samples} samples cannot check a fold", expected="FoldOptions(samples=1) or more")
+    if options.refresh_norms and given is None:
+        raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
 
 
 def fold_graph(

@@ -136,6 +136,14 @@ def test_inspect_shows_the_same_before(run: Run, model: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"], "inspect writes nothing"
 
 
+def test_inspect_shows_the_same_with_the_same_options(run: Run, model: Path, tmp_path: Path) -> None:
+    options = ["--calib", tmp_path / "data.npz", "--samples", "3", "--layer-norm", "keep", "--refresh-norms"]
+    before = run("inspect", model, *options, "--json", "-q").found["certificate"]
+    assert before == run("fold", model, *options, "-o", tmp_path / "out", "--json", "-q").found
+    assert before["refreshed"] == 2
+    assert run("inspect", model, "--seed", 7, "--json", "-q").found["certificate"]["samples"]["origin"].endswith("7")
+
+
 def test_data_and_options(run: Run, model: Path, tmp_path: Path) -> None:
     arguments = ["--calib", tmp_path / "data.npz", "--samples", "4", "--layer-norm", "keep", "--refresh-norms"]
     done = run("fold", model, *arguments, "-o", tmp_path / "out", "--json", "-q")
@@ -227,3 +235,4 @@ def test_a_fold_that_is_undone_is_exit_code_1(
     x = torch.randn((6, 4), generator=seeded(3))
     loaded = torch.export.load(tmp_path / "out" / "model.pt2").module()
     torch.testing.assert_close(loaded(x), network()(x), rtol=1e-4, atol=1e-4)
+    assert run("inspect", model, "-q").code == 1
