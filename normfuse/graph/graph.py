@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from normfuse.graph import metadata, text
 
-__all__ = ["Graph", "TensorSpec"]
+__all__ = ["Graph", "Snapshot", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,14 @@ class TensorSpec:
     name: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a graph was: its nodes, and its constants by path. It costs far less than a copy, which is compiled."""
+
+    nodes: fx.Graph
+    constants: dict[str, Tensor]
 
 
 @dataclass(slots=True)
@@ -92,6 +100,18 @@ class Graph:
         shared = () if with_constants else (*self.module.parameters(), *self.module.buffers())
         memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
         return replace(self, module=copy.deepcopy(self.module, memo))
+
+    def snapshot(self) -> Snapshot:
+        """Return what ``restore`` brings back; constants are shared, as they are replaced and never changed."""
+        constants = dict(self.module.named_buffers(remove_duplicate=False))
+        return Snapshot(copy.deepcopy(self.module.graph), constants)
+
+    def restore(self, kept: Snapshot) -> None:
+        """Be again what the graph was; nodes held from before are no part of it any more."""
+        root = nn.Module()
+        for path, tensor in kept.constants.items():
+            metadata.set_attribute(root, path, tensor)
+        self.module = fx.GraphModule(root, kept.nodes)
 
     def text(self) -> str:
         """Return the stable text form (no addresses, no values)."""
