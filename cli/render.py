@@ -172,9 +172,10 @@ def certificate(found: Mapping[str, Any]) -> None:
         for site in found["sites"]
     ]
     table(f"folds: {len(rows)}", ("what", "into", "formula", "scale", "float64 error"), rows)
-    left = [(each["layer"] or each["node"], each["because"], each["detail"]) for each in found["left"]]
-    if left:
-        table(f"left: {len(left)}", ("where", "because", "detail"), left)
+    for what in ("affine", "norm"):
+        left = [(each["layer"], each["because"], each["detail"]) for each in found["left"] if each["what"] == what]
+        if left:
+            table(f"{what}s left: {len(left)}", ("where", "because", "detail"), left)
     for each in found["undone"]:
         line(f"UNDONE: {each['rule']} at {each['node']}: its float64 check failed")
     before, after = (", ".join(f"{kind} {n}" for kind, n in found["norms"][key].items()) for key in ("before", "after"))
