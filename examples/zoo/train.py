@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from examples.zoo.data import make
-from examples.zoo.glyphs import render, seed_of
+from examples.zoo.data import RENDERERS, make
+from examples.zoo.glyphs import seed_of
 from examples.zoo.models import MODELS, ModelEntry
 
 __all__ = ["WEIGHTS", "accuracy", "export", "main", "train"]
@@ -75,9 +75,9 @@ def _rate(step: int, steps: int, warm_up: float) -> float:
 
 
 def _batches(entry: ModelEntry, steps: int, seed: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    if entry.task == "glyphs":
+    if entry.task in RENDERERS:
         for step in range(steps):
-            yield render(entry.batch, seed_of("glyphs", "train", seed, f"step {step}"), device=device)
+            yield RENDERERS[entry.task](entry.batch, seed_of(entry.task, "train", seed, f"step {step}"), device=device)
         return
     images, labels = make("digits", "train", DIGITS_TRAIN_COUNT, 0)
     generator = torch.Generator().manual_seed(seed)
