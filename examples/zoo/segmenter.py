@@ -30,9 +30,8 @@ class Segmenter(nn.Module):
     """Patches seen by all others, then by a token for each class; a mask is the product of the two.
 
     "Segmenter: Transformer for Semantic Segmentation" (Strudel et al., 2021, arXiv 2105.05633) with its mask
-    transformer, small: patches of 4 from four convolutions (from scratch a single one
-    takes far longer to learn), a position that is the sum of a row's and a column's,
-    and scaled products in place of normalized ones.
+    transformer, small: patches of 4 from four convolutions that see 23 pixels, a position that is the sum of a row's
+    and a column's, and scaled products in place of normalized ones.
     """
 
     def __init__(self, shape: SegmenterShape, norm: Norm) -> None:
