@@ -28,8 +28,9 @@ class Recipe:
     """What to build and how.
 
     ``bits`` 8 is W8A8, 32 keeps float (folds only). ``samples`` limits the calibration samples (0: all).
-    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of top-1 accuracy, in
-    points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy,
+    or mean IoU where pixels are labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up
+    over float.
     """
 
     target: Target = Target.ONNX
