@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from benchmarks.random_weights import randomized_norms
 from normfuse.folding import Folded, fold
 
-ROW: Final = "| {name} | {before} | {after} | {found} | {folded} | {left} | {why} | {error:.0e} |"
+ROW: Final = "| {name} | {before} | {after} | {found} | {folded} | {affine} | {norm} | {error:.0e} |"
 HEAD: Final = (
-    "| model | norms before | norms after | affines found | folded | left | why they are left | error, float64 |\n"
+    "| model | norms before | norms after | affines found | folded | affines left, and why | norms left, and why "
+    "| error, float64 |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -94,16 +95,21 @@ def row(name: str, folded: Folded) -> str:
     """Return the table's line for one model."""
     found = folded.certificate
     norms = {key: ", ".join(f"{count} {kind}" for kind, count in found["norms"][key].items()) for key in found["norms"]}
-    reasons = Counter(refusal["because"] for refusal in found["left"])
-    why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
     return ROW.format(
         name=name,
         before=norms["before"] or "none",
         after=norms["after"] or "none",
         **found["affines"],
-        why=why or "-",
+        affine=why(found["left"], "affine"),
+        norm=why(found["left"], "norm"),
         error=found["error"]["float64"],
     )
+
+
+def why(left: list[dict[str, str]], what: str) -> str:
+    """Return how many affines or norms are left for each reason."""
+    reasons = Counter(each["because"] for each in left if each["what"] == what)
+    return "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common()) or "0"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ __all__ = ["command"]
 @click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
-@click.option("--max-drop", type=float, help="Largest drop of top-1, in points, that counts as kept.")
+@click.option(
+    "--max-drop", type=float, help="Largest drop of the score (top-1, mean IoU), in points, that counts as kept."
+)
 @click.option("--min-speedup", type=float, help="Smallest speed-up over float that counts as kept.")
 @click.option("--benchmark/--no-benchmark", default=None, help="Measure speed and memory.")
 @click.option("--seed", type=int, help="Seed of everything random.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from normfuse.cli.options import json_option, model_options, output_option, quiet_option
+from normfuse.cli.options import fold_options, json_option, model_options, output_option, quiet_option
 
 __all__ = ["command"]
 
@@ -16,17 +16,7 @@ __all__ = ["command"]
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--calib", metavar="DATA", help="Samples to check every step with; else random inputs are made.")
 @click.option("--preprocess", metavar="PRESET", help="For image folders: a preset, or mean=..;std=..;size=..")
-@click.option("--refresh-norms", is_flag=True, help="Estimate batch norms again from all samples before folding.")
-@click.option(
-    "--layer-norm",
-    type=click.Choice(["rms", "keep", "crms"]),
-    default="rms",
-    show_default=True,
-    help="rms: layer norm becomes RMS norm where everything written to its stream can be centred; "
-    "crms: such a stream then loses its last channel, too.",
-)
-@click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Samples to check with.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@fold_options
 @model_options
 @output_option
 @json_option
@@ -35,25 +25,14 @@ def command(model: Path, output: Path, as_json: bool, quiet: bool, **options: An
     """Fold every norm of MODEL that can fold; write the model and its certificate to a folder."""
     from normfuse.artifact import check_output
     from normfuse.cli import render
-    from normfuse.cli.opening import opened_model, opened_samples
-    from normfuse.folding import FoldOptions, fold
-    from normfuse.passes.presets import LayerNorms
+    from normfuse.cli.opening import opened_fold, opened_model, opened_samples
+    from normfuse.folding import fold
 
     shown = render.progress(quiet=quiet)
     check_output(output)
     samples = opened_samples(options["calib"], options["preprocess"], progress=shown)
     opened = opened_model(model, arch=options["arch"], trust_pickle=options["trust_pickle"], progress=shown)
-    folded = fold(
-        opened,
-        calibration=samples,
-        options=FoldOptions(
-            refresh_norms=options["refresh_norms"],
-            layer_norms=LayerNorms(options["layer_norm"]),
-            samples=options["samples"],
-            seed=options["seed"],
-        ),
-        progress=shown,
-    )
+    folded = fold(opened, calibration=samples, options=opened_fold(options), progress=shown)
     folded.save(output)
     if as_json:
         render.as_json(folded.certificate)

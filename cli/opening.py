@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import UsageError
 
 if TYPE_CHECKING:
     from normfuse.data import Samples
+    from normfuse.folding import FoldOptions
     from normfuse.loading import LoadedModel
     from normfuse.progress import Progress
 
-__all__ = ["opened_model", "opened_samples"]
+__all__ = ["opened_fold", "opened_model", "opened_samples"]
 
 
 def opened_model(path: Path, *, arch: str | None, trust_pickle: bool, progress: Progress) -> LoadedModel:
@@ -47,6 +49,19 @@ def opened_samples(
     # A callable is run once to count its samples.
     with (progress or Silent()).task("opening the samples"):
         return load_samples(source, preprocess=chosen)
+
+
+def opened_fold(options: Mapping[str, Any]) -> FoldOptions:
+    """Return how to fold, from what `fold_options` adds to a command."""
+    from normfuse.folding import FoldOptions
+    from normfuse.passes.presets import LayerNorms
+
+    return FoldOptions(
+        refresh_norms=options["refresh_norms"],
+        layer_norms=LayerNorms(options["layer_norm"]),
+        samples=options["samples"],
+        seed=options["seed"],
+    )
 
 
 def _is_of_images(source: str) -> bool:

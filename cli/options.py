@@ -35,6 +35,26 @@ def data_options(command: Command) -> Command:
     return calib(evaluate(preprocess(command)))
 
 
+def fold_options(command: Command) -> Command:
+    """Add what to fold and how to check it; `opened_fold` reads them."""
+    refresh = click.option(
+        "--refresh-norms", is_flag=True, help="Estimate batch norms again from all samples before folding."
+    )
+    layer_norm = click.option(
+        "--layer-norm",
+        type=click.Choice(["rms", "keep", "crms"]),
+        default="rms",
+        show_default=True,
+        help="rms: layer norm becomes RMS norm where everything written to its stream can be centred; "
+        "crms: such a stream then loses its last channel, too.",
+    )
+    samples = click.option(
+        "--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Samples to check with."
+    )
+    seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+    return refresh(layer_norm(samples(seed(command))))
+
+
 def output_option(command: Command) -> Command:
     """Add the output folder."""
     option = click.option(

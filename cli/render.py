@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -33,6 +33,8 @@ __all__ = [
     "table",
     "talk",
 ]
+
+SCORES: Final = {"top_1": "top-1 %", "mean_iou": "mean IoU %"}
 
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -172,9 +174,10 @@ def certificate(found: Mapping[str, Any]) -> None:
         for site in found["sites"]
     ]
     table(f"folds: {len(rows)}", ("what", "into", "formula", "scale", "float64 error"), rows)
-    left = [(each["layer"] or each["node"], each["because"], each["detail"]) for each in found["left"]]
-    if left:
-        table(f"left: {len(left)}", ("where", "because", "detail"), left)
+    for what in ("affine", "norm"):
+        left = [(each["layer"], each["because"], each["detail"]) for each in found["left"] if each["what"] == what]
+        if left:
+            table(f"{what}s left: {len(left)}", ("where", "because", "detail"), left)
     for each in found["undone"]:
         line(f"UNDONE: {each['rule']} at {each['node']}: its float64 check failed")
     before, after = (", ".join(f"{kind} {n}" for kind, n in found["norms"][key].items()) for key in ("before", "after"))
@@ -191,6 +194,7 @@ def certificate(found: Mapping[str, Any]) -> None:
 def comparison(found: Mapping[str, Any]) -> None:
     """Show engines side by side."""
     measured = found["comparison"]
+    scores = [key for key in SCORES if any(row.get(key) is not None for row in measured["rows"])]
     columns = (
         "engine",
         "p50 ms",
@@ -200,7 +204,7 @@ def comparison(found: Mapping[str, Any]) -> None:
         "speed",
         "memory MB",
         "file MB",
-        "top-1 %",
+        *(SCORES[key] for key in scores),
         "like float",
     )
     rows = [
@@ -211,7 +215,7 @@ def comparison(found: Mapping[str, Any]) -> None:
             _fixed(row.get("speedup"), 2, unit="x"),
             _fixed(row["peak_bytes"] and row["peak_bytes"] / 1e6, 1),
             _fixed(row["file_bytes"] and row["file_bytes"] / 1e6, 2),
-            _fixed(row["top_1"], 2),
+            *(_fixed(row.get(key), 2) for key in scores),
             _fixed(row["agreement"], 2, unit=" %"),
         )
         for row in measured["rows"]

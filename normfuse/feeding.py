@@ -13,7 +13,7 @@ from normfuse.errors import BadInput
 from normfuse.graph import Graph, query
 from normfuse.graph.graph import TensorSpec
 
-__all__ = ["Stream", "bind", "fixed_batch", "random_samples", "stream"]
+__all__ = ["Stream", "bind", "fixed_batch", "random_inputs", "random_samples", "stream"]
 
 Stream = Callable[[], Iterator[Sequence[Tensor]]]
 """Called once per run; yields one tensor per input, in the order of the graph's inputs."""
@@ -93,6 +93,22 @@ def random_samples(graph: Graph, *, seed: int) -> Samples:
     count = RANDOM_BATCHES * (fixed_batch(graph) or 1)
     names = tuple(spec.name for spec, _ in pairs)
     return Samples(source=f"random samples, seed {seed}", names=names, count=count, read=read)
+
+
+def random_inputs(graph: Graph, *, count: int, seed: int) -> list[Sequence[Tensor]]:
+    """Return the first of `random_samples` as tensors in the order of the graph's inputs, in any type that torch knows.
+
+    Each is one sample, or a whole batch where the model fixes its batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    specs, nodes, batch = graph.input_specs, graph.inputs, fixed_batch(graph) or 1
+    found: list[Sequence[Tensor]] = []
+    for _ in range(count):
+        samples = [[_random(*pair, generator) for pair in zip(specs, nodes, strict=True)] for _ in range(batch)]
+        columns = zip(specs, zip(*samples, strict=True), strict=True)
+        # An input without axes has no batch either.
+        found.append([(torch.stack(each) if spec.shape else each[0]).to(spec.dtype) for spec, each in columns])
+    return found
 
 
 def _random(spec: TensorSpec, node: fx.Node, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from normfuse.artifact import ArtifactWriter
 from normfuse.bench.environment import describe_environment
-from normfuse.capturing import Model, capture_model
+from normfuse.capturing import Examples, Model, capture_model
 from normfuse.certificate import TOLERANCE, Certifier, Remembered, SiteCheck, Step, difference
 from normfuse.data import Samples, load_samples
 from normfuse.errors import UsageError
-from normfuse.feeding import bind, random_samples, stream
+from normfuse.feeding import bind, random_inputs, stream
 from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
@@ -30,10 +31,10 @@ from normfuse.passes.presets import AFFINES, LOWER, PLAIN, LayerNorms, folds
 from normfuse.pipeline import Fact, Pipeline
 from normfuse.progress import Progress, Silent
 from normfuse.refresh import refresh_norms
-from normfuse.report import PassReport, Reason, Refusal
+from normfuse.report import PassReport, Reason
 from normfuse.rewrite.streams import CRMS_NORM
 
-__all__ = ["FoldOptions", "Folded", "fold", "fold_graph"]
+__all__ = ["FoldOptions", "Folded", "fold", "fold_captured", "fold_graph"]
 
 FORMAT: Final = "normfuse certificate"
 SCHEMA: Final = 1
@@ -53,15 +54,16 @@ class Folded:
 
     @property
     def holds(self) -> bool:
-        """Whether the whole model is what it was and no fold had to be undone."""
+        """Whether the whole model is what it was, no fold had to be undone, and no number became an infinity."""
         return bool(self.certificate["holds"])
 
     @property
     def module(self) -> nn.Module:
         """The folded model as a module in eval mode.
 
-        It takes tensors as the original does and returns what it does: one tensor, a tuple, or a dict by name. It can
-        be saved, moved, compiled, exported and folded again.
+        It takes tensors as the original does and returns what it does: a tensor, or tuples, lists and dicts of them; a
+        class of the original's own (a dataclass) is a dict by field. It can be saved, moved, compiled, exported and
+        folded again.
         """
         return to_module(self.graph)
 
@@ -97,7 +99,7 @@ class FoldOptions:
 
 def fold(
     model: Model,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Examples | None = None,
     *,
     calibration: Samples | str | Path | None = None,
     options: FoldOptions | None = None,
@@ -107,7 +109,8 @@ def fold(
 
     Args:
         model: a module, an exported program, or the path of a model file; it is not changed.
-        example_inputs: tensors to capture a module with; else the first calibration sample serves.
+        example_inputs: what to capture a module with: tensors in the order of ``forward``, one alone, or by name; else
+            the first calibration sample serves.
         calibration: samples to check with (and to refresh with); else random inputs are made.
         options: what to fold and how to check it.
         progress: shows what takes long.
@@ -116,22 +119,41 @@ def fold(
         UsageError: statistics are to be refreshed without calibration samples, or no sample is to be checked with.
         NormfuseError: see ``normfuse.errors``.
     """
-    chosen, shown = options or FoldOptions(), progress or Silent()
-    if chosen.samples < 1:
-        raise UsageError(f"{chosen.samples} samples cannot check a fold", expected="FoldOptions(samples=1) or more")
+    shown = progress or Silent()
     given = calibration if isinstance(calibration, Samples) or calibration is None else load_samples(calibration)
-    if chosen.refresh_norms and given is None:
-        raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
+    _refuse_impossible(options or FoldOptions(), given)
     with shown.task("capturing the model"):
         original = capture_model(model, example_inputs, given)
-    bound = bind(given or random_samples(original, seed=chosen.seed), original)
-    refreshed = 0
-    if chosen.refresh_norms:
-        refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=shown)
-    seen = list(islice(stream(bound, original)(), chosen.samples))
-    folded = fold_graph(original, seen, options=chosen, origin=bound.source, progress=shown)
+    return fold_captured(original, given, options=options or FoldOptions(), progress=shown)
+
+
+def fold_captured(original: Graph, given: Samples | None, *, options: FoldOptions, progress: Progress) -> Folded:
+    """Fold a captured model; refreshed statistics are written into it, as the certificate is of the refreshed model.
+
+    Raises:
+        UsageError: as for `fold`.
+        NormfuseError: see ``normfuse.errors``.
+    """
+    _refuse_impossible(options, given)
+    if given is None:
+        made = random_inputs(original, count=options.samples, seed=options.seed)
+        return fold_graph(
+            original, made, options=options, origin=f"random samples, seed {options.seed}", progress=progress
+        )
+    bound, refreshed = bind(given, original), 0
+    if options.refresh_norms:
+        refreshed = refresh_norms(original, stream(bound, original), total=len(bound), progress=progress)
+    seen = list(islice(stream(bound, original)(), options.samples))
+    folded = fold_graph(original, seen, options=options, origin=bound.source, progress=progress)
     folded.certificate["refreshed"] = refreshed
     return folded
+
+
+def _refuse_impossible(options: FoldOptions, given: Samples | None) -> None:
+    if options.samples < 1:
+        raise UsageError(f"{options.samples} samples cannot check a fold", expected="FoldOptions(samples=1) or more")
+    if options.refresh_norms and given is None:
+        raise UsageError("norms cannot be refreshed without data", expected="calibration samples", hint="--calib DATA")
 
 
 def fold_graph(
@@ -147,12 +169,16 @@ def fold_graph(
         progress: shows what takes long.
     """
     with progress.task("folding and checking every step"):
-        graph, reports = original.copy(), list[PassReport]()
-        reports += Pipeline(phases=(PLAIN, AFFINES)).run(graph)
+        graph = original.copy()
+        reports = list(Pipeline(phases=(PLAIN,)).run(graph))
+        before = _norms(graph)  # not of the original: norms written out by hand are recognized by now
+        reports += Pipeline(phases=(AFFINES,), given=frozenset({Fact.CANONICAL})).run(graph)
         wide = converted(original, torch.float64)
         Pipeline(phases=(PLAIN, AFFINES)).run(wide)
         found = _affines(graph)
         folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms)
+        if not _stays_finite(original, folded.own, samples):  # float16 ends at 65504, and a rescaled stream grows
+            folded = _fold_both(graph, wide, samples, layer_norms=options.layer_norms, rescales=False)
         left, reasons = _affines(folded.own), folded.left(reports)
         Pipeline(phases=(LOWER,), given=READY).run(folded.own)
     with progress.task("comparing the models"):
@@ -162,15 +188,16 @@ def fold_graph(
     certificate = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "holds": bool(error <= TOLERANCE and not folded.undone),
+        "holds": bool(error <= TOLERANCE and not folded.undone and _stays_finite(original, folded.own, samples)),
         "samples": {"count": len(samples), "origin": origin},
         "tolerance": TOLERANCE,
         "error": {"float64": error, "own_type": own},
         "notes": list(original.notes),
-        "norms": {"before": _norms(original), "after": _norms(folded.own)},
+        "norms": {"before": before, "after": _norms(folded.own)},
         "affines": {"found": found, "folded": found - left, "left": left},
         "sites": folded.sites(),
-        "left": [refusal.as_dict() for refusal in reasons],
+        "left": reasons,
+        "refreshed": 0,
         "undone": [{"rule": rule, "node": node} for rule, node in sorted(folded.undone)],
     }
     # Training may go on with the original, in place: what is certified must not follow it.
@@ -198,21 +225,26 @@ class _Both:
             sites.append({**site, "absolute": check.absolute, "relative": check.relative, "compared": compared})
         return sites
 
-    def left(self, before: Sequence[PassReport]) -> list[Refusal]:
-        """Return the last reason for everything that a pass left alone and no later one took."""
-        still = {node.name for node in self.own.nodes}
+    def left(self, before: Sequence[PassReport]) -> list[dict[str, str]]:
+        """Return the last reason for every affine and norm that a pass left alone and no later one took."""
+        still = {node.name: "affine" if query.is_call(node, AFFINE) else "norm" for node in self.own.nodes}
         wrong = {node for _, node in self.undone}
         others = {refusal.node: refusal for report in self.audited for refusal in report.refused}
         last = {refusal.node: refusal for report in (*before, *self.made) for refusal in report.refused}
-        return [
+        reasons = [
             # What was not asked for in the model's own type was refused in float64, and that reason counts.
             others.get(node, refusal) if refusal.reason is Reason.WRONG and node not in wrong else refusal
             for node, refusal in last.items()
             if node in still
         ]
+        return [
+            {"what": still[each.node], **replace(each, layer=each.layer or each.node).as_dict()} for each in reasons
+        ]
 
 
-def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms) -> _Both:
+def _fold_both(
+    own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, layer_norms: LayerNorms, rescales: bool = True
+) -> _Both:
     """Fold in float64, every step checked, then take those steps in the model's own type, until both take the same.
 
     Float16 may take fewer steps, as its constants end at 65504; every round asks for fewer, so there is a last one.
@@ -221,9 +253,10 @@ def _fold_both(own: Graph, wide: Graph, samples: Sequence[Sequence[Tensor]], *, 
     while True:
         trial, trial_wide = own.copy(), wide.copy()
         certifier = Certifier(trial_wide, samples, only=only)
-        audited = Pipeline(phases=(folds(audit=certifier, layer_norms=layer_norms),), given=READY).run(trial_wide)
+        chosen = partial(folds, rescales=rescales, layer_norms=layer_norms)
+        audited = Pipeline(phases=(chosen(audit=certifier),), given=READY).run(trial_wide)
         remembered = Remembered(certifier.kept)
-        made = Pipeline(phases=(folds(audit=remembered, layer_norms=layer_norms),), given=READY).run(trial)
+        made = Pipeline(phases=(chosen(audit=remembered),), given=READY).run(trial)
         undone |= certifier.undone
         if remembered.taken == certifier.kept:
             return _Both(own=trial, wide=trial_wide, made=made, audited=audited, checks=certifier.checks, undone=undone)
@@ -253,3 +286,9 @@ def _error(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -
         for ours, reference in zip(found.run(*sample), expected.run(*sample), strict=True):
             worst = max(worst, difference(ours, reference)[1])
     return worst
+
+
+def _stays_finite(expected: Graph, found: Graph, samples: Sequence[Sequence[Tensor]]) -> bool:
+    """Return whether every number that the original returns is a number in the folded model too."""
+    pairs = [zip(found.run(*sample), expected.run(*sample), strict=True) for sample in samples]
+    return all(bool((ours.isfinite() | ~reference.isfinite()).all()) for pair in pairs for ours, reference in pair)

@@ -9,21 +9,26 @@ from typing import Any
 from normfuse.artifact import read_artifact, verify_artifact
 from normfuse.capturing import capture_model
 from normfuse.data import Samples
-from normfuse.folding import fold
+from normfuse.folding import FoldOptions, fold_captured
 from normfuse.graph import Graph
 from normfuse.graph.text import operator_name
 from normfuse.loading import LoadedModel
-from normfuse.progress import Progress
+from normfuse.progress import Progress, Silent
 
 __all__ = ["inspect_artifact", "inspect_model"]
 
 
 def inspect_model(
-    model: LoadedModel, samples: Samples | None = None, *, with_text: bool = False, progress: Progress | None = None
+    model: LoadedModel,
+    samples: Samples | None = None,
+    *,
+    options: FoldOptions | None = None,
+    with_text: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Return inputs, outputs, operators, and the certificate of the folds that would be made, as plain data."""
     graph = capture_model(model, samples=samples)
-    folded = fold(model, calibration=samples, progress=progress)
+    folded = fold_captured(graph, samples, options=options or FoldOptions(), progress=progress or Silent())
     return {
         "kind": model.kind.value,
         "sha256": model.sha256,

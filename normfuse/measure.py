@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normfuse.bench.accuracy import Accuracy, Array, Closeness, Engine, compare_outputs, top_1
+from normfuse.bench.accuracy import Array, Closeness, Engine, Score, compare_outputs, score
 from normfuse.bench.comparison import Comparison, Row, round_ratios
 from normfuse.bench.confidence import median_interval
 from normfuse.bench.inputs import write_inputs
@@ -61,14 +61,14 @@ def compare_engines(
     rows = []
     with progress.task("measuring accuracy", len(what.engines)) as advance:
         for engine in what.engines:
-            right, near = _accuracy(what, engine, threads=threads)
+            found, near = _accuracy(what, engine, threads=threads)
             rows.append(
                 Row(
                     label=engine.label,
                     timing=timings.get(engine.label),
                     peak_bytes=peaks.get(engine.label),
                     file_bytes=_size(engine.path),
-                    accuracy=right,
+                    score=found,
                     closeness=near,
                 )
             )
@@ -113,13 +113,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def _accuracy(what: Measured, spec: EngineSpec, *, threads: int) -> tuple[Accuracy | None, Closeness | None]:
+def _accuracy(what: Measured, spec: EngineSpec, *, threads: int) -> tuple[Score | None, Closeness | None]:
     samples, first = what.evaluation, what.engines[0]
     if samples is None or spec.kind != "onnxruntime":
         return None, None
     session = _open(spec, threads)
     if samples.labels is not None:
-        return top_1(_first_output(session), _labelled(_batches(what, session, samples))), None
+        return score(_first_output(session), _labelled(_batches(what, session, samples))), None
     if spec is first:
         return None, None
     batches = _batches(what, session, samples.first(LIMIT_WITHOUT_LABELS))

@@ -95,6 +95,7 @@ def _comparison(comparison: Section) -> str:
         "memory MB": lambda row: _fixed(row.get("peak_bytes"), 1, unit=1e6),
         "file MB": lambda row: _fixed(row.get("file_bytes"), 2, unit=1e6),
         "top-1 %": lambda row: _fixed(row.get("top_1"), 2),
+        "mean IoU %": lambda row: _fixed(row.get("mean_iou"), 2),
         "like baseline %": lambda row: _fixed(row.get("agreement"), 2),
         "SQNR dB": lambda row: "same" if row.get("same_outputs") else _fixed(row.get("sqnr_db"), 1),
     }

@@ -31,8 +31,9 @@ class Recipe:
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects biases below eight bits, 2 also
     learns block by block. ``samples`` limits the calibration samples (0: all).
-    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of top-1 accuracy, in
-    points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy,
+    or mean IoU where pixels are labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up
+    over float.
     """
 
     target: Target = Target.ONNX

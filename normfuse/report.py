@@ -16,6 +16,7 @@ class Reason(Enum):
     SHARED = "another node reads it"
     NOT_CONSTANT = "the statistic is not constant"
     ONLINE = "its statistics are taken from the current input"
+    SEVERAL_AXES = "it normalizes several axes at once, and only one of them holds the stream's channels"
     ZERO_PADDING = "zero padding does not commute with the shift"
     PADDED_VALUE = "padding with a number other than zero does not commute with it"
     NEGATIVE_SCALE = "a negative scale turns a maximum into a minimum"

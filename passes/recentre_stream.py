@@ -76,6 +76,8 @@ class LayerNormIsRmsNorm(Rule[_Region]):
     def plan(self, graph: Graph, match: Match) -> _Region | Refusal | None:
         """Return the whole stream with its new constants, or what cannot be centred."""
         norm, layer = match.root, query.layer_of(match.root)
+        if len(norm.args[1]) > 1:  # type: ignore[arg-type]
+            return Refusal(norm.name, Reason.SEVERAL_AXES, layer=layer)
         if not _is_free_of_beta(graph, norm):
             return Refusal(norm.name, Reason.ONLINE, "its beta did not fold, and RMS norm has none", layer)
         source = norm.args[0]

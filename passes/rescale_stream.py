@@ -21,13 +21,13 @@ from normfuse.rewrite.changes import Blocked, Settled
 __all__ = ["RescaleStream"]
 
 RANGES: Final = {torch.float16: 8.0}
-"""Largest log2 of the ratio of two channels' scales, by type: float16 has 30 octaves for the values themselves."""
-
-DIVIDED: Final = "divided"
-"""The note on a tensor of the stream: the scale that it lacks, which the next affine carried there adds to."""
+"""Largest log2 of the ratio of two scales, by type: float16 has 30 octaves for the values themselves."""
 
 WIDE_RANGE: Final = 64.0
 """The same for the types with an exponent of 8 bits or more."""
+
+DIVIDED: Final = "divided"
+"""The note on a tensor of the stream: the scale that it lacks, which the next affine carried there adds to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class RescaleStream(Pass):
     1. Whatever meets the stream is made by linear maps, tables, constants or affines, and nobody else reads it.
     2. No scale is zero.
     3. The product of the scales so far, by which the stream and what is written to it are divided, stays within
-       ``largest_range`` octaves over the channels (0: what the type allows); beyond, the affine stays and the next one
-       starts anew.
+       ``largest_range`` octaves over the channels and the depth (0: what the type allows); beyond, the affine stays
+       and the next one starts anew.
     """
 
     name: ClassVar[str] = "rescale-stream"
@@ -115,7 +115,10 @@ def _divided(carrying: Carrying, start: Affine) -> dict[fx.Node, Affine]:
 
 
 def octaves(found: Affine) -> float:
-    """Return log2 of the ratio of the largest to the smallest scale."""
-    size = found.scale.abs()
+    """Return log2 of the ratio of the largest to the smallest scale, that of 1 with which the stream starts included.
+
+    Channels that all shrink alike differ in nothing, and yet writers are multiplied by the inverse, block by block.
+    """
+    size = torch.cat([found.scale.abs(), found.scale.new_ones(1)])
     smallest = float(size.min())
     return log2(float(size.max()) / smallest) if smallest else float("inf")

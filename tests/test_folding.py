@@ -19,7 +19,6 @@ from normfuse import FoldOptions, LayerNorms, fold
 from normfuse.artifact import verify_artifact
 from normfuse.errors import BadInput, UsageError
 from normfuse.folding import Folded
-from normfuse.graph.affine import AFFINE
 from normfuse.graph.capture import export_program
 from normfuse.nn import RepBN, UnifiedNorm
 from normfuse.testing import Small, distance, randomized, seeded
@@ -93,11 +92,22 @@ def test_every_site_says_what_went_where_and_how_exactly(mixed: tuple[nn.Module,
 
 
 def test_everything_left_has_its_reason(mixed: tuple[nn.Module, Tensor, Folded]) -> None:
-    left = {each["layer"]: each for each in mixed[2].certificate["left"]}
-    assert left["alone"]["reason"] in ("no_linear", "nonlinear_reader")
-    assert left["alone"]["because"]
-    assert left["ln"]["detail"] == "its beta did not fold, and RMS norm has none"
-    assert not {"bn", "last"} & left.keys()
+    left = {(each["what"], each["layer"]): each for each in mixed[2].certificate["left"]}
+    assert left["affine", "alone"]["reason"] in ("no_linear", "nonlinear_reader")
+    assert left["affine", "alone"]["because"]
+    assert left["affine", "ln"]["reason"] == "nonlinear_reader"
+    assert left["norm", "ln"]["detail"] == "its beta did not fold, and RMS norm has none"
+    assert len(left) == 3
+    affines = [each for each in mixed[2].certificate["left"] if each["what"] == "affine"]
+    assert len(affines) == mixed[2].certificate["affines"]["left"]
+
+
+def test_a_border_made_for_one_position_meets_no_other_size() -> None:
+    parts = [nn.Conv2d(2, 3, 1), nn.Tanh(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)]
+    folded = fold(randomized(nn.Sequential(*parts)), (sample(2, 2, 1, 1),))
+    assert any(site["repair"] for site in folded.certificate["sites"])
+    with pytest.raises(AssertionError, match="axis 2 of input input is not 1"):
+        folded.module(sample(2, 2, 9, 9))
 
 
 def test_the_original_is_not_changed_and_does_not_change_the_result() -> None:
@@ -202,52 +212,6 @@ def test_inputs_and_outputs_are_those_of_the_model(kind: str) -> None:
     torch.testing.assert_close(folded.module(id=inputs[1], input=inputs[0]), expected)
 
 
-@torch.no_grad()
-def test_float16_takes_only_the_steps_that_fit_and_says_so() -> None:
-    """Rescaled streams grow by octaves; float64 has room for all of them, float16 has not."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last, self.norm = nn.Linear(5, 7), nn.Linear(7, 5), UnifiedNorm(5)
-            self.norm.weight.copy_(torch.exp2(torch.linspace(-3.0, 3.0, 5)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x + self.last(torch.tanh(self.first(x))))  # type: ignore[no-any-return]
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(5, 5), nn.Tanh(), UnifiedNorm(5), *(Block() for _ in range(4)), nn.Linear(5, 3)
-        ).eval()
-
-    x = sample(4, 5)
-    wide, narrow = fold(model(), (x,)), fold(model().half(), (x.half(),))
-    assert wide.certificate["affines"]["left"] == 0
-    assert narrow.holds
-    assert not narrow.certificate["undone"]
-    left = narrow.certificate["affines"]["left"]
-    assert left > 0
-    assert {each["reason"] for each in narrow.certificate["left"]} == {"range"}
-    assert len(narrow.certificate["left"]) == left
-    assert not any(node.target is AFFINE for node in narrow.graph.nodes)
-    result = narrow.module(x.half())
-    assert result.dtype == torch.float16
-    # Half precision: 11 bits, sums of 4 blocks whose scales differ by six octaves.
-    torch.testing.assert_close(result.float(), model()(x), atol=0.05, rtol=0.05)
-
-
-def test_half_precision() -> None:
-    model = randomized(nn.Sequential(nn.Linear(4, 5), UnifiedNorm(5), nn.Linear(5, 3))).half()
-    folded = fold(model, (x := sample(2, 4).half(),))
-    assert folded.holds
-    assert folded.certificate["affines"] == {"found": 1, "folded": 1, "left": 0}
-    assert folded.certificate["error"]["float64"] < EXACT
-    assert 0 < folded.certificate["error"]["own_type"] < 0.05
-    assert folded.module(x).dtype == torch.float16
-    assert {tensor.dtype for tensor in folded.module.state_dict().values()} == {torch.float16}
-
-
 def normed() -> nn.Module:
     return randomized(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)))
 
@@ -293,6 +257,11 @@ def test_a_fold_needs_samples_to_check_with() -> None:
 def test_a_module_needs_example_inputs() -> None:
     with pytest.raises(UsageError, match="must be run once"):
         fold(normed())
+
+
+def test_example_inputs_may_be_one_tensor_or_have_names() -> None:
+    made = [fold(normed(), example) for example in (sample(2, 4), {"input": sample(2, 4)}, (sample(2, 4),))]
+    assert made[0].certificate == made[1].certificate == made[2].certificate
 
 
 def test_layer_norms_stay_where_they_are_to_stay() -> None:

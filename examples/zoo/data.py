@@ -9,21 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.zoo import glyphs
+from examples.zoo import glyphs, scenes
 
-__all__ = ["SPLITS", "TASKS", "main", "make"]
+__all__ = ["RENDERERS", "SPLITS", "TASKS", "main", "make"]
 
-TASKS = ("glyphs", "digits")
+TASKS = ("glyphs", "digits", "glyph-scenes")
 SPLITS = ("train", "calib", "test")
 CHUNK = 256
+RENDERERS = {"glyphs": glyphs.render, "glyph-scenes": scenes.render}
 DIGITS_CUTS = {"train": (0.0, 0.6), "calib": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
 def make(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return images (float32, [count, 1, height, width]) and labels (int64, [count]).
+    """Return images (float32, [count, 1, height, width]) and labels (int64, [count]; a map of them for scenes).
 
-    A smaller count gives the first images of a larger one. Splits are disjoint: glyphs are drawn from different
-    seeds, digits are cut once into three parts.
+    A smaller count gives the first images of a larger one. Splits are disjoint: glyphs and scenes of them are drawn
+    from different seeds, digits are cut once into three parts.
 
     Raises:
         ValueError: the task or split is unknown, or digits has fewer images than asked for.
@@ -32,12 +33,12 @@ def make(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"there is no {task} {split}; tasks: {TASKS}, splits: {SPLITS}")
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    return _digits(split, count, seed) if task == "digits" else _glyphs(split, count, seed)
+    return _digits(split, count, seed) if task == "digits" else _drawn(task, split, count, seed)
 
 
-def _glyphs(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    seeds = [glyphs.seed_of("glyphs", split, seed, start) for start in range(0, count, CHUNK)]
-    chunks = [glyphs.render(CHUNK, chunk_seed) for chunk_seed in seeds]
+def _drawn(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    seeds = [glyphs.seed_of(task, split, seed, start) for start in range(0, count, CHUNK)]
+    chunks = [RENDERERS[task](CHUNK, chunk_seed) for chunk_seed in seeds]
     return torch.cat([images for images, _ in chunks])[:count], torch.cat([labels for _, labels in chunks])[:count]
 
 

@@ -1,4 +1,4 @@
-"""The zoo's models: a small ViT with a choice of norms, a residual CNN, and a network of shifted windows."""
+"""The zoo's models: a small ViT with a choice of norms, a residual CNN, one of shifted windows, one that segments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.zoo.blocks import Block, Norm, PostNormBlock
+from examples.zoo.scenes import CHARACTERS
+from examples.zoo.segmenter import Segmenter, SegmenterShape
 from examples.zoo.swin import SwinShape, SwinTransformer
 from normfuse.nn import PRepBN, UnifiedNorm
 
 __all__ = ["MODELS", "BatchNormTokens", "ModelEntry", "ResidualNetwork", "VisionShape", "VisionTransformer"]
-
-Norm = Callable[[int], nn.Module]
 
 
 class BatchNormTokens(nn.Module):
@@ -28,49 +29,6 @@ class BatchNormTokens(nn.Module):
         """Return the normalized tensor."""
         normed: Tensor = self.bn(x.transpose(1, 2))
         return normed.transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one joint projection to q, k and v."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, token, width)."""
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return projected
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, norm: Norm) -> None:
-        super().__init__()
-        self.norm1, self.attn = norm(width), Attention(width, heads)
-        self.norm2, self.fc1, self.fc2 = norm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, token, width)."""
-        x = x + self.attn(self.norm1(x))
-        added: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + added
-
-
-class PostNormBlock(Block):
-    """A post-norm transformer block: each norm stands behind its sum, on the residual stream itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, token, width)."""
-        x = self.norm1(x + self.attn(x))
-        normed: Tensor = self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
-        return normed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +143,7 @@ class ModelEntry:
 GLYPHS_SHAPE = VisionShape(size=48, patch=12, classes=62, width=128, depth=5, heads=4, has_stem=True)
 GLYPHS_POST_SHAPE = replace(GLYPHS_SHAPE, width=96, heads=3, is_post_norm=True)
 GLYPHS_SWIN_SHAPE = SwinShape(size=48, classes=62, width=64, depths=(2, 2), heads=(2, 4), window=4)
+SCENES_SHAPE = SegmenterShape(size=64, classes=1 + len(CHARACTERS), width=32, depth=2, heads=2)
 DIGITS_SHAPE = VisionShape(size=8, patch=2, classes=10, width=96, depth=4, heads=3)
 GLYPHS_STEPS = 2600
 
@@ -215,6 +174,9 @@ MODELS: dict[str, ModelEntry] = {
     ),
     "glyphs_swin_prepbn": ModelEntry("glyphs", lambda steps: SwinTransformer(GLYPHS_SWIN_SHAPE, _prepbn(steps)), 3600),
     "glyphs_resnet_bn": ModelEntry("glyphs", lambda steps: ResidualNetwork(classes=62), 1000),
+    "scenes_segmenter_ln": ModelEntry(
+        "glyph-scenes", lambda steps: Segmenter(SCENES_SHAPE, nn.LayerNorm), 6000, batch=16, peak_rate=2e-3
+    ),
     "digits_vit_ln": ModelEntry("digits", lambda steps: VisionTransformer(DIGITS_SHAPE, nn.LayerNorm), 2000),
 }
 """Every committed model by name; the file is ``examples/zoo/weights/NAME.pt2``."""

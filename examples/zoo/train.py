@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from examples.zoo.data import make
-from examples.zoo.glyphs import render, seed_of
+from examples.zoo.data import RENDERERS, make
+from examples.zoo.glyphs import seed_of
 from examples.zoo.models import MODELS, ModelEntry
+from normfuse.bench.accuracy import Score, score
 
-__all__ = ["WEIGHTS", "accuracy", "export", "main", "train"]
+__all__ = ["WEIGHTS", "evaluate", "export", "main", "train"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = re.compile(rf'(?<=File ")([^"]*/site-packages/|{re.escape(str(REPOSITORY))}/)')
-TEST_COUNT = {"glyphs": 4000, "digits": 360}
+TEST_COUNT = {"glyphs": 4000, "digits": 360, "glyph-scenes": 1000}
 DIGITS_TRAIN_COUNT = 1078
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.05
@@ -75,9 +76,9 @@ def _rate(step: int, steps: int, warm_up: float) -> float:
 
 
 def _batches(entry: ModelEntry, steps: int, seed: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    if entry.task == "glyphs":
+    if entry.task in RENDERERS:
         for step in range(steps):
-            yield render(entry.batch, seed_of("glyphs", "train", seed, f"step {step}"), device=device)
+            yield RENDERERS[entry.task](entry.batch, seed_of(entry.task, "train", seed, f"step {step}"), device=device)
         return
     images, labels = make("digits", "train", DIGITS_TRAIN_COUNT, 0)
     generator = torch.Generator().manual_seed(seed)
@@ -113,12 +114,12 @@ def _refresh_batch_norms(model: nn.Module, batches: Iterator[tuple[Tensor, Tenso
             model(images)
 
 
-def accuracy(model: nn.Module, task: str, count: int, *, device: str = "cpu") -> float:
-    """Return the share of the first ``count`` test images (seed 0) that the model gets right."""
-    images, labels = make(task, "test", count, 0)
+def evaluate(model: nn.Module, task: str, count: int, *, device: str = "cpu") -> Score:
+    """Return the model's top-1, or mean IoU for scenes, on the first ``count`` test images (seed 0)."""
+    parts = [torch.split(tensor, 256) for tensor in make(task, "test", count, 0)]
+    batches = (({"image": images.numpy()}, labels.numpy()) for images, labels in zip(*parts, strict=True))
     with torch.no_grad():
-        found = [model(part.to(device)).argmax(dim=1).cpu() for part in torch.split(images, 256)]
-    return int((torch.cat(found) == labels).sum()) / count
+        return score(lambda inputs: model(torch.from_numpy(inputs["image"]).to(device)).cpu().numpy(), batches)
 
 
 def export(name: str, state: dict[str, Tensor], folder: Path = WEIGHTS) -> Path:
@@ -154,7 +155,8 @@ def main() -> None:
             continue
         model = train(name, device=device, steps=given.steps)
         task = MODELS[name].task
-        print(f"{name}: top-1 {accuracy(model, task, TEST_COUNT[task], device=device):.4f}", flush=True)
+        found = evaluate(model, task, TEST_COUNT[task], device=device)
+        print(f"{name}: {found.metric.title} {found.percent:.2f} %", flush=True)
         state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
         if given.states:
             given.states.mkdir(parents=True, exist_ok=True)

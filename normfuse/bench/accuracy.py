@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,30 +14,46 @@ from numpy.typing import NDArray
 
 from normfuse.errors import BadInput
 
-__all__ = ["Accuracy", "Array", "Closeness", "Engine", "check_labels", "compare_outputs", "top_1"]
+__all__ = ["Array", "Closeness", "Engine", "Metric", "Score", "check_labels", "compare_outputs", "score"]
 
 Array = NDArray[Any]
 Engine = Callable[[Mapping[str, Array]], Array]
 """From inputs by name to the first output."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Samples whose largest output is at the label."""
+class Metric(Enum):
+    """What a score counts; the value is its key in reports."""
 
-    correct: int
+    TOP_1 = "top_1"
+    """The share of the samples whose largest output is at the label."""
+    MEAN_IOU = "mean_iou"
+    """Of every class the pixels that are found and right over those that are found or should be; their mean.
+
+    Pixels are counted over the whole set, and classes that occur neither in labels nor in outputs are left out.
+    """
+
+    @property
+    def title(self) -> str:
+        """The metric's name in sentences."""
+        return {Metric.TOP_1: "top-1", Metric.MEAN_IOU: "mean IoU"}[self]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How right an engine is on ``total`` samples; ``share`` is exact, so that a drop at the limit is."""
+
+    metric: Metric
+    share: Fraction
     total: int
 
     @property
-    def top_1(self) -> float:
-        """The share that is right, in percent."""
-        return 100.0 * self.correct / self.total
+    def percent(self) -> float:
+        """The share in percent."""
+        return float(100 * self.share)
 
-    def drop(self, other: Accuracy) -> float:
-        """Return how many points ``other`` is below this; exact counts where both saw as many samples."""
-        if self.total == other.total:
-            return 100.0 * (self.correct - other.correct) / self.total
-        return self.top_1 - other.top_1
+    def drop(self, other: Score) -> float:
+        """Return how many points ``other`` is below this."""
+        return float(100 * (self.share - other.share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,60 +70,86 @@ class Closeness:
     total: int
 
 
-def top_1(engine: Engine, batches: Iterable[tuple[Mapping[str, Array], Array]]) -> Accuracy:
-    """Count the samples that the engine gets right; an output with a NaN in it never is.
+def score(engine: Engine, batches: Iterable[tuple[Mapping[str, Array], Array]]) -> Score:
+    """Compare the largest outputs with the labels; where an output has a NaN in it, none is the largest.
 
     Args:
-        engine: gives [batch, classes].
-        batches: inputs by name, and integer labels [batch].
+        engine: gives [batch, classes], which is scored by top-1, or [batch, classes, height, width], by mean IoU.
+        batches: inputs by name, and integer labels, [batch] or [batch, height, width].
 
     Raises:
-        BadInput: there is nothing to evaluate on, the first output is not [batch, classes], or a label is no class.
+        BadInput: there is nothing to evaluate on, labels and the first output do not fit, or a label is no class.
     """
-    correct = total = 0
+    metric, counts, total = Metric.TOP_1, np.zeros((3, 1), np.int64), 0
     for inputs, labels in batches:
-        output = np.asarray(engine(inputs))
-        flat = _checked_labels(labels, output)
-        right = (output.argmax(axis=1) == flat) & ~np.isnan(output).any(axis=1)
-        correct += int(right.sum())
-        total += len(flat)
+        output, wanted = np.asarray(engine(inputs)), np.asarray(labels)
+        check_labels(wanted, output.shape)
+        if len(output) != len(wanted):
+            raise _do_not_fit(output.shape, wanted)
+        metric = Metric.TOP_1 if output.ndim == 2 else Metric.MEAN_IOU
+        counts = counts + _counted(output, wanted)
+        total += len(output)
     if total == 0:
         raise BadInput("there is nothing to evaluate on", where="evaluation data", expected="at least one sample")
-    return Accuracy(correct, total)
+    right, found, labelled = counts
+    return Score(
+        metric, _mean_iou(right, found, labelled) if metric is Metric.MEAN_IOU else _top_1(right, total), total
+    )
 
 
-def _checked_labels(labels: Array, output: Array) -> Array:
-    check_labels(labels, output.shape)
-    flat = np.asarray(labels).reshape(-1)
-    if len(output) != len(flat):
-        raise _no_classes(output.shape, len(flat))
-    return flat
+def _counted(output: Array, labels: Array) -> NDArray[np.int64]:
+    """Return by class what is found and right, found, and labelled."""
+    classes, wanted = output.shape[1], labels.reshape(-1)
+    has_largest = ~np.isnan(output).any(axis=1).reshape(-1)
+    found = output.argmax(axis=1).reshape(-1)
+    parts = (found[has_largest & (found == wanted)], found[has_largest], wanted)
+    return np.stack([np.bincount(part, minlength=classes) for part in parts])
+
+
+def _top_1(right: NDArray[np.int64], total: int) -> Fraction:
+    return Fraction(int(right.sum()), total)
+
+
+def _mean_iou(right: NDArray[np.int64], found: NDArray[np.int64], labelled: NDArray[np.int64]) -> Fraction:
+    either = found + labelled - right
+    shares = [Fraction(int(both), int(union)) for both, union in zip(right, either, strict=True) if union]
+    return sum(shares, Fraction(0)) / len(shares)
 
 
 def check_labels(labels: Array, shape: Sequence[int | None], *, where: str = "evaluation data") -> None:
     """Refuse labels that are no classes of a first output of this shape (None: an axis of any size).
 
     Raises:
-        BadInput: the output is not [batch, classes], or a label is no class.
+        BadInput: the output is neither [batch, classes] with a label per sample nor [batch, classes, height, width]
+            with a map of labels per sample, or a label is no class.
     """
-    flat = np.asarray(labels).reshape(-1)
-    if len(shape) != 2:
-        raise _no_classes(shape, len(flat), where)
+    wanted = np.asarray(labels)
+    is_one = len(shape) == 2 and wanted.size == len(wanted)
+    is_map = len(shape) == 4 and wanted.ndim == 3 and _fits(wanted.shape[1:], shape[2:])
+    if not (is_one or is_map):
+        raise _do_not_fit(shape, wanted, where)
     classes = shape[1] if shape[1] is not None else np.inf
-    if len(flat) and not (np.issubdtype(flat.dtype, np.integer) and flat.min() >= 0 and flat.max() < classes):
+    if wanted.size and not (np.issubdtype(wanted.dtype, np.integer) and wanted.min() >= 0 and wanted.max() < classes):
         raise BadInput(
-            f"labels are {flat.dtype} from {flat.min()} to {flat.max()}",
+            f"labels are {wanted.dtype} from {wanted.min()} to {wanted.max()}",
             where=where,
             expected=f"integers from 0 to {classes - 1}, the classes of the model",
         )
 
 
-def _no_classes(shape: Sequence[int | None], count: int, where: str = "evaluation data") -> BadInput:
+def _fits(sizes: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return all(limit in (None, size) for size, limit in zip(sizes, wanted, strict=True))
+
+
+def _do_not_fit(shape: Sequence[int | None], labels: Array, where: str = "evaluation data") -> BadInput:
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    count = len(labels)
+    told = f"{count} labels" if labels.ndim == 1 else f"labels {list(labels.shape)}"
     return BadInput(
-        f"the first output is [{sizes}] for {count} labels",
+        f"the first output is [{sizes}] for {told}",
         where=where,
-        expected=f"[{count}, classes] for top-1 accuracy",
+        expected=f"[{count}, classes] for a label per sample (top-1 accuracy), or [{count}, classes, height, width] "
+        f"for labels [{count}, height, width] (mean IoU)",
         hint="leave the labels out to compare outputs instead",
     )
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from normfuse.bench.accuracy import Accuracy, Closeness
+from normfuse.bench.accuracy import Closeness, Metric, Score
 from normfuse.bench.timing import Timing
 from normfuse.errors import UsageError
 
@@ -21,20 +21,19 @@ class Row:
     timing: Timing | None = None
     peak_bytes: int | None = None
     file_bytes: int | None = None
-    accuracy: Accuracy | None = None
+    score: Score | None = None
     closeness: Closeness | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON; ``sqnr_db`` is None where it is not finite (``same_outputs`` tells why)."""
-        accuracy, closeness = self.accuracy, self.closeness
+        score, closeness = self.score, self.closeness
         return {
             "label": self.label,
             **(self.timing.as_dict() if self.timing else {}),
             "peak_bytes": self.peak_bytes,
             "file_bytes": self.file_bytes,
-            "top_1": None if accuracy is None else accuracy.top_1,
-            "correct": None if accuracy is None else accuracy.correct,
-            "samples": None if accuracy is None else accuracy.total,
+            **{metric.value: score.percent if score and score.metric is metric else None for metric in Metric},
+            "samples": None if score is None else score.total,
             "agreement": None if closeness is None else closeness.agreement,
             "sqnr_db": closeness.sqnr if closeness is not None and math.isfinite(closeness.sqnr) else None,
             "same_outputs": None if closeness is None else closeness.sqnr == math.inf,
@@ -77,17 +76,17 @@ class Comparison:
         """Return the row against the baseline.
 
         ``speedup`` with its lowest and highest round, ``file`` and ``memory`` as the row's share of the
-        baseline's, ``drop`` in top-1 points; None where one of the two was not measured.
+        baseline's, ``drop`` in points of the score; None where one of the two was not measured.
         """
         base, row, rounds = self.row(self.baseline), self.row(label), self.speedups(label)
-        judged = base.accuracy is not None and row.accuracy is not None
+        judged = base.score is not None and row.score is not None
         return {
             "speedup": self.speedup(label),
             "speedup_lowest": min(rounds, default=None),
             "speedup_highest": max(rounds, default=None),
             "file": _share(row.file_bytes, base.file_bytes),
             "memory": _share(row.peak_bytes, base.peak_bytes),
-            "drop": base.accuracy.drop(row.accuracy) if judged else None,  # type: ignore[union-attr,arg-type]  # judged
+            "drop": base.score.drop(row.score) if judged else None,  # type: ignore[union-attr,arg-type]  # judged
         }
 
     def as_dict(self) -> dict[str, object]:

@@ -58,7 +58,7 @@ def judge(
     Args:
         comparison: both engines, measured in one run.
         label: the quantized engine's row.
-        max_drop: top-1 points that may be lost.
+        max_drop: points of the score (top-1, mean IoU) that may be lost.
         min_speedup: how many times faster it must be; it is too slow where the rounds show it, not by their noise.
         min_sqnr: decibels that the outputs must be above their difference, where labels are missing.
         left_float: layers that were to be quantized and stayed float; with some, what holds is partly kept.
@@ -93,10 +93,11 @@ def _speed(comparison: Comparison, label: str, wanted: float) -> _Finding:
 
 def _accuracy(comparison: Comparison, label: str, max_drop: float, min_sqnr: float) -> _Finding:
     base, row = comparison.row(comparison.baseline), comparison.row(label)
-    if base.accuracy is not None and row.accuracy is not None:
-        drop = base.accuracy.drop(row.accuracy)
+    if base.score is not None and row.score is not None:
+        drop = base.score.drop(row.score)
         said = (
-            f"top-1 {row.accuracy.top_1:.2f} % after {base.accuracy.top_1:.2f} % on {row.accuracy.total} samples: "
+            f"{row.score.metric.title} {row.score.percent:.2f} % after {base.score.percent:.2f} % "
+            f"on {row.score.total} samples: "
             f"{_change(drop)}, a drop of {max_drop:.2f} is allowed"
         )
         return _Finding(True, said) if drop <= max_drop else _Finding(False, f"accuracy fell too far: {said}")

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.graph import query
 from normfuse.graph.graph import Graph
-from normfuse.graph.unlift import unlift
+from normfuse.graph.progression import unfinished_steps
+from normfuse.graph.unlift import UNFINISHED, unlift
 
 __all__ = ["capture", "export_program"]
 
@@ -41,7 +43,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor]
     program = model if isinstance(model, ExportedProgram) else export_program(model, example_inputs)
     graph = unlift(_functional(program))
     _refuse_nan(graph)
-    return graph if graph.has_dynamic_batch else _with_note(graph, STATIC_BATCH)
+    return graph if graph.has_dynamic_batch else replace(graph, notes=(*graph.notes, STATIC_BATCH))
 
 
 def export_program(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None) -> ExportedProgram:
@@ -96,6 +98,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 def _from_torchscript(model: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     from torch._export.converter import TS2EPConverter
 
+    _refuse_unfinished(model)
     try:
         with _quiet():
             scripted = torch.jit.freeze(model.eval()) if getattr(model, "training", False) else model
@@ -109,6 +112,17 @@ def _from_torchscript(model: torch.jit.ScriptModule, inputs: tuple[Tensor, ...])
             expected="a scripted or traced model of standard operators",
             hint="export the original module with normfuse.save instead",
         ) from error
+
+
+def _refuse_unfinished(model: torch.jit.ScriptModule) -> None:
+    """The converted program says of no operation which layer it belongs to. (A frozen module holds no counters.)"""
+    if steps := unfinished_steps(dict(model.state_dict())):
+        raise UnsupportedModel(
+            f"{len(steps)} PRepBN layers {UNFINISHED}",
+            where=", ".join(steps),
+            expected="a TorchScript model whose progressive replacement has ended",
+            hint="export the original module with normfuse.save: its other norms can then be told from these",
+        )
 
 
 def _at_least_two(examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -133,10 +147,6 @@ def _refuse_nan(graph: Graph) -> None:
                 expected="weights that are numbers",
                 hint="take a checkpoint from before the training diverged",
             )
-
-
-def _with_note(graph: Graph, note: str) -> Graph:
-    return Graph(graph.module, graph.input_names, graph.output_names, (*graph.notes, note))
 
 
 def _first_line(error: BaseException) -> str:

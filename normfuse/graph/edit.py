@@ -120,12 +120,16 @@ class Editor:
 
     def finish(self) -> None:
         """Remove dead code and dead constants, and recompile."""
+        self.clean()
+        self.graph.module.recompile()
+
+    def clean(self) -> None:
+        """Remove dead code and dead constants; what runs the module itself needs it recompiled, too."""
         graph = self.graph.module.graph
         for node in reversed(list(graph.nodes)):
             if not node.users and node.op in ("call_function", "get_attr"):
                 graph.erase_node(node)
         _drop_unread_constants(self.graph)
-        self.graph.module.recompile()
 
     def _free_path(self, name: str) -> str:
         buffers = {path for path, _ in self.graph.module.named_buffers(remove_duplicate=False)}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from normfuse.graph import metadata, text
 
-__all__ = ["Graph", "TensorSpec"]
+__all__ = ["Graph", "Snapshot", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,29 @@ class TensorSpec:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a graph was: its nodes, and its constants by path. It costs far less than a copy, which is compiled."""
+
+    nodes: fx.Graph
+    constants: dict[str, Tensor]
+
+
 @dataclass(slots=True)
 class Graph:
     """The one IR. Constants are attributes of ``module``, one ``get_attr`` node each.
 
     Read it through ``normfuse.graph.query`` and change it through ``normfuse.graph.edit`` only.
     ``input_names`` and ``output_names`` are the names that users see, in the order of the model's
-    signature; ``notes`` are facts about the capture that a report should repeat.
+    signature; ``notes`` are facts about the capture that a report should repeat. ``returned`` is what the model
+    returns: tuples, lists and dicts with the number of an output in place of every tensor.
     """
 
     module: fx.GraphModule
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    returned: Any = 0
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -89,8 +99,19 @@ class Graph:
         """Return an independent graph that shares no nodes; constants are shared until replaced, or copied too."""
         shared = () if with_constants else (*self.module.parameters(), *self.module.buffers())
         memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-        module = copy.deepcopy(self.module, memo)
-        return Graph(module, self.input_names, self.output_names, self.notes)
+        return replace(self, module=copy.deepcopy(self.module, memo))
+
+    def snapshot(self) -> Snapshot:
+        """Return what ``restore`` brings back; constants are shared, as they are replaced and never changed."""
+        constants = dict(self.module.named_buffers(remove_duplicate=False))
+        return Snapshot(copy.deepcopy(self.module.graph), constants)
+
+    def restore(self, kept: Snapshot) -> None:
+        """Be again what the graph was; nodes held from before are no part of it any more."""
+        root = nn.Module()
+        for path, tensor in kept.constants.items():
+            metadata.set_attribute(root, path, tensor)
+        self.module = fx.GraphModule(root, kept.nodes)
 
     def text(self) -> str:
         """Return the stable text form (no addresses, no values)."""

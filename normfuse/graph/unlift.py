@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +18,7 @@ from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 from normfuse.graph.progression import mark_unfinished, unfinished_steps
 
-__all__ = ["unlift"]
+__all__ = ["UNFINISHED", "unlift"]
 
 UNFINISHED = "still mix in layer norm when they train, so eval mode is not what was trained; train until iter is 0"
 
@@ -57,7 +59,8 @@ def unlift(program: ExportedProgram) -> Graph:
         mark_unfinished(node, steps)
     notes = (f"{len(steps)} PRepBN layers {UNFINISHED}: {', '.join(steps)}",) if steps else ()
     module = fx.GraphModule(root, graph)
-    return Graph(module, tuple(input_names), _output_names(program, values), notes)
+    returned = _returned(program, values)
+    return Graph(module, tuple(input_names), _output_names(returned), notes, returned)
 
 
 def _is_fixed(node: fx.Node) -> bool:
@@ -167,17 +170,36 @@ def _user_outputs(program: ExportedProgram) -> list[fx.Node | None]:
     return values
 
 
-def _output_names(program: ExportedProgram, values: list[fx.Node | None]) -> tuple[str, ...]:
-    """Return the keys of a dict, dataclass or named tuple, ``output`` for a single tensor, else numbers."""
-    count = len([value for value in values if value is not None])
-    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+def _returned(program: ExportedProgram, values: list[fx.Node | None]) -> Any:
+    """Return what the model returns, the number of the output in place of every tensor."""
+    numbers = itertools.count()
+    leaves = [None if value is None else next(numbers) for value in values]
     spec = program.call_spec.out_spec
-    if spec is None or spec.num_leaves != len(values):
-        return tuple(names)
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [path for path, leaf in pytree.tree_leaves_with_path(tree) if values[leaf] is not None]
+    if spec is None or spec.num_leaves != len(leaves):
+        return leaves[0] if len(leaves) == 1 else tuple(leaves)
+    return _opened(pytree.tree_unflatten(leaves, spec))
+
+
+def _opened(value: Any) -> Any:
+    """Return nested tuples (named ones too), lists and dicts; other classes, a dataclass say, as dicts by field."""
+    if value is None or isinstance(value, int):
+        return value
+    fields, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda inner: inner is not value)
+    names, parts = [_name_of(path[-1]) for path, _ in fields], [_opened(part) for _, part in fields]
+    if isinstance(value, tuple):
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list):
+        return parts
+    return dict(zip(value if isinstance(value, dict) else names, parts, strict=True))
+
+
+def _output_names(returned: Any) -> tuple[str, ...]:
+    """Return the keys of a dict or named tuple, ``output`` for a single tensor, else numbers."""
+    paths = [path for path, leaf in pytree.tree_leaves_with_path(returned) if leaf is not None]
     keys = [_name_of(path[-1]) if path else "" for path in paths]
-    return tuple(keys) if all(keys) and len(set(keys)) == count else tuple(names)
+    if all(keys) and len(set(keys)) == len(keys):
+        return tuple(keys)
+    return ("output",) if len(keys) == 1 else tuple(f"output_{index}" for index in range(len(keys)))
 
 
 def _name_of(key: object) -> str:

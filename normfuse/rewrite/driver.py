@@ -11,7 +11,7 @@ from torch import fx
 from normfuse.errors import InternalError
 from normfuse.graph import query
 from normfuse.graph.edit import Editor
-from normfuse.graph.graph import Graph
+from normfuse.graph.graph import Graph, Snapshot
 from normfuse.graph.text import render_node
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.rule import Rule
@@ -96,7 +96,7 @@ class _Sweep:
             self.refused.append(Refusal(name, Reason.WRONG, layer=query.layer_of(node)))
             return False
         site = rule.describe(self._graph, match, plan)
-        kept = self._graph.copy() if self._audit is not None else None
+        kept = self._graph.snapshot() if self._audit is not None else None
         _rewrite(rule, match, plan, self._edit)
         if self._audit is not None and kept is not None and not self._audited(rule, name, kept):
             return True
@@ -109,12 +109,12 @@ class _Sweep:
         assert self._audit is not None
         return (rule, name) not in self._wrong and self._audit.allows(rule, name)
 
-    def _audited(self, rule: Rule[Any], name: str, kept: Graph) -> bool:
+    def _audited(self, rule: Rule[Any], name: str, kept: Snapshot) -> bool:
         assert self._audit is not None
-        self._edit.finish()
+        self._edit.clean()  # an audit walks over the nodes: compiling them at every step would take the most time
         if self._audit.accepts(self._graph, rule.name, name):
             return True
-        self._graph.module = kept.module
+        self._graph.restore(kept)
         self._wrong.add((rule.name, name))
         self.undone = True
         return False

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from normfuse.bench.accuracy import Accuracy, Closeness
+from normfuse.bench.accuracy import Closeness, Metric, Score
 from normfuse.bench.comparison import Comparison, Row
 from normfuse.bench.environment import describe_environment
 from normfuse.bench.timing import Timing
@@ -59,14 +60,14 @@ def report() -> dict[str, Any]:
             timing=timing(4.0, 4.0),
             peak_bytes=80_000_000,
             file_bytes=4_000_000,
-            accuracy=Accuracy(96, 100),
+            score=Score(Metric.TOP_1, Fraction(96, 100), 100),
         ),
         Row(
             label="int8",
             timing=timing(2.0, 1.0),
             peak_bytes=70_000_000,
             file_bytes=1_250_000,
-            accuracy=Accuracy(95, 100),
+            score=Score(Metric.TOP_1, Fraction(95, 100), 100),
         ),
     )
     comparison = Comparison(rows=rows, baseline="float", batch=2, threads=1)
@@ -126,6 +127,17 @@ def test_columns_without_a_figure_are_left_out() -> None:
     text = read(render_page(found)).text
     assert "31.2" in text
     assert "p50 ms" not in text
+
+
+def test_the_score_stands_under_its_name() -> None:
+    found = report()
+    row = Row(label="float", score=Score(Metric.MEAN_IOU, Fraction(717, 1000), 40))
+    found["comparison"] = Comparison(rows=(row,), baseline="float", batch=2, threads=1).as_dict()
+    del found["verdict"]
+    text = read(render_page(found)).text
+    assert "mean IoU %" in text
+    assert "71.70" in text
+    assert "top-1" not in text
 
 
 @pytest.mark.parametrize("left_out", list(report()))

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from normfuse.bench.accuracy import Accuracy, Closeness
+from normfuse.bench.accuracy import Closeness, Metric, Score
 from normfuse.bench.comparison import Comparison, Row
 from normfuse.bench.timing import Timing
 from normfuse.bench.verdict import Judgement, Verdict, judge
@@ -26,13 +27,12 @@ def row(
     *,
     rounds: tuple[float, ...] = (2.0, 2.0, 2.0),
     correct: int | None = None,
+    metric: Metric = Metric.TOP_1,
     closeness: Closeness | None = None,
     size: int | None = 100,
 ) -> Row:
-    accuracy = None if correct is None else Accuracy(correct, 1000)
-    return Row(
-        label=label, timing=timing(*rounds), file_bytes=size, peak_bytes=size, accuracy=accuracy, closeness=closeness
-    )
+    score = None if correct is None else Score(metric, Fraction(correct, 1000), 1000)
+    return Row(label=label, timing=timing(*rounds), file_bytes=size, peak_bytes=size, score=score, closeness=closeness)
 
 
 def verdict_of(base: Row, other: Row, *, max_drop: float = 0.5, min_speedup: float = 1.0) -> Judgement:
@@ -84,6 +84,19 @@ def test_slower_or_less_accurate_falls_back_and_says_why_first(
     assert found.verdict is Verdict.FELL_BACK
     assert found.reasons[0].startswith(says)
     assert len(found.reasons) == 2
+
+
+def test_the_score_is_called_by_its_name() -> None:
+    fast = (1.0, 1.0, 1.0)
+    base = row("float", correct=712, metric=Metric.MEAN_IOU)
+    other = row("int8", rounds=fast, correct=709, metric=Metric.MEAN_IOU)
+    assert verdict_of(base, other).reasons[1] == (
+        "mean IoU 70.90 % after 71.20 % on 1000 samples: 0.30 points lost, a drop of 0.50 is allowed"
+    )
+    assert verdict_of(base, other, max_drop=0.25).verdict is Verdict.FELL_BACK
+    found = compared(base, other).as_dict()["rows"]
+    assert [(each["mean_iou"], each["top_1"]) for each in found] == [(71.2, None), (70.9, None)]  # type: ignore[attr-defined]
+    assert compared(base, other).ratios("int8")["drop"] == 0.3
 
 
 def test_noise_around_the_limit_is_not_called_slower() -> None:

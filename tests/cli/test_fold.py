@@ -88,7 +88,8 @@ def test_what_it_shows(run: Run, model: Path, tmp_path: Path) -> None:
     for text in (
         "folds: ",
         "W' = diag(a) W",
-        "left: ",
+        "affines left: ",
+        "norms left: ",
         "norms: batch_norm 2",
         "affines: ",
         "random samples",
@@ -133,6 +134,14 @@ def test_inspect_shows_the_same_before(run: Run, model: Path, tmp_path: Path) ->
     assert before == after
     assert "folds: " in run("inspect", model, "-q").out
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"], "inspect writes nothing"
+
+
+def test_inspect_shows_the_same_with_the_same_options(run: Run, model: Path, tmp_path: Path) -> None:
+    options = ["--calib", tmp_path / "data.npz", "--samples", "3", "--layer-norm", "keep", "--refresh-norms"]
+    before = run("inspect", model, *options, "--json", "-q").found["certificate"]
+    assert before == run("fold", model, *options, "-o", tmp_path / "out", "--json", "-q").found
+    assert before["refreshed"] == 2
+    assert run("inspect", model, "--seed", 7, "--json", "-q").found["certificate"]["samples"]["origin"].endswith("7")
 
 
 def test_data_and_options(run: Run, model: Path, tmp_path: Path) -> None:
@@ -226,3 +235,4 @@ def test_a_fold_that_is_undone_is_exit_code_1(
     x = torch.randn((6, 4), generator=seeded(3))
     loaded = torch.export.load(tmp_path / "out" / "model.pt2").module()
     torch.testing.assert_close(loaded(x), network()(x), rtol=1e-4, atol=1e-4)
+    assert run("inspect", model, "-q").code == 1

@@ -33,6 +33,17 @@ def test_a_whole_artifact_shows_its_report(tmp_path: Path, capsys: pytest.Captur
     assert "verdict: kept" in shown
 
 
+def test_the_score_stands_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    render.comparison(REPORT)
+    assert "top-1" in capsys.readouterr().out
+    row = {**ROW, "top_1": None, "mean_iou": 71.7}
+    render.comparison({"comparison": {"batch": 1, "threads": 1, "baseline": "int8", "rows": [row]}})
+    shown = capsys.readouterr().out
+    assert "IoU" in shown
+    assert "71.70" in shown
+    assert "top-1" not in shown
+
+
 def test_warnings_are_shown_beside_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     render.inspection(inspect_artifact(write(tmp_path, {**REPORT, "warnings": ["array 'y' is not used"]})))
     assert "warning: array 'y' is not used" in capsys.readouterr().out

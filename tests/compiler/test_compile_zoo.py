@@ -15,6 +15,7 @@ from torch import nn
 import normfuse
 from benchmarks.deit import NORMS, deit_small, images
 from examples.zoo.data import make
+from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
 from normfuse.artifact import verify_artifact
 from normfuse.build import write_float
@@ -23,7 +24,7 @@ from normfuse.data.samples import Sample
 from normfuse.recipe import Recipe
 from normfuse.testing import Small, randomized
 
-MODELS = sorted(path.stem for path in WEIGHTS.glob("*.pt2"))
+NAMES = sorted(path.stem for path in WEIGHTS.glob("*.pt2"))
 # Accuracy is judged where it is measured on enough images; elsewhere the quantized engine itself is looked at.
 UNJUDGED = Recipe(benchmark=False, threads=1, max_drop=100.0)
 WITH_A_CONSTANT = {"Mul", "Div", "Sub", "Add"}
@@ -40,7 +41,7 @@ def samples(arrays: np.ndarray[tuple[int, ...], np.dtype[np.float32]], labels: t
 
 
 def of_the_zoo(name: str, split: str, count: int) -> Samples:
-    rows, labels = make(name.partition("_")[0], split, count, 0)
+    rows, labels = make(MODELS[name].task, split, count, 0)
     return samples(rows.numpy(), labels)
 
 
@@ -92,7 +93,7 @@ def check_engine(built: normfuse.compiler.Built, *, layer_norms: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_trained_model_is_folded_and_quantized(name: str, tmp_path: Path) -> None:
     path = WEIGHTS / f"{name}.pt2"
     graph = normfuse.capture(torch.export.load(path))
@@ -126,6 +127,25 @@ def test_unified_norms_keep_their_accuracy_at_three_tenths_of_the_size(tmp_path:
     assert verify_artifact(tmp_path / "out") == []
     assert (tmp_path / "out" / "model.onnx").stat().st_size == quantized["file_bytes"]
     assert quantized["file_bytes"] <= 0.30 * floating["file_bytes"]
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_judged_by_its_mean_iou() -> None:
+    name = "scenes_segmenter_ln"
+    built = normfuse.compile(
+        WEIGHTS / f"{name}.pt2",
+        calibration=of_the_zoo(name, "calib", 128),
+        evaluation=of_the_zoo(name, "test", 500),
+        recipe=Recipe(benchmark=False, threads=1, max_drop=0.5),
+    )
+    verdict = built.report["verdict"]
+    assert verdict["ships"] == "int8"
+    assert any(reason.startswith("mean IoU ") for reason in verdict["reasons"])
+    floating, quantized = built.report["comparison"]["rows"]
+    assert floating["top_1"] is quantized["top_1"] is None
+    assert floating["mean_iou"] > 60
+    assert quantized["mean_iou"] >= floating["mean_iou"] - 0.5
+    assert quantized["ratios"]["drop"] == pytest.approx(floating["mean_iou"] - quantized["mean_iou"], abs=1e-12)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normfuse.data import Samples
 from normfuse.data.samples import Sample
 from normfuse.errors import BadInput, UnsupportedModel
-from normfuse.feeding import bind, fixed_batch, random_samples, stream
+from normfuse.feeding import bind, fixed_batch, random_inputs, random_samples, stream
 from normfuse.graph import Graph, capture
 
 
@@ -63,6 +63,21 @@ def test_the_seed_decides_random_samples() -> None:
     first, again, other = (next(iter(random_samples(graph, seed=seed))).inputs["x"] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("graph", [with_free_length(), of_four()], ids=["any batch", "a fixed batch"])
+def test_random_inputs_are_random_samples_without_numpy(graph: Graph) -> None:
+    found = random_inputs(graph, count=3, seed=1)
+    expected = list(stream(bind(random_samples(graph, seed=1), graph), graph)())[:3]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert [value.dtype for value in ours] == [value.dtype for value in theirs]
+
+
+def test_random_inputs_of_a_type_that_numpy_lacks() -> None:
+    graph = capture(nn.ReLU(), [torch.zeros(2, 3, dtype=torch.bfloat16)])
+    ((value,),) = random_inputs(graph, count=1, seed=0)
+    assert (value.dtype, value.shape) == (torch.bfloat16, (1, 3))
 
 
 def test_a_type_that_numpy_lacks_is_unsupported() -> None:

@@ -39,6 +39,20 @@ def test_a_copy_is_independent() -> None:
     assert torch.equal(graph.run(x)[0], expected)
 
 
+def test_what_was_kept_comes_back() -> None:
+    graph, x = small_graph(), sample(4, 5)
+    before, expected, kept = graph.text(), graph.run(x)[0], graph.snapshot()
+    (linear, *_) = [node for node in graph.nodes if query.is_call(node, ops.LINEAR)]
+    edit = Editor(graph)
+    edit.set_constant(linear, 1, torch.zeros(7, 5), "weight")
+    edit.redirect(linear, edit.call(ops.ADD, linear, 1.0, at=linear, after=True), only=lambda node: node.op == "output")
+    edit.finish()
+    graph.restore(kept)
+    verify(graph)
+    assert graph.text() == before
+    assert torch.equal(graph.run(x)[0], expected)
+
+
 def test_a_copy_shares_the_constants() -> None:
     graph = small_graph()
     addresses = [{tensor.data_ptr() for tensor in each.module.buffers()} for each in (graph, graph.copy())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse import fold
+from normfuse.errors import UnsupportedModel
 from normfuse.folding import Folded
 from normfuse.graph.progression import unfinished_steps
 from normfuse.nn import PRepBN, RepBN
@@ -45,6 +47,10 @@ MODELS: dict[str, Any] = {
 }
 
 
+def traced(model: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(model, sample())  # type: ignore[no-untyped-call, no-any-return]
+
+
 def both(model: nn.Module, folder: Path) -> list[Folded]:
     normfuse.save(model, [sample()], folder / "model.pt2")
     return [fold(model, (sample(),)), fold(folder / "model.pt2")]
@@ -61,6 +67,36 @@ def test_unfinished_it_is_refused_from_module_and_file(name: str, tmp_path: Path
         assert folded.certificate["norms"]["after"] == {"batch_norm": 1}
         assert folded.holds, "what is left is what it was"
         assert distance([folded.module(sample())], [model(sample())]) < 1e-12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfinished_it_stays_refused_however_often_it_is_folded(name: str, tmp_path: Path) -> None:
+    model = randomized(MODELS[name](4)).double()
+    first = fold(model, (sample(),))
+    first.save(tmp_path / "out")
+    second = fold(first.module, (sample(),))
+    second.save(tmp_path / "twice")
+    again = [second, fold(copy.deepcopy(first.module), (sample(),)), fold(second.module, (sample(),))]
+    again += [fold(tmp_path / "out" / "model.pt2"), fold(tmp_path / "twice" / "model.pt2")]
+    for folded in again:
+        assert "progression" in {each["reason"] for each in folded.certificate["left"]}
+        assert folded.certificate["notes"] == first.certificate["notes"]
+        assert folded.certificate["norms"]["after"] == {"batch_norm": 1}
+        assert distance([folded.module(sample())], [model(sample())]) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_unfinished_it_is_refused_as_a_whole_from_torchscript(name: str, tmp_path: Path) -> None:
+    torch.jit.save(traced(randomized(MODELS[name](4)).double()), tmp_path / "model.pt")  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedModel, match="1 PRepBN layers still mix in layer norm"):
+        fold(tmp_path / "model.pt", (sample(),))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_finished_it_folds_from_torchscript(name: str) -> None:
+    assert fold(traced(randomized(MODELS[name](0)).double()), (sample(),)).certificate["norms"]["after"] == {}
 
 
 @pytest.mark.parametrize("name", MODELS)

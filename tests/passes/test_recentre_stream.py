@@ -299,7 +299,7 @@ REFUSALS = [
     pytest.param(
         lambda m, x: m.g(m.b(y := m.f(x))) + F.layer_norm(y, (16, 5)).sum(),
         {},
-        [Reason.STREAM_READER, Reason.ONLINE],
+        [Reason.STREAM_READER, Reason.SEVERAL_AXES],
         id="a norm over tokens too (1)",
     ),
     pytest.param(

@@ -217,6 +217,19 @@ def test_one_affine_alone_may_be_beyond_the_range() -> None:
     assert affines(folded(model, x, largest=8.0)[0]) == 0
 
 
+def test_scales_that_shrink_every_channel_alike_are_a_range_too() -> None:
+    """Writers are multiplied by the inverse of the product so far: 1 / 0.02 per block."""
+    model, x = signed(PostNorm(UnifiedNorm, blocks=4), spread=0.0), sample(2, 6, 4)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, UnifiedNorm):
+                norm.weight.mul_(0.02)
+    graph, report = folded(model, x, largest=8.0)
+    assert affines(graph) > 0
+    assert {refusal.reason for refusal in report.refused} == {Reason.RANGE}
+    assert distance(graph.run(x), [model(x)]) < EXACT
+
+
 @torch.no_grad()
 def test_float16_allows_fewer_octaves() -> None:
     model, x = signed(PostNorm(UnifiedNorm, blocks=8), spread=2.0), sample(2, 6, 4)

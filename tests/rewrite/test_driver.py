@@ -199,3 +199,37 @@ def test_a_node_that_a_rule_removed_is_not_matched_again() -> None:
     apply_rules(graph, [DropBoth(), Seeing()], name="p")
     assert calls(graph) == ["aten.relu.default"]
     assert "relu_1" not in seen
+
+
+class AcceptAll:
+    """An audit that has nothing against any step."""
+
+    def allows(self, rule: str, node: str) -> bool:
+        return True
+
+    def accepts(self, graph: Graph, rule: str, node: str) -> bool:
+        return True
+
+
+def test_audited_steps_are_compiled_once_per_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = list[int]()
+    compile_graph = fx.GraphModule.recompile
+
+    def counted(self: fx.GraphModule) -> Any:
+        compiled[-1] += 1
+        return compile_graph(self)
+
+    def many(x: torch.Tensor, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            x = x.relu()
+        return x
+
+    for steps in (2, 9):
+        graph = capture(Small(lambda m, x, steps=steps: many(x, steps)), (torch.ones(2, 3),))
+        compiled.append(0)
+        with monkeypatch.context() as patched:
+            patched.setattr(fx.GraphModule, "recompile", counted)
+            report = apply_rules(graph, [ReluIsTanh()], name="trial", audit=AcceptAll())
+        assert report.applied == {"relu-is-tanh": steps}
+        assert not any(query.is_call(node, ops.RELU) for node in graph.nodes)
+    assert compiled[0] == compiled[1]

@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.zoo import data, glyphs
+from examples.zoo import data, glyphs, scenes
 
 
 def pictures(images: Tensor) -> set[bytes]:
     return {image.numpy().tobytes() for image in images}
 
 
-@pytest.mark.parametrize(("task", "size"), [("glyphs", 48), ("digits", 8)])
+@pytest.mark.parametrize(("task", "size", "classes"), [("glyphs", 48, 62), ("digits", 8, 10), ("glyph-scenes", 64, 9)])
 @pytest.mark.parametrize("split", data.SPLITS)
-def test_shapes_types_and_ranges(task: str, size: int, split: str) -> None:
+def test_shapes_types_and_ranges(task: str, size: int, classes: int, split: str) -> None:
     images, labels = data.make(task, split, 70, 3)
     assert (images.shape, images.dtype) == ((70, 1, size, size), torch.float32)
-    assert (labels.shape, labels.dtype) == ((70,), torch.int64)
+    assert (labels.shape, labels.dtype) == ((70, size, size) if task == "glyph-scenes" else (70,), torch.int64)
     assert bool(images.isfinite().all())
     assert float(images.abs().max()) <= 4.0
     assert float(images.std()) > 0.3
     assert int(labels.min()) >= 0
-    assert int(labels.max()) < (62 if task == "glyphs" else 10)
+    assert int(labels.max()) < classes
 
 
 @pytest.mark.parametrize("task", data.TASKS)
@@ -49,18 +49,49 @@ def test_fewer_are_the_first_of_more(task: str) -> None:
     assert torch.equal(few[1], more[1][:10])
 
 
-def test_glyphs_of_different_splits_seeds_and_chunks_differ() -> None:
-    parts = [data.make("glyphs", split, 300, seed)[0] for split in data.SPLITS for seed in (0, 1)]
+@pytest.mark.parametrize("task", list(data.RENDERERS))
+def test_drawn_images_of_different_splits_seeds_and_chunks_differ(task: str) -> None:
+    parts = [data.make(task, split, 300, seed)[0] for split in data.SPLITS for seed in (0, 1)]
     assert len(set().union(*map(pictures, parts))) == 300 * len(parts)
 
 
-def test_training_steps_never_draw_calibration_or_test_images() -> None:
-    drawn = {glyphs.seed_of("glyphs", "train", seed, f"step {step}") for seed in range(3) for step in range(10_000)}
-    kept = {
-        glyphs.seed_of("glyphs", split, seed, 256 * n) for split in data.SPLITS for seed in range(9) for n in range(99)
-    }
+@pytest.mark.parametrize("task", list(data.RENDERERS))
+def test_training_steps_never_draw_calibration_or_test_images(task: str) -> None:
+    drawn = {glyphs.seed_of(task, "train", seed, f"step {step}") for seed in range(3) for step in range(10_000)}
+    kept = {glyphs.seed_of(task, split, seed, 256 * n) for split in data.SPLITS for seed in range(9) for n in range(99)}
     assert not drawn & kept
     assert len(kept) == 3 * 9 * 99
+
+
+def test_scenes_show_every_class_and_mostly_ground() -> None:
+    _, labels = data.make("glyph-scenes", "calib", 200, 0)
+    shares = torch.bincount(labels.flatten(), minlength=9) / labels.numel()
+    assert 0.6 < float(shares[scenes.BACKGROUND]) < 0.85
+    assert float(shares[1:].min()) > 0.02
+    shown = [len(set(scene.unique().tolist()) - {scenes.BACKGROUND}) for scene in labels]
+    assert min(shown) >= 1
+    assert max(shown) == scenes.MOST
+
+
+def test_characters_of_a_scene_lie_where_their_label_says() -> None:
+    images, labels = scenes.render(64, 5)
+    for image, label in zip(images[:, 0], labels, strict=True):
+        ground = image[label == scenes.BACKGROUND]
+        middle, spread = ground.mean(), ground.std()
+        # Ink is at least 0.35 away from a level of which noise and texture are a small part.
+        inside = (image[label != scenes.BACKGROUND] - middle).abs().mean()
+        assert inside > 1.2 * spread
+
+
+def test_later_characters_cover_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    ink, order = torch.zeros(50, 1, scenes.SIZE, scenes.SIZE), iter(range(scenes.MOST))
+    ink[:, :, 10:20, 30:37] = 1.0
+    monkeypatch.setattr(scenes, "_characters", lambda dice: (torch.full((50,), next(order)), ink))
+    _, labels = scenes.render(50, 5)
+    inside = labels[:, 10:20, 30:37].flatten(1)
+    assert bool((inside == inside[:, :1]).all())
+    assert set(inside.unique().tolist()) == set(range(scenes.LEAST, scenes.MOST + 1))  # class n is the nth drawn
+    assert int(labels.count_nonzero()) == 50 * 70
 
 
 def test_digits_are_cut_once() -> None:

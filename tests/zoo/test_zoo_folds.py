@@ -5,15 +5,16 @@ import torch
 
 import normfuse
 from examples.zoo.data import make
+from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
 
-MODELS = sorted(path.stem for path in WEIGHTS.glob("*.pt2"))
+NAMES = sorted(path.stem for path in WEIGHTS.glob("*.pt2"))
 FROZEN = ("bn", "un", "prepbn", "post")
 IMAGES = 300
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folded_model_answers_as_before(name: str) -> None:
     path = WEIGHTS / f"{name}.pt2"
     folded = normfuse.fold(path)
@@ -22,9 +23,11 @@ def test_a_folded_model_answers_as_before(name: str) -> None:
     assert folded.certificate["affines"]["left"] == 0
     if name.endswith(FROZEN):
         assert folded.certificate["norms"]["after"] == {}
-    images, _ = make(name.partition("_")[0], "test", IMAGES, 1)
+    images, _ = make(MODELS[name].task, "test", IMAGES, 1)
     original = torch.export.load(str(path)).module()
     with torch.no_grad():
         expected, found = original(images), folded.module(images)
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    # Of a million pixels a few have two classes that are equally likely to the last place.
+    flipped = (found.argmax(1) != expected.argmax(1)).double().mean()
+    assert flipped <= (1e-5 if MODELS[name].task == "glyph-scenes" else 0)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
