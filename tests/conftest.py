@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from normfuse.testing import Golden
 
@@ -18,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    settings.register_profile("normfuse", deadline=None)  # a first call imports; time is for benchmarks
+    settings.load_profile("normfuse")
     if config.getoption("--update-golden") and os.environ.get("CI"):
         raise pytest.UsageError("CI never writes goldens: review them and commit them")
 
