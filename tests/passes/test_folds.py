@@ -428,6 +428,21 @@ CASES = {
     "the product written as matmul": Case(
         lambda m, x: m.n(x) @ m.w, (4, 5), lambda: {"n": nn.BatchNorm1d(5), "w": vector(5, 3)}, before=1
     ),
+    "the product with a transposed matrix": Case(
+        lambda m, x: m.n(x) @ m.w.T, (4, 5), lambda: {"n": nn.BatchNorm1d(5), "w": vector(3, 5)}, before=1
+    ),
+    "the product with a matrix repeated": Case(
+        lambda m, x: m.n(x) @ m.w.T.expand(x.shape[0], 7, 3),
+        (4, 5, 7),
+        lambda: {"n": nn.LayerNorm(7), "w": vector(3, 7)},
+        before=1,
+    ),
+    "the product written as einsum": Case(
+        lambda m, x: m.n(torch.einsum("bcn,oc->bon", x, m.w)),
+        (4, 5, 7),
+        lambda: {"n": nn.BatchNorm1d(3), "w": vector(3, 5)},
+        after=1,
+    ),
     "addmm with one bias for all": Case(
         lambda m, x: m.n(torch.addmm(m.b, x, m.w)),
         (4, 5),
@@ -438,7 +453,7 @@ CASES = {
         lambda m, x: m.n(torch.addmm(m.b, x, m.w, beta=0.5, alpha=2)),
         (4, 5),
         lambda: {"n": nn.BatchNorm1d(3), "w": vector(5, 3), "b": vector(3)},
-        left=1,
+        after=1,
     ),
     "an unbatched convolution": Case(
         lambda m, x: m.f(x[0] * m.s), (1, 3, 9), lambda: {"f": nn.Conv1d(3, 4, 2), "s": vector(3, 1)}, before=1
