@@ -50,7 +50,7 @@ class Canonicalize(Pass):
     5. A linear map's constant bias becomes one number per output; one that differs between rows is added behind it.
     6. A convolution that does not say its number of axes (traced models have them) becomes conv1d, conv2d, conv3d or
        their transpose; every batch norm with given statistics becomes the one that never trains.
-    7. A convolution's padding given as a word becomes numbers; padding that is not the same on both sides stays.
+    7. A convolution's padding given as a word becomes numbers; what is more on one side is padded in front of it.
 
     Exact: not one arithmetic operation changes (4 and 5 keep product and sum).
     """
@@ -120,34 +120,38 @@ class BatchNormNeverTrains(Rule[list[Any]]):
 
 @dataclass(frozen=True, slots=True)
 class _Padding:
-    padding: list[int]
+    """What both sides of every spatial axis get, and what its end gets besides, one number or none."""
+
+    both: list[int]
+    more: list[int]
     dilation: list[int]
 
 
 class PaddingIsNumbers(Rule[_Padding]):
-    """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2) (7)."""
+    """conv(x, padding="same") = conv(x, padding=dilation * (kernel - 1) / 2), an odd zero at the end (7)."""
 
     name: ClassVar[str] = "padding-is-numbers"
     pattern = call(*PADDED_BY_WORD)
 
-    def plan(self, graph: Graph, match: Match) -> _Padding | None:
-        """Return padding and dilation of every spatial axis, where both sides get the same padding."""
+    def plan(self, graph: Graph, match: Match) -> _Padding:
+        """Return padding and dilation of every spatial axis."""
         kernel = [int(size) for size in query.shape(match.root.args[1])[2:]]  # type: ignore[arg-type]
         given = [int(step) for step in query.argument(match.root, 5, "dilation", [1])]
         dilation = given * len(kernel) if len(given) == 1 else given
-        if query.argument(match.root, 4, "padding", "valid") == "valid":
-            return _Padding([0] * len(kernel), dilation)
-        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        return _Padding([both // 2 for both in total], dilation) if all(both % 2 == 0 for both in total) else None
+        is_valid = query.argument(match.root, 4, "padding", "valid") == "valid"
+        total = [0 if is_valid else step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return _Padding([zeros // 2 for zeros in total], [zeros % 2 for zeros in total], dilation)
 
     def rewrite(self, match: Match, plan: _Padding, edit: Editor) -> None:
         """Call the overload that takes numbers."""
         node = match.root
         x, weight, bias = *node.args[:2], query.argument(node, 2, "bias")
-        stride = query.argument(node, 3, "stride", [1] * len(plan.padding))
+        if any(plan.more):  # as torch does it, so that not one sum changes
+            ends = [number for more in reversed(plan.more) for number in (0, more)]
+            x = edit.call(ops.PAD, x, ends, at=node)
+        stride = query.argument(node, 3, "stride", [1] * len(plan.both))
         groups = query.argument(node, 6, "groups", 1)
-        target = PADDED_BY_WORD[node.target]
-        edit.replace(node, target, x, weight, bias, stride, plan.padding, plan.dilation, groups)
+        edit.replace(node, PADDED_BY_WORD[node.target], x, weight, bias, stride, plan.both, plan.dilation, groups)
 
 
 CALL_RULES: Final[tuple[Rule[Any], ...]] = (

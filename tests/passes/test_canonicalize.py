@@ -94,22 +94,24 @@ def test_what_changes_something_stays(function: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("padding", "kernel", "dilation", "expected"),
+    ("padding", "kernel", "dilation", "both", "ends"),
     [
-        pytest.param("same", (3, 5), (1, 1), [1, 2], id="same"),
-        pytest.param("same", (3, 4), (2, 2), [2, 3], id="an even kernel, dilated evenly"),
-        pytest.param("valid", (2, 3), (1, 1), [0, 0], id="valid"),
-        pytest.param("same", (2, 3), (1, 1), None, id="more on one side: left"),
+        pytest.param("same", (3, 5), (1, 1), [1, 2], [], id="same"),
+        pytest.param("same", (3, 4), (2, 2), [2, 3], [], id="an even kernel, dilated evenly"),
+        pytest.param("valid", (2, 3), (1, 1), [0, 0], [], id="valid"),
+        pytest.param("same", (2, 3), (1, 1), [0, 1], [[0, 0, 0, 1]], id="one more row"),
+        pytest.param("same", (3, 4), (1, 3), [1, 4], [[0, 1, 0, 0]], id="one more column"),
+        pytest.param("same", (6, 4), (1, 1), [2, 1], [[0, 1, 0, 1]], id="one more of both"),
     ],
 )
-def test_padding_by_a_word(padding: str, kernel: Any, dilation: Any, expected: list[int] | None) -> None:
+def test_padding_by_a_word(padding: str, kernel: Any, dilation: Any, both: list[int], ends: list[list[int]]) -> None:
     conv = nn.Conv2d(4, 6, kernel, padding=padding, dilation=dilation, groups=2).double()
     x = sample(2, 4, 9, 8)
     graph = capture(conv, (x,))
     Canonicalize().run(graph)
-    found = [list(node.args[4]) for node in graph.nodes if query.is_call(node, ops.CONV2D)]  # type: ignore[arg-type]
-    assert found == ([] if expected is None else [expected])
-    assert distance(graph.run(x), [conv(x)]) < 1e-15
+    assert [list(node.args[4]) for node in graph.nodes if query.is_call(node, ops.CONV2D)] == [both]  # type: ignore[arg-type]
+    assert [list(node.args[1]) for node in graph.nodes if query.is_call(node, ops.PAD)] == ends  # type: ignore[arg-type]
+    assert distance(graph.run(x), [conv(x)]) == 0
 
 
 TRACED = [

@@ -107,6 +107,18 @@ CASES = {
         lambda: {"f": nn.Conv2d(3, 4, 3, padding="same", bias=False), "n": nn.BatchNorm2d(4)},
         after=1,
     ),
+    "bn2d behind a conv padded more at the end": Case(
+        lambda m, x: m.n(m.f(x)),
+        (2, 3, 6, 5),
+        lambda: {"f": nn.Conv2d(3, 4, (3, 4), padding="same"), "n": nn.BatchNorm2d(4)},
+        after=1,
+    ),
+    "bn2d before a conv padded more at the end": Case(
+        lambda m, x: m.f(m.n(x)),
+        (2, 3, 6, 5),
+        lambda: {"f": nn.Conv2d(3, 4, (3, 4), padding="same"), "n": nn.BatchNorm2d(3)},
+        left=1,
+    ),
     "bn2d behind a conv with reflected padding": Case(
         lambda m, x: m.n(m.f(x)),
         (2, 3, 6, 5),
