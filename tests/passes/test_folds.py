@@ -318,7 +318,7 @@ CASES = {
         left=1,
     ),
     "the stream reads the norm": Case(
-        lambda m, x: (y := m.n(x)) + m.f(y),
+        lambda m, x: (y := m.n(x)) + m.f(y).relu(),
         (2, 7, 5),
         lambda: {"n": UnifiedNorm(5), "f": nn.Linear(5, 5)},
         before=1,
