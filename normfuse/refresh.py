@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,10 @@ class _EnoughSeen(Exception):
 def refresh_norms(graph: Graph, samples: Stream, *, total: int, progress: Progress) -> int:
     """Replace mean and variance of every batch norm by those of its input over all samples; return their number.
 
+    A norm that is called several times is one norm: it gets the mean of its calls' means and variances, every call
+    counted once, which is what PyTorch accumulates (momentum None). Where its calls stand behind each other, what
+    stands between them sees the mean of the calls in front.
+
     A norm behind another sees what the refreshed one makes, so there is one run over the samples per norm in a row
     (methods 2.3 does it in one, with batch statistics that depend on how samples meet; this is ours). The result
     depends neither on the order nor on the batches of the samples. The graph is changed in place.
@@ -70,14 +74,25 @@ def refresh_norms(graph: Graph, samples: Stream, *, total: int, progress: Progre
         BadInput: there are no samples, or a norm's input is not finite.
     """
     levels = _levels(graph)
+    calls = _calls_by_norm(norm for norms in levels for norm in norms)
+    statistics: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     with progress.task("refreshing batch norms", total=len(levels) * total) as advance:
         for norms in levels:
             moments = {norm: _Moments(query.constant(graph, norm.args[3]).double()) for norm in norms}  # type: ignore[arg-type]
             for sample in samples():
                 _observe(graph, sample, moments)
                 advance(1)
-            _write(graph, moments)
-    return sum(map(len, levels))
+            statistics |= {norm: _statistics(norm, seen) for norm, seen in moments.items()}
+            _write(graph, [norm for norm in calls if not moments.keys().isdisjoint(norm)], statistics)
+    return len(calls)
+
+
+def _calls_by_norm(norms: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """Return the calls of each norm: those that read the same two statistics."""
+    calls: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for norm in norms:
+        calls.setdefault(norm.args[3:5], []).append(norm)
+    return list(calls.values())
 
 
 def _levels(graph: Graph) -> list[list[fx.Node]]:
@@ -110,15 +125,24 @@ def _observe(graph: Graph, sample: Sequence[Tensor], moments: dict[fx.Node, _Mom
         return
 
 
-def _write(graph: Graph, moments: dict[fx.Node, _Moments]) -> None:
+def _statistics(norm: fx.Node, seen: _Moments) -> tuple[Tensor, Tensor]:
+    if not seen.count:
+        raise BadInput("there are no samples to refresh the batch norms with", expected="calibration samples")
+    mean, variance = seen.statistics()
+    if not bool(mean.isfinite().all() and variance.isfinite().all()):
+        raise BadInput("a batch norm's input is not finite", where=query.layer_of(norm) or norm.name)
+    return mean, variance
+
+
+def _write(graph: Graph, norms: Sequence[Sequence[fx.Node]], statistics: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+    """Give all calls of a norm the mean of what those seen so far have shown."""
     with editing(graph) as edit:
-        for norm, seen in moments.items():
-            if not seen.count:
-                raise BadInput("there are no samples to refresh the batch norms with", expected="calibration samples")
-            mean, variance = seen.statistics()
-            if not bool(mean.isfinite().all() and variance.isfinite().all()):
-                raise BadInput("a batch norm's input is not finite", where=query.layer_of(norm) or norm.name)
-            dtype = query.dtype(norm.args[3])  # type: ignore[arg-type]
-            label = query.layer_of(norm) or norm.name
-            edit.set_constant(norm, 3, mean.to(dtype), f"{label}.running_mean")
-            edit.set_constant(norm, 4, variance.to(dtype), f"{label}.running_var")
+        for calls in norms:
+            shown = [statistics[call] for call in calls if call in statistics]
+            first, *others = calls
+            label, dtype = query.layer_of(first) or first.name, query.dtype(first.args[3])  # type: ignore[arg-type]
+            for position, values, name in zip((3, 4), zip(*shown, strict=True), ("mean", "var"), strict=True):
+                mean = torch.stack(values).mean(0).to(dtype)
+                edit.set_constant(first, position, mean, f"{label}.running_{name}")
+                for other in others:
+                    edit.set_argument(other, position, first.args[position])

@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Pass
 from normfuse.report import PassReport
@@ -55,7 +55,7 @@ class ComputeConstant(Rule[Tensor]):
         sources = node.all_input_nodes
         if node.op != "call_function" or not all(query.is_constant(source) for source in sources):
             return None
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if not isinstance(node.target, torch._ops.OpOverload) or _is_random(node.target):
             return None
         size = sum(query.constant(graph, source).numel() for source in sources)
         if not query.is_tensor(node) or node.meta["val"].numel() > max(self._largest_growth * size, SMALL):
@@ -71,3 +71,8 @@ class ComputeConstant(Rule[Tensor]):
     def rewrite(self, match: Match, plan: Tensor, edit: Editor) -> None:
         """Put the constant in the call's place."""
         edit.redirect(match.root, edit.constant(plan, match.root.name, like=match.root))
+
+
+def _is_random(target: torch._ops.OpOverload) -> bool:
+    """Return whether an operator draws numbers; dropout does not in eval mode (docs/invariants.md)."""
+    return target is not ops.DROPOUT and torch.Tag.nondeterministic_seeded in target.tags

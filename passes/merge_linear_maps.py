@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
+from normfuse.graph.affine import AFFINE, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
-from normfuse.report import PassReport
+from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Audit, Match, Rule, anything, apply_rules, call
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
@@ -23,12 +24,14 @@ __all__ = ["MergeLinearMaps"]
 class MergeLinearMaps(Pass):
     """Make one linear map of two.
 
-        1.  W x + b + V x + d          ->  (W + V) x + (b + d)      parallel branches (RepVGG's, for example)
+        1.  W x + b + s (V x + d)      ->  (W + s V) x + (b + s d)  parallel branches (RepVGG's, for example)
         2.  W x + b + s B (A x)        ->  (W + s B A) x + b        adapters (LoRA) beside their base
         3.  V (W x + b) + d            ->  V W x + (V b + d)        a chain, where one map costs less than two
+        4.  W x + b + s (a x + c)      ->  (W + s diag(a)) x + ...  an affine of x is a linear map as well
 
-    Linear maps, and convolutions without groups: in 1 with the same stride and dilation and kernels about the same
-    centre, in 2 and 3 a kernel followed by one of size 1. Nobody else reads what goes. Exact in real arithmetic.
+    Linear maps, and convolutions without groups: in 1 and 4 with the same stride and dilation and kernels about the
+    same centre, in 2 and 3 a kernel followed by one of size 1. Nobody else reads what goes, one map is not more work
+    than those it stands for, and its constants fit into their type. Exact in real arithmetic.
     """
 
     name: ClassVar[str] = "merge-linear-maps"
@@ -49,30 +52,38 @@ class _Merged:
     linear: LinearMap
 
 
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A linear map of ``x`` that a sum reads; ``node`` calls it (an affine of x has none), ``work`` is its price."""
+
+    x: fx.Node
+    linear: LinearMap
+    node: fx.Node | None
+    work: int
+
+    @property
+    def area(self) -> int:
+        """The number of taps of its kernel."""
+        return prod(self.linear.weight.shape[2:])
+
+
 class SumOfLinearMaps(Rule[_Merged]):
-    """Two linear maps of one tensor, one of them perhaps in two steps, are one (1, 2)."""
+    """Two linear maps of one tensor, one of them perhaps in two steps or an affine, are one (1, 2, 4)."""
 
     name: ClassVar[str] = "sum-of-linear-maps"
-    pattern = call(ops.ADD, args=(anything("left"), anything("right")))
+    pattern = call(ops.ADD, ops.SUB, args=(anything("left"), anything("right")))
 
-    def plan(self, graph: Graph, match: Match) -> _Merged | None:
-        """Return the sum."""
-        if match.root.kwargs or match["left"] is match["right"]:
+    def plan(self, graph: Graph, match: Match) -> _Merged | Refusal | None:
+        """Return the sum, or why two maps of one tensor cannot be one."""
+        alpha = match.root.kwargs.get("alpha", 1)
+        found = _branches(graph, match["left"], match["right"])
+        if found is None or not isinstance(alpha, (int, float)):
             return None
-        left, right = (_branch(graph, match[name]) for name in ("left", "right"))
-        if left is None or right is None or left.node.args[0] is not right.node.args[0]:
-            return None
-        if left.linear.outputs != right.linear.outputs or left.node.target is not right.node.target:
-            return None
-        large, small = (left, right) if _area(left) >= _area(right) else (right, left)
-        weight = _widened(large, small)
-        if weight is None:
-            return None
-        biases = [branch.linear.bias.double() for branch in (large, small) if branch.linear.bias is not None]
-        dtype = large.linear.weight.dtype
-        bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
-        total = replace(large.linear, weight=(large.linear.weight.double() + weight).to(dtype), bias=bias)
-        return _Merged(large.node, total) if total.is_finite else None
+        if any(query.only_reader(match[name]) is None for name in ("left", "right")):
+            return _refusal(match.root, Reason.SHARED)
+        left, right = found
+        total = _total(left, right, -alpha if match.root.target is ops.SUB else alpha)
+        return _refusal(match.root, total) if isinstance(total, Reason) else total
 
     def rewrite(self, match: Match, plan: _Merged, edit: Editor) -> None:
         """Let one map compute both."""
@@ -81,7 +92,11 @@ class SumOfLinearMaps(Rule[_Merged]):
     def describe(self, graph: Graph, match: Match, plan: _Merged) -> dict[str, str]:
         """Say which layers became one."""
         merged = [query.layer_of(match[name]) or match[name].name for name in ("left", "right")]
-        return _site(" + ".join(merged), plan.node, "(W + V) x + (b + d)")
+        return _site(" + ".join(merged), plan.node, "(W + s V) x + (b + s d)")
+
+
+def _refusal(node: fx.Node, reason: Reason) -> Refusal:
+    return Refusal(node.name, reason, layer=query.layer_of(node))
 
 
 class ChainOfLinearMaps(Rule[_Merged]):
@@ -125,17 +140,66 @@ def _site(what: str, into: fx.Node, formula: str) -> dict[str, str]:
     return {"affine": what, "into": query.layer_of(into) or into.name, "formula": formula}
 
 
-def _branch(graph: Graph, node: object) -> _Merged | None:
-    """Return the linear map of a branch that only the sum reads, two steps taken as one."""
-    if not query.is_call(node, ops.LINEAR, *ops.CONVOLUTIONS) or query.only_reader(node) is None:  # type: ignore[arg-type]
+def _branches(graph: Graph, left: object, right: object) -> tuple[_Branch, _Branch] | None:
+    """Return the two branches of a sum if they are maps of one tensor and of one kind."""
+    found = [_branch(graph, operand) for operand in (left, right)]
+    given = found[0] or found[1]
+    if left is right or given is None:
         return None
-    assert isinstance(node, fx.Node)
-    linear, inner = read_linear_map(graph, node), node.args[0]
-    if linear is None or linear.groups > 1:
+    one, other = (
+        branch or _diagonal(graph, operand, given) for branch, operand in zip(found, (left, right), strict=True)
+    )
+    if one is None or other is None or one.x is not other.x or one.linear.outputs != other.linear.outputs:
         return None
-    if isinstance(inner, fx.Node) and (chained := _chain(graph, inner, node)) is not None:
-        return _Merged(inner, chained)
-    return _Merged(node, linear)
+    kinds = {branch.node.target for branch in (one, other) if branch.node is not None}
+    return (one, other) if len(kinds) == 1 else None
+
+
+def _branch(graph: Graph, node: object) -> _Branch | None:
+    """Return the linear map of a branch, two steps taken as one."""
+    if not isinstance(node, fx.Node) or not query.is_call(node, ops.LINEAR, *ops.CONVOLUTIONS):
+        return None
+    linear, x = read_linear_map(graph, node), node.args[0]
+    if linear is None or not isinstance(x, fx.Node):
+        return None
+    inner = read_linear_map(graph, x)
+    if inner is not None and (chained := _chain(graph, x, node)) is not None:
+        return _Branch(x.args[0], chained, x, linear.weight.numel() + inner.weight.numel())  # type: ignore[arg-type]
+    return _Branch(x, linear, node, linear.weight.numel())
+
+
+def _diagonal(graph: Graph, node: object, beside: _Branch) -> _Branch | None:
+    """Return an affine of x as a map of the kind that stands beside it, with a kernel of size 1."""
+    if not isinstance(node, fx.Node) or not query.is_call(node, AFFINE) or node.args[0] is not beside.x:
+        return None
+    found, linear = read_affine(graph, node), beside.linear
+    if not found.is_uniform and found.axis != linear.input_axis:
+        return None
+    matrix = found.scale.expand(linear.inputs).diag()
+    weight = matrix.reshape(*matrix.shape, *[1] * (linear.weight.ndim - 2))
+    shift = found.shift.expand(linear.inputs)
+    return _Branch(beside.x, LinearMap(weight, shift, linear.input_axis, linear.output_axis), None, 0)
+
+
+def _total(left: _Branch, right: _Branch, factor: float) -> _Merged | Reason:
+    """Return ``left + factor * right``, computed in float64 and rounded once."""
+    if left.linear.groups > 1 or right.linear.groups > 1:
+        return Reason.GROUPED
+    large, small = sorted((left, right), key=lambda branch: (branch.area, branch.node is not None), reverse=True)
+    sides = _sides(large, small)
+    if sides is None:
+        return Reason.GEOMETRY
+    if large.linear.weight.numel() > left.work + right.work:
+        return Reason.MORE_WORK
+    weights, biases = list[Tensor](), list[Tensor]()
+    for branch, number in ((left, 1.0), (right, factor)):
+        weights.append(number * F.pad(branch.linear.weight.double(), sides if branch is small else [0] * len(sides)))
+        biases += [] if branch.linear.bias is None else [number * branch.linear.bias.double()]
+    dtype = query.dtype(large.x)
+    bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
+    total = replace(large.linear, weight=(weights[0] + weights[1]).to(dtype), bias=bias)
+    assert large.node is not None  # an affine comes last among kernels of size 1
+    return _Merged(large.node, total) if total.is_finite else Reason.OVERFLOW
 
 
 def _chain(graph: Graph, inner_node: fx.Node, outer_node: fx.Node) -> LinearMap | None:
@@ -162,34 +226,27 @@ def _is_pointwise(node: fx.Node, linear: LinearMap) -> bool:
     return prod(linear.weight.shape[2:]) == 1 and all(step == 1 for step in steps) and not linear.pads_with_zeros
 
 
-def _area(branch: _Merged) -> int:
-    return prod(branch.linear.weight.shape[2:])
-
-
-def _settings(node: fx.Node, spatial: int) -> tuple[list[int], list[int], list[int]]:
-    """Return stride, padding and dilation, one number per spatial axis."""
+def _settings(node: fx.Node | None, spatial: int) -> list[tuple[int, int, int]]:
+    """Return stride, padding and dilation of every spatial axis."""
     found = []
     for index, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1)):
-        given = query.argument(node, index, name, default)
+        given = default if node is None else query.argument(node, index, name, default)
         numbers = [int(number) for number in given] if isinstance(given, (list, tuple)) else [int(given)]
         found.append(numbers * spatial if len(numbers) == 1 else numbers)
-    return found[0], found[1], found[2]
+    return list(zip(*found, strict=True))
 
 
-def _widened(large: _Merged, small: _Merged) -> Tensor | None:
-    """Return the smaller kernel in float64 in the middle of one of the larger one's size, or None."""
-    spatial = large.linear.weight.ndim - 2
-    if spatial <= 0:
-        return small.linear.weight.double()
-    stride, padding, dilation = _settings(large.node, spatial)
-    other_stride, other_padding, other_dilation = _settings(small.node, spatial)
+def _sides(large: _Branch, small: _Branch) -> list[int] | None:
+    """Return what puts the smaller kernel in the middle of the larger one, as ``pad`` takes it, or None."""
+    shape, other_shape = large.linear.weight.shape[2:], small.linear.weight.shape[2:]
     sides: list[int] = []
-    for axis in reversed(range(spatial)):
-        difference = large.linear.weight.shape[2 + axis] - small.linear.weight.shape[2 + axis]
-        has_dilation = small.linear.weight.shape[2 + axis] > 1
-        fits = difference >= 0 and difference % 2 == 0 and stride[axis] == other_stride[axis]
-        fits = fits and (not has_dilation or dilation[axis] == other_dilation[axis])
-        if not fits or padding[axis] - other_padding[axis] != dilation[axis] * (difference // 2):
+    for size, other, settings, other_settings in zip(
+        shape, other_shape, _settings(large.node, len(shape)), _settings(small.node, len(shape)), strict=True
+    ):
+        (stride, padding, dilation), (other_stride, other_padding, other_dilation) = settings, other_settings
+        around, odd = divmod(size - other, 2)
+        fits = around >= 0 and not odd and stride == other_stride and (other == 1 or dilation == other_dilation)
+        if not fits or padding - other_padding != dilation * around:
             return None
-        sides += [difference // 2] * 2
-    return F.pad(small.linear.weight.double(), sides)
+        sides = [around, around, *sides]  # `pad` begins with the last axis
+    return sides

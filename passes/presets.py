@@ -28,8 +28,8 @@ __all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "ROTATE", "folds"]
 PLAIN: Final = Phase(
     "canonical",
     (
+        FoldConstants(),  # gamma / sqrt(var + eps) becomes one constant, and x @ W.T a product with one
         Canonicalize(),  # rules below know one spelling per operation
-        FoldConstants(),  # gamma / sqrt(var + eps) written out in the model becomes one constant
         RecognizeNorms(),  # before the sums and products it is spelled with are taken for affines
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from torch import fx
 
@@ -17,6 +17,12 @@ __all__ = ["RecognizeNorms"]
 
 ATEN = ops.ATEN
 
+VARIANCES: Final = (ATEN.var.correction, ATEN.var.dim)
+VARIANCES_AND_MEANS: Final = (ATEN.var_mean.correction, ATEN.var_mean.dim)
+
+DEEPEST: Final = 4
+"""Calls behind each other that are compared: x - mean(x), and the views that x is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecognizeNorms(Pass):
@@ -28,12 +34,15 @@ class RecognizeNorms(Pass):
         before   x / sqrt(mean(x^2) + eps)
         after    rms_norm(x; eps)
 
-    1. Quotients may be products with rsqrt or with the power -1/2; squares products, powers or `square`.
+    1. Quotients may be products with rsqrt, with the power -1/2 or with one over the root; squares products, powers
+       or `square`; variance and mean may come from `var_mean`. What is written twice may be computed twice.
     2. The means are over the same single axis, kept; an axis that is not the last one is turned there and back. Its
        size is known: no norm over the samples.
     3. eps is a number; the variance is the biased one; the means are of the tensor's own type.
 
-    gamma and beta stay behind as a product and a sum: they are affines. Exact in real arithmetic.
+    gamma and beta stay behind as a product and a sum: they are affines. Exact in real arithmetic. Not known: a sum over
+    a width in place of a mean, mean(x^2) - mean(x)^2 as a variance, eps in a clamp or outside the root, a statistic of
+    another type than what it divides.
     """
 
     name: ClassVar[str] = "recognize-norms"
@@ -86,6 +95,8 @@ class SpelledOutNorm(Rule[_Norm]):
 
 def _under_root(node: Any, *, inverted: bool) -> tuple[fx.Node, float] | None:
     """Return what the root is taken of, without eps, and eps."""
+    if inverted and (root := _one_over(node)) is not None:
+        return _under_root(root, inverted=False)
     roots = (ATEN.rsqrt.default,) if inverted else (ATEN.sqrt.default,)
     is_power = query.is_call(node, ATEN.pow.Tensor_Scalar) and node.args[1] == (-0.5 if inverted else 0.5)
     if not (query.is_call(node, *roots) or is_power):
@@ -97,11 +108,18 @@ def _under_root(node: Any, *, inverted: bool) -> tuple[fx.Node, float] | None:
     return next(((moment, float(eps)) for moment, eps in pairs if isinstance(eps, (int, float))), None)
 
 
+def _one_over(node: Any) -> Any:
+    """Return what ``node`` is one over (1 / x is a reciprocal, times one), or None."""
+    if query.is_call(node, ops.MUL) and node.args[1] == 1:
+        node = node.args[0]
+    return node.args[0] if query.is_call(node, ATEN.reciprocal.default) else None
+
+
 def _norm(numerator: Any, moment: fx.Node, eps: float) -> _Norm | None:
-    mean_of = _centred(numerator)
-    if query.is_call(moment, ATEN.var.correction, ATEN.var.dim) and mean_of is not None:
-        x, axis = mean_of
-        return _Norm(x, axis, eps, True) if _is_variance(moment, x, axis) else None
+    mean_of, variance_of = _centred(numerator), _variance(moment)
+    if variance_of is not None:
+        is_own = mean_of is not None and mean_of[1] == variance_of[1] and _same(mean_of[0], variance_of[0])
+        return _Norm(*variance_of, eps, True) if is_own else None
     found = _mean(moment)
     if found is None or not _same(_squared(found[0]), numerator):
         return None
@@ -111,23 +129,16 @@ def _norm(numerator: Any, moment: fx.Node, eps: float) -> _Norm | None:
     return _Norm(numerator, axis, eps, False)
 
 
-def _is_variance(node: fx.Node, x: fx.Node, axis: int) -> bool:
-    """Return whether ``node`` is the biased variance of x over the kept axis."""
-    over = node.args[1] if len(node.args) > 1 else None
-    if node.target is ATEN.var.dim:
-        is_biased = not query.argument(node, 2, "unbiased", True) and query.argument(node, 3, "keepdim", False)
-    else:
-        is_biased = node.kwargs.get("correction", 1) == 0 and node.kwargs.get("keepdim", False)
-    over_axis = isinstance(over, (list, tuple)) and [int(number) % query.rank(x) for number in over] == [axis]
-    return bool(is_biased) and over_axis and node.args[0] is x
-
-
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Any, other: Any, deepest: int = DEEPEST) -> bool:
     """Return whether two nodes are one, or the same call of the same arguments (x - mean(x) is often written twice)."""
     if one is other:
         return True
-    are_calls = isinstance(one, fx.Node) and isinstance(other, fx.Node) and one.op == other.op == "call_function"
-    return are_calls and (one.target, one.args, one.kwargs) == (other.target, other.args, other.kwargs)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(_same(*pair, deepest) for pair in zip(one, other, strict=True))
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return bool(one == other)
+    are_calls = one.op == other.op == "call_function" and (one.target, one.kwargs) == (other.target, other.kwargs)
+    return are_calls and deepest > 0 and _same(one.args, other.args, deepest - 1)
 
 
 def _centred(node: Any) -> tuple[fx.Node, int] | None:
@@ -135,16 +146,40 @@ def _centred(node: Any) -> tuple[fx.Node, int] | None:
     if not query.is_call(node, ops.SUB) or node.kwargs or len(node.args) > 2:
         return None
     found = _mean(node.args[1])
-    return found if found is not None and found[0] is node.args[0] else None
+    return found if found is not None and _same(found[0], node.args[0]) else None
 
 
 def _mean(node: Any) -> tuple[fx.Node, int] | None:
     """Return what a mean over one kept axis is taken of, and the axis."""
-    if not query.is_call(node, ops.MEAN) or not query.argument(node, 2, "keepdim", False):
+    if (both := _part(node, 1)) is not None:
+        return _over_one_axis(both, keeps=query.argument(both, 3, "keepdim", False))
+    if not query.is_call(node, ops.MEAN):
         return None
-    over, source = query.argument(node, 1, "dim", ()), node.args[0]
-    if over is None or len(over) != 1 or query.dtype(node) != query.dtype(source):
+    found = _over_one_axis(node, keeps=query.argument(node, 2, "keepdim", False))
+    return found if found is not None and query.dtype(node) == query.dtype(found[0]) else None
+
+
+def _variance(node: Any) -> tuple[fx.Node, int] | None:
+    """Return what a biased variance over one kept axis is taken of, and the axis."""
+    call = _part(node, 0) or node
+    if not query.is_call(call, *VARIANCES, *VARIANCES_AND_MEANS):
         return None
+    by_word = call.target in (ATEN.var.dim, ATEN.var_mean.dim)
+    is_biased = not query.argument(call, 2, "unbiased", True) if by_word else call.kwargs.get("correction", 1) == 0
+    return _over_one_axis(call, keeps=query.argument(call, 3, "keepdim", False)) if is_biased else None
+
+
+def _part(node: Any, index: int) -> fx.Node | None:
+    """Return the call that gives variance and mean if ``node`` is that one of the two."""
+    is_part = query.is_call(node, ops.GETITEM) and query.is_call(node.args[0], *VARIANCES_AND_MEANS)
+    return node.args[0] if is_part and node.args[1] == index else None
+
+
+def _over_one_axis(call: fx.Node, *, keeps: bool) -> tuple[fx.Node, int] | None:
+    over, source = query.argument(call, 1, "dim", ()), call.args[0]
+    if not keeps or over is None or len(over) != 1:
+        return None
+    assert isinstance(source, fx.Node)
     axis = int(over[0]) % query.rank(source)
     return (source, axis) if isinstance(query.shape(source)[axis], int) else None
 
@@ -155,4 +190,4 @@ def _squared(node: Any) -> Any:
         query.is_call(node, ATEN.pow.Tensor_Scalar) and float(node.args[1]) == 2.0
     ):
         return node.args[0]
-    return node.args[0] if query.is_call(node, ops.MUL) and node.args[0] is node.args[1] else None
+    return node.args[0] if query.is_call(node, ops.MUL) and _same(*node.args[:2]) else None

@@ -106,11 +106,36 @@ def test_norms_beside_each_other_take_one_run() -> None:
 
     parts = {name: nn.BatchNorm1d(3) for name in ("one", "other", "behind")}
     graph = capture(randomized(Small(function, **parts)).double(), (torch.cat(samples),))
-    assert refresh_norms(graph, counted, total=3, progress=Silent()) == 4, "one norm called twice is two"
+    assert refresh_norms(graph, counted, total=3, progress=Silent()) == 3, "one norm called twice is one"
     assert runs == 2
     first, *rest = statistics(graph)
     for pair in rest[:2]:  # each sums about its own old mean, so that they differ by rounding
         torch.testing.assert_close(pair, first, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_norm_called_several_times_is_what_pytorch_accumulates() -> None:
+    samples = data(9, 3, 5)
+    calls = Small(lambda m, x: m.n(x) + m.n(x[..., :2] * 4 - 1).sum(-1, True) + m.n(-x), n=nn.BatchNorm1d(3))
+    graph = refreshed(model := randomized(calls).double(), samples)
+    norm: Any = model.n
+    norm.momentum = None
+    norm.reset_running_stats()
+    model.train()(torch.cat(samples))
+    for mean, variance in statistics(graph):
+        torch.testing.assert_close(mean, norm.running_mean, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(variance, norm.running_var, rtol=TOLERANCE, atol=0)
+    expected = model.eval()(torch.cat(samples))
+    torch.testing.assert_close(graph.run(torch.cat(samples))[0], expected, rtol=1e-11, atol=1e-11)
+
+
+def test_calls_of_one_norm_in_a_row_have_one_statistic() -> None:
+    samples = data(9, 3)
+    graph = refreshed(randomized(Small(lambda m, x: m.n(m.n(x).tanh()), n=nn.BatchNorm1d(3))).double(), samples)
+    first, second = statistics(graph)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert len({str(node.target) for node in graph.nodes if "running" in str(node.target)}) == 2
+    again = refreshed(randomized(Small(lambda m, x: m.n(m.n(x).tanh()), n=nn.BatchNorm1d(3))).double(), samples[::-1])
+    assert torch.equal(statistics(again)[1][1], second[1])
 
 
 def test_order_does_not_matter_to_the_last_bit() -> None:

@@ -113,8 +113,6 @@ def read_linear_map(graph: Graph, node: fx.Node) -> LinearMap | None:
 
 
 def _pads(padding: object) -> bool:
-    if isinstance(padding, str):
-        return padding != "valid"
     return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
 
 

@@ -55,6 +55,11 @@ def test_a_constant_that_would_grow_stays() -> None:
     assert FoldConstants(largest_growth=90).run(graph).applied == {"compute-constant": 1}
 
 
+def test_dropout_of_a_constant_is_the_constant() -> None:
+    graph = captured(lambda m, x: x + torch.dropout(m.w, 0.5, False) * 2, 4, 3, w=sample(3))
+    assert FoldConstants().run(graph).applied == {"compute-constant": 2}
+
+
 def test_what_has_no_single_tensor_as_its_value_stays() -> None:
     graph = captured(lambda m, x: x + m.w.chunk(2)[1], 4, 3, w=sample(6))
     assert not FoldConstants().run(graph).changed

@@ -107,6 +107,18 @@ CASES = {
         lambda: {"f": nn.Conv2d(3, 4, 3, padding="same", bias=False), "n": nn.BatchNorm2d(4)},
         after=1,
     ),
+    "bn2d behind a conv padded more at the end": Case(
+        lambda m, x: m.n(m.f(x)),
+        (2, 3, 6, 5),
+        lambda: {"f": nn.Conv2d(3, 4, (3, 4), padding="same"), "n": nn.BatchNorm2d(4)},
+        after=1,
+    ),
+    "bn2d before a conv padded more at the end": Case(
+        lambda m, x: m.f(m.n(x)),
+        (2, 3, 6, 5),
+        lambda: {"f": nn.Conv2d(3, 4, (3, 4), padding="same"), "n": nn.BatchNorm2d(3)},
+        left=1,
+    ),
     "bn2d behind a conv with reflected padding": Case(
         lambda m, x: m.n(m.f(x)),
         (2, 3, 6, 5),
@@ -306,7 +318,7 @@ CASES = {
         left=1,
     ),
     "the stream reads the norm": Case(
-        lambda m, x: (y := m.n(x)) + m.f(y),
+        lambda m, x: (y := m.n(x)) + m.f(y).relu(),
         (2, 7, 5),
         lambda: {"n": UnifiedNorm(5), "f": nn.Linear(5, 5)},
         before=1,
@@ -428,6 +440,21 @@ CASES = {
     "the product written as matmul": Case(
         lambda m, x: m.n(x) @ m.w, (4, 5), lambda: {"n": nn.BatchNorm1d(5), "w": vector(5, 3)}, before=1
     ),
+    "the product with a transposed matrix": Case(
+        lambda m, x: m.n(x) @ m.w.T, (4, 5), lambda: {"n": nn.BatchNorm1d(5), "w": vector(3, 5)}, before=1
+    ),
+    "the product with a matrix repeated": Case(
+        lambda m, x: m.n(x) @ m.w.T.expand(x.shape[0], 7, 3),
+        (4, 5, 7),
+        lambda: {"n": nn.LayerNorm(7), "w": vector(3, 7)},
+        before=1,
+    ),
+    "the product written as einsum": Case(
+        lambda m, x: m.n(torch.einsum("bcn,oc->bon", x, m.w)),
+        (4, 5, 7),
+        lambda: {"n": nn.BatchNorm1d(3), "w": vector(3, 5)},
+        after=1,
+    ),
     "addmm with one bias for all": Case(
         lambda m, x: m.n(torch.addmm(m.b, x, m.w)),
         (4, 5),
@@ -438,7 +465,7 @@ CASES = {
         lambda m, x: m.n(torch.addmm(m.b, x, m.w, beta=0.5, alpha=2)),
         (4, 5),
         lambda: {"n": nn.BatchNorm1d(3), "w": vector(5, 3), "b": vector(3)},
-        left=1,
+        after=1,
     ),
     "an unbatched convolution": Case(
         lambda m, x: m.f(x[0] * m.s), (1, 3, 9), lambda: {"f": nn.Conv1d(3, 4, 2), "s": vector(3, 1)}, before=1

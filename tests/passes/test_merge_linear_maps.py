@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfuse.graph import Graph, capture, query
+from normfuse.graph.affine import AFFINE
+from normfuse.nn import RepBN
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_consumers import FoldAffineIntoConsumers
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.merge_linear_maps import MergeLinearMaps
 from normfuse.passes.presets import CANONICAL
 from normfuse.pipeline import Phase, Pipeline
+from normfuse.report import Reason
 from normfuse.rewrite.linear_map import LINEAR_MAPS
 from normfuse.testing import (
     Golden,
@@ -43,7 +46,8 @@ def ready(model: nn.Module, x: Tensor) -> Graph:
 
 
 def maps(graph: Graph) -> int:
-    return sum(query.is_call(node, *LINEAR_MAPS) for node in graph.nodes)
+    """Return the number of linear maps, affines among them."""
+    return sum(query.is_call(node, AFFINE, *LINEAR_MAPS) for node in graph.nodes)
 
 
 class Adapter(nn.Module):
@@ -124,11 +128,42 @@ MERGED = [
         [SUM],
         id="@",
     ),
+    pytest.param(lambda m, x: m.f(x) - m.high(m.low(x)), TOKENS, linears(), [SUM], id="an adapter taken off (2)"),
+    pytest.param(lambda m, x: m.high(m.low(x)) - m.f(x), TOKENS, linears(), [SUM], id="taken off an adapter (2)"),
+    pytest.param(lambda m, x: torch.add(m.f(x), m.g(x), alpha=2), TOKENS, linears(), [SUM], id="alpha (1)"),
+    pytest.param(
+        lambda m, x: torch.sub(m.f(x), m.high(m.low(x)), alpha=0.5), TOKENS, linears(), [SUM], id="alpha, off (2)"
+    ),
+    pytest.param(
+        lambda m, x: m.low(x) + m.f(x) + m.g(x), TOKENS, {**linears(), "low": nn.Linear(5, 4)}, [SUM] * 2, id="three"
+    ),
+    pytest.param(
+        lambda m, x: m.f(x) - (x * m.s + m.t),
+        TOKENS,
+        {"f": nn.Linear(5, 5), "s": sample(5), "t": sample(5)},
+        [SUM],
+        id="an affine taken off (4)",
+    ),
+    pytest.param(lambda m, x: x * 0.5 + m.f(x), TOKENS, {"f": nn.Linear(5, 5, bias=False)}, [SUM], id="a number (4)"),
+    pytest.param(
+        lambda m, x: m.n(x) + m.a(x),
+        IMAGE,
+        {"n": nn.BatchNorm2d(3), "a": nn.Conv2d(3, 3, 1)},
+        [SUM],
+        id="the image beside a 1x1 (4)",
+    ),
+    pytest.param(
+        lambda m, x: m.a(x) + m.n(x),
+        IMAGE,
+        {"n": nn.BatchNorm2d(3), "a": nn.Conv2d(3, 3, (5, 3), padding=(4, 1), dilation=(2, 1))},
+        [SUM],
+        id="the image beside a dilated 5x3 (4)",
+    ),
     pytest.param(lambda m, x: m.k(m.h(x)), TOKENS, linears(), [CHAIN], id="a chain (3)"),
     pytest.param(
         lambda m, x: m.k(m.t(m.h(x))), TOKENS, {**linears(), "t": nn.Linear(9, 9)}, [CHAIN] * 2, id="a longer one (3)"
     ),
-    pytest.param(lambda m, x: m.r(x), IMAGE, {"r": RepVGG(3)}, [SUM], id="RepVGG (1)"),
+    pytest.param(lambda m, x: m.r(x), IMAGE, {"r": RepVGG(3)}, [SUM] * 2, id="RepVGG (1, 4)"),
     pytest.param(lambda m, x: m.r(x), IMAGE, {"r": RepVGG(3, stride=2)}, [SUM], id="RepVGG, strided (1)"),
     pytest.param(
         lambda m, x: m.a(x) + m.b(x), IMAGE, convolutions((1, 0, {}), (5, 2, {"bias": False})), [SUM], id="1x1 + 5x5"
@@ -184,7 +219,6 @@ def test_merged(function: Any, shape: tuple[int, ...], parts: dict[str, Any], ru
 
 LEFT = [
     pytest.param(lambda m, x: m.f(x) + m.g(x.sin()), TOKENS, linears(), id="of two tensors (1)"),
-    pytest.param(lambda m, x: torch.add(m.f(x), m.g(x), alpha=2), TOKENS, linears(), id="alpha (1)"),
     pytest.param(lambda m, x: m.f(x) * m.g(x), TOKENS, linears(), id="a product (1)"),
     pytest.param(lambda m, x: (y := m.f(x)) + y, TOKENS, linears(), id="one map, added to itself (1)"),
     pytest.param(lambda m, x: m.f(x) + m.t(x), TOKENS, {**linears(), "t": nn.Linear(5, 1)}, id="one for all (1)"),
@@ -275,12 +309,55 @@ def test_other_readers_keep_the_weights() -> None:
     assert distance(graph.run(x), [model(x)]) < EXACT
 
 
-def test_the_image_itself_is_no_branch() -> None:
-    """RepVGG's third branch stays a sum behind the one convolution."""
-    model, x = randomized(RepVGG(3)).double(), sample(*IMAGE)
+REFUSED = [
+    pytest.param(lambda m, x: (m.f(x) + (y := m.g(x)), y), TOKENS, linears(), Reason.SHARED, id="an output too"),
+    pytest.param(
+        lambda m, x: m.f(x) + m.high(m.low(x)),
+        TOKENS,
+        {"f": nn.Linear(5, 4, bias=False), "low": nn.Linear(5, 4), "high": nn.Linear(4, 4)},
+        None,
+        id="an adapter of a high rank is merged",
+    ),
+    pytest.param(
+        lambda m, x: m.b(m.a(x)) + m.d(m.c(x)),
+        (3, 7, 9),
+        {**after(nn.Linear(9, 2), nn.Linear(2, 8)), "c": nn.Linear(9, 2), "d": nn.Linear(2, 8)},
+        Reason.MORE_WORK,
+        id="two chains of a low rank",
+    ),
+    pytest.param(
+        lambda m, x: m.n(x) + m.b(m.a(x)),
+        (3, 7, 9),
+        {"n": RepBN(9), **after(nn.Linear(9, 2), nn.Linear(2, 9))},
+        Reason.MORE_WORK,
+        id="an affine beside a chain of a low rank",
+    ),
+    pytest.param(
+        lambda m, x: m.a(x) - m.n(x),
+        IMAGE,
+        {"n": nn.BatchNorm2d(3), "a": nn.Conv2d(3, 3, 3, padding=1, groups=3)},
+        Reason.GROUPED,
+        id="groups",
+    ),
+    pytest.param(
+        lambda m, x: m.a(x) + m.n(x),
+        (1, 3, 4, 4),
+        {"n": nn.BatchNorm2d(3), "a": nn.Conv2d(3, 3, 5, padding=4, stride=2)},
+        Reason.GEOMETRY,
+        id="a stride",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "shape", "parts", "reason"), REFUSED)
+def test_maps_of_one_tensor_that_stay_say_why(
+    function: Any, shape: tuple[int, ...], parts: dict[str, Any], reason: Reason | None
+) -> None:
+    model, x = randomized(Small(function, **parts)).double(), sample(*shape)
     graph = ready(model, x)
-    MergeLinearMaps().run(graph)
-    assert (maps(graph), graph.text().count("affine(")) == (1, 1)
+    report = MergeLinearMaps().run(graph)
+    assert [refusal.reason for refusal in report.refused] == ([reason] if reason else [])
+    assert report.changed == (reason is None)
 
 
 @pytest.mark.parametrize("name", ["middle", "sum", "order"])

@@ -45,6 +45,10 @@ def var(x: Tensor, axis: int = -1) -> Tensor:
     return x.var(axis, keepdim=True, correction=0)
 
 
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(x, -1, correction=0, keepdim=True)  # type: ignore[no-any-return]
+
+
 class LayerNorm2d(nn.Module):
     """ConvNeXt's layer norm over axis 1."""
 
@@ -104,6 +108,26 @@ NORMS = [
     pytest.param(
         lambda m, x: (x - (u := mean(x))) / torch.sqrt(mean((x - u) ** 2) + EPS), "layer", id="the difference twice"
     ),
+    pytest.param(
+        lambda m, x: (x - mean(x)) / torch.sqrt(mean((x - mean(x)) ** 2) + EPS), "layer", id="everything twice"
+    ),
+    pytest.param(
+        lambda m, x: (x.mT - mean(x.mT)) / (mean((x.mT - mean(x.mT)) * (x.mT - mean(x.mT))) + EPS).sqrt(),
+        "layer",
+        id="everything many times, of a view",
+    ),
+    pytest.param(
+        lambda m, x: (x - (vm := var_mean(x))[1]) / torch.sqrt(vm[0] + EPS), "layer", id="variance and mean at once"
+    ),
+    pytest.param(
+        lambda m, x: (x - (vm := torch.var_mean(x, 1, False, True))[1]) * torch.rsqrt(vm[0] + EPS),
+        "layer",
+        id="variance and mean at once, unbiased=False",
+    ),
+    pytest.param(lambda m, x: (x - mean(x)) / (var_mean(x)[0] + EPS).sqrt(), "layer", id="of both, the variance"),
+    pytest.param(lambda m, x: (x - var_mean(x)[1]) / (var(x) + EPS).sqrt(), "layer", id="of both, the mean"),
+    pytest.param(lambda m, x: x * (1 / torch.sqrt(mean(x**2) + EPS)), "rms", id="one over the root"),
+    pytest.param(lambda m, x: torch.reciprocal((mean(x**2) + EPS) ** 0.5) * x, "rms", id="reciprocal"),
     pytest.param(lambda m, x: (x - (u := mean(x))) / (var(x) + EPS).sqrt() + u, "layer", id="the mean read elsewhere"),
     pytest.param(lambda m, x: x / torch.sqrt((s := mean(x**2)) + EPS) + s, "rms", id="the moment read elsewhere"),
     pytest.param(lambda m, x: (d := x - mean(x)) / torch.sqrt(mean(d**2, 1) + EPS), "rms", id="centred along another"),
@@ -152,6 +176,16 @@ LEFT = [
     pytest.param(
         lambda m, x: (x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True, correction=2) + EPS), id="another variance (3)"
     ),
+    pytest.param(
+        lambda m, x: (x - (vm := torch.var_mean(x, -1, keepdim=True))[1]) / torch.sqrt(vm[0] + EPS),
+        id="unbiased variance and mean (3)",
+    ),
+    pytest.param(lambda m, x: (x - var_mean(x)[0]) / (var(x) + EPS).sqrt(), id="the variance taken off (1)"),
+    pytest.param(lambda m, x: (x - mean(x)) / (var_mean(x)[1] + EPS).sqrt(), id="over the root of the mean (1)"),
+    pytest.param(lambda m, x: (x - mean(x)) / (var_mean(x.exp())[0] + EPS).sqrt(), id="another's variance (1)"),
+    pytest.param(lambda m, x: x / (1 / torch.sqrt(mean(x**2) + EPS)), id="over one over the root, computed (1)"),
+    pytest.param(lambda m, x: x * (2 / torch.sqrt(mean(x**2) + EPS)), id="two over the root (1)"),
+    pytest.param(lambda m, x: (x - mean(x * 2)) / (mean((x - mean(x * 3)) ** 2) + EPS).sqrt(), id="two means (1)"),
     pytest.param(lambda m, x: x / torch.sqrt(mean(x**2) + m.e), id="eps is a table (3)"),
     pytest.param(lambda m, x: x / torch.sqrt(mean(x**2) + x.exp()), id="eps is a tensor (3)"),
     pytest.param(lambda m, x: x / torch.sqrt(torch.add(mean(x**2), mean(x), alpha=2) + EPS), id="a sum below (3)"),
