@@ -21,7 +21,7 @@ from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Pass, Phase
 from normfuse.rewrite import Audit
 
-__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "folds"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "LayerNorms", "folds"]
 
 PLAIN: Final = Phase(
     "canonical",
