@@ -30,7 +30,7 @@ class FoldAffineIntoConsumers(Pass):
     scale, and concatenations; an affine on the way takes it in. Exact in real arithmetic; rounding differs.
     1. Every reader ends in linear maps with constant weights (or affines): the affine goes.
     2. Some do: those take it in, and the affine stays for the others; not where the norm in front of it applies it at
-       no cost.
+       no cost, and not behind a view or a split that both kinds share: it would have to be computed twice.
     3. The channels arrive whole at each linear map's input axis.
     4. Where a convolution pads with zeros and the shift is not zero, it is repaired (`padding_repair`), or refused.
     5. No maximum is taken behind a negative scale, no zeros are padded behind a shift.

@@ -23,7 +23,7 @@ from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Pass, Phase
 from normfuse.rewrite import Audit
 
-__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "ROTATE", "folds"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "ROTATE", "LayerNorms", "folds"]
 
 PLAIN: Final = Phase(
     "canonical",

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
-from normfuse.graph import query
+from normfuse.graph import ops, query
 from normfuse.graph.graph import Graph
 from normfuse.graph.progression import unfinished_steps
 from normfuse.graph.unlift import UNFINISHED, unlift
@@ -43,6 +43,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor]
     program = model if isinstance(model, ExportedProgram) else export_program(model, example_inputs)
     graph = unlift(_functional(program))
     _refuse_nan(graph)
+    _forget_strides(graph)
     return graph if graph.has_dynamic_batch else replace(graph, notes=(*graph.notes, STATIC_BATCH))
 
 
@@ -77,6 +78,14 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             expected="parts whose names do not collide with torch's own (graph, code)",
             hint="make `torch.export.export(model, inputs).run_decompositions({})` pass first",
         ) from error
+
+
+def _forget_strides(graph: Graph) -> None:
+    """Write every view as reshape: the exporter's fake strides are not always those that the operators give."""
+    for node in graph.nodes:
+        if query.is_call(node, ops.VIEW):
+            node.target = ops.RESHAPE
+    graph.module.recompile()
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["ATEN", "CONVOLUTIONS", "POINTWISE_KEEPING", "SELECTIONS", "SPLITS", "VIEWS"]
+__all__ = ["ATEN", "CONVOLUTIONS", "POINTWISE_KEEPING", "SPLITS", "VIEWS"]
 
 ATEN: Final[Any] = torch.ops.aten
 
@@ -93,9 +93,6 @@ at no cost (RMS norm has no beta)."""
 
 VIEWS: Final = frozenset({PERMUTE, TRANSPOSE, VIEW, RESHAPE})
 """Rearrangements of the same elements (after canonicalization: permute and reshape only)."""
-
-SELECTIONS: Final = frozenset({SELECT, SLICE})
-"""Operators that keep some positions of one axis."""
 
 SPLITS: Final = frozenset({ATEN.chunk.default, ATEN.split.Tensor, ATEN.split_with_sizes.default})
 """Operators that cut one axis into parts; ``getitem`` takes one of them."""

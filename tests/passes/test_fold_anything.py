@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from torch import Tensor, nn
 
+from normfuse.folding import FoldOptions, fold
 from normfuse.graph import capture, query, verify
 from normfuse.graph.affine import AFFINE
 from normfuse.nn import RepBN, UnifiedNorm
-from normfuse.passes.presets import CANONICAL, FOLD, LOWER
+from normfuse.passes.presets import CANONICAL, FOLD, LOWER, LayerNorms
 from normfuse.pipeline import Pipeline
 from normfuse.testing import Small, distance, randomized, seeded
 
@@ -275,15 +276,32 @@ def folded_is_original(data: st.DataObject) -> None:
         assert distance(graph.run(x), model(x)) < EXACT
 
 
-def check(*, examples: int, start: int) -> None:
+def fold_holds(data: st.DataObject) -> None:
+    """What users call: every step audited, layer norm recentred."""
+    model, shape = tree(data)
+    options = FoldOptions(layer_norms=data.draw(st.sampled_from([LayerNorms.RMS, LayerNorms.CRMS])), samples=1)
+    x = torch.randn((3, *shape), generator=seeded(1), dtype=torch.float64)
+    folded = fold(model, (x,), options=options)
+    assert folded.holds, folded.certificate
+    for batch in (3, 5) if folded.graph.has_dynamic_batch else (3,):
+        x = torch.randn((batch, *shape), generator=seeded(batch), dtype=torch.float64)
+        assert distance(folded.graph.run(x), model(x)) < EXACT
+
+
+def check(*, examples: int, start: int, holds: Callable[[st.DataObject], None] = folded_is_original) -> None:
     """Try ``examples`` trees, the same ones in every run."""
     limits = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    seed(start)(limits(given(data=st.data())(folded_is_original)))()
+    seed(start)(limits(given(data=st.data())(holds)))()
 
 
 @pytest.mark.parametrize("part", range(10))
 def test_folded_is_original(part: int) -> None:
     check(examples=31, start=part)
+
+
+@pytest.mark.parametrize("part", range(200, 206))
+def test_fold_holds(part: int) -> None:
+    check(examples=10, start=part, holds=fold_holds)
 
 
 @pytest.mark.slow
