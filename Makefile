@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold fold-table clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -52,6 +52,9 @@ bench-cpu: install  ## DeiT-S on this CPU: PyTorch, onnxruntime, onnxruntime's o
 
 bench-fold: install  ## what folding alone gains: PyTorch, torch.compile, onnxruntime
 	$(BIN)/python -m benchmarks.fold
+
+bench-accuracy: install  ## what bits and effort cost on the zoo
+	$(BIN)/python -m benchmarks.accuracy
 
 fold-table: install  ## what folding does to the architectures of transformers
 	$(BIN)/python -m benchmarks.fold_table

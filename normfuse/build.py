@@ -26,7 +26,7 @@ from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 
-__all__ = ["Engine", "build_float", "build_quantized", "write_float"]
+__all__ = ["Engine", "Quantized", "build_float", "build_quantized", "quantize_graph", "write_float"]
 
 CHECKED_BATCHES: Final = 8
 """What every check runs (single samples, where the model fixes no batch): it meets each operator many times."""
@@ -76,6 +76,51 @@ def build_float(original: Graph, samples: Stream, path: Path, *, threads: int, p
     return Engine(graph=graph, path=path, passes=tuple(reports), checks=checks)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A graph with quantizers, and how it came to be."""
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+    ranges: Ranges
+    weights: int
+    blocks: tuple[BlockReport, ...]
+
+
+def quantize_graph(
+    folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, total: int, progress: Progress
+) -> Quantized:
+    """Quantize a copy of a folded float graph: running it is the simulation.
+
+    Args:
+        folded: the float graph; it is not changed.
+        samples: calibration samples.
+        recipe: bits, effort, calibration method and seed.
+        placement: what the target wants quantized.
+        total: the number of samples, for the progress bar.
+        progress: shows what takes long.
+    """
+    graph = folded.copy()
+    place = Phase("precision", (PlaceQuantizers(placement=placement),))
+    reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
+    batch = fixed_batch(graph) or 1
+    ranges = Ranges({}, 0)
+    if requests(graph):
+        ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+        ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
+    with progress.task("quantizing"):
+        decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
+    blocks = list[BlockReport]()
+    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
+        chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
+        decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
+    insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
+    reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
+    return Quantized(
+        graph=graph, passes=tuple(reports), ranges=ranges, weights=len(decided.weights), blocks=tuple(blocks)
+    )
+
+
 def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them would be read nowhere else
     folded: Graph,
     samples: Stream,
@@ -88,37 +133,20 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
     progress: Progress,
 ) -> Engine:
     """Quantize a folded float graph, write it, and compare engine and simulation code by code."""
-    graph = folded.copy()
-    place = Phase("precision", (PlaceQuantizers(placement=placement),))
-    reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
-    batch = fixed_batch(graph) or 1
-    ranges = Ranges({}, 0)
-    if requests(graph):
-        ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
-        ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
-    chosen = {name: found.range for name, found in ranges.chosen.items()}
-    with progress.task("quantizing"):
-        decided = round_all_to_nearest(graph, chosen)
-        tried = refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed)
-        blocks = list[BlockReport]()
-        if tried:
-            chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
-            decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
-        insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
-        reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
+    found = quantize_graph(folded, samples, recipe=recipe, placement=placement, total=total, progress=progress)
     with progress.task("writing the quantized engine"):
-        export_onnx(graph, path)
+        export_onnx(found.graph, path)
     config = dict(placement.session_config)
     with progress.task("comparing engine and simulation"):
         seen = list(islice(samples(), CHECKED_BATCHES))
-        checks = check_codes(graph, path, seen, threads=threads, session_config=config)
+        checks = check_codes(found.graph, path, seen, threads=threads, session_config=config)
     return Engine(
-        graph=graph,
+        graph=found.graph,
         path=path,
-        passes=tuple(reports),
+        passes=found.passes,
         checks=tuple(checks),
-        ranges=ranges,
-        quantized_weights=len(decided.weights),
-        blocks=tuple(blocks),
+        ranges=found.ranges,
+        quantized_weights=found.weights,
+        blocks=found.blocks,
         session_config=config,
     )
