@@ -3,6 +3,7 @@
     normfuse::quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int minimum, int maximum) -> Tensor
     normfuse::dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor
     normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
+    normfuse::reshape(Tensor x, SymInt[] shape) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
 What they compute is written in ``normfuse.kernels.reference``.
@@ -10,6 +11,7 @@ What they compute is written in ``normfuse.kernels.reference``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from normfuse.kernels import reference
 from normfuse.quant.integer_type import smallest_container
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "UNPACK"]
+__all__ = ["DEQUANTIZE", "QUANTIZE", "RESHAPE", "UNPACK"]
 
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
@@ -33,6 +35,10 @@ def _unpack_shape(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format).reshape(list(shape))
+
+
 def _define() -> None:
     # Defined again (a reload), an operator becomes another object, and the nodes of older graphs no longer match it.
     if hasattr(torch.ops.normfuse, "quantize"):
@@ -42,6 +48,7 @@ def _define() -> None:
         _dequantize_shape
     )
     torch.library.custom_op("normfuse::unpack", reference.unpack, mutates_args=()).register_fake(_unpack_shape)
+    torch.library.custom_op("normfuse::reshape", reference.reshape, mutates_args=()).register_fake(_reshaped)
 
 
 _define()
@@ -49,3 +56,5 @@ _define()
 QUANTIZE: Final[Any] = torch.ops.normfuse.quantize.default
 DEQUANTIZE: Final[Any] = torch.ops.normfuse.dequantize.default
 UNPACK: Final[Any] = torch.ops.normfuse.unpack.default
+RESHAPE: Final[Any] = torch.ops.normfuse.reshape.default
+"""A reshape that torch leaves whole: taken apart, it becomes a view wherever fake strides allow one."""

@@ -7,15 +7,22 @@ functions of ``normfuse.quant.rounding`` on bare tensors, because calibration co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
 
-__all__ = ["dequantize", "quantize", "unpack"]
+__all__ = ["dequantize", "quantize", "reshape", "unpack"]
 
 
 def unpack(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float weight that symmetric codes stand for: ``codes * scale`` along axis 0, in the scale's type."""
     return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a copy of ``x`` in another shape; one size may be -1."""
+    return x.reshape(list(shape)).clone()

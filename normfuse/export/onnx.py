@@ -6,7 +6,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,10 @@ from onnxscript import opset21 as op
 from normfuse.errors import UnsupportedModel
 from normfuse.export.packing import pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
-from normfuse.graph import Graph
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.edit import editing
 from normfuse.graph.program import to_program
+from normfuse.kernels.ops import RESHAPE
 
 __all__ = ["OPSET", "export_onnx"]
 
@@ -44,8 +46,27 @@ def _product_and_bias(bias: Any, rows: Any, weight: Any) -> Any:
     return op.Gemm(rows, weight, bias)
 
 
-ROWS: Final[dict[Any, Any]] = {torch.ops.aten.mm.default: _product, torch.ops.aten.addmm.default: _product_and_bias}
-"""Products of rows become Gemm, with or without bias: onnxruntime's integer Gemm takes both in, MatMul + Add not."""
+def _reshape(x: Any, shape: Sequence[Any]) -> Any:
+    whole: Any = op.Constant(value_ints=list(shape)) if all(isinstance(size, int) for size in shape) else _joined(shape)
+    return op.Reshape(x, whole)
+
+
+def _joined(shape: Sequence[Any]) -> Any:
+    alone: Any = op.Constant(value_ints=[-1])
+    sizes: list[Any] = [op.Constant(value_ints=[n]) if isinstance(n, int) else op.Reshape(n, alone) for n in shape]
+    return op.Concat(*sizes, axis=0)
+
+
+TRANSLATIONS: Final[dict[Any, Any]] = {
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.addmm.default: _product_and_bias,
+    RESHAPE: _reshape,
+}
+"""Products of rows become Gemm, with or without bias: onnxruntime's integer Gemm takes both in, MatMul + Add not.
+
+A reshape stays one, which `_translate` has made of every one of them: the exporter takes torch's apart into views,
+and traces again with other strides, where those views do not exist.
+"""
 
 
 def export_onnx(graph: Graph, path: Path) -> None:
@@ -73,12 +94,16 @@ def export_onnx(graph: Graph, path: Path) -> None:
 
 
 def _translate(graph: Graph) -> ir.Model:
+    graph = graph.copy()
+    with editing(graph) as edit:
+        for node in [node for node in graph.nodes if query.is_call(node, ops.RESHAPE)]:
+            edit.replace(node, RESHAPE, *node.args)
     try:
         program = torch.onnx.export(
             to_program(graph),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={**translation_table(), **ROWS},
+            custom_translation_table={**translation_table(), **TRANSLATIONS},
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
