@@ -121,3 +121,14 @@ def test_bfloat16_needs_no_numpy() -> None:
     assert folded.certificate["affines"] == {"found": 1, "folded": 1, "left": 0}
     assert folded.certificate["samples"] == {"count": 2, "origin": "random samples, seed 0"}
     assert folded.module(x).dtype == torch.bfloat16
+
+
+def test_a_padded_convolution_behind_another_keeps_the_batch_free() -> None:
+    # Sixteen channels lie in channels-last order, where torch's pad reads a free batch as a number.
+    layers = (nn.BatchNorm2d(3), nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 2, padding="same"))
+    model = randomized(nn.Sequential(*layers)).double()
+    folded = fold(model, (torch.randn(2, 3, 32, 32, dtype=torch.float64),))
+    assert folded.certificate["affines"] == {"found": 1, "folded": 1, "left": 0}
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(folded.module(x), model(x))

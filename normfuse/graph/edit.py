@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InternalError
-from normfuse.graph import metadata
+from normfuse.graph import metadata, ops
 from normfuse.graph.graph import Graph
 
 __all__ = ["Editor", "converted"]
@@ -168,10 +168,20 @@ def compute_value(graph: Graph, node: fx.Node) -> Any:
     def value_of(argument: fx.Node) -> Any:
         return argument.meta["val"]
 
-    args = fx.map_arg(node.args, value_of)
-    kwargs = fx.map_arg(node.kwargs, value_of)
+    args: Any = fx.map_arg(node.args, value_of)
+    kwargs: Any = fx.map_arg(node.kwargs, value_of)
     with fake_mode(graph), torch.no_grad():
+        if node.target is ops.PAD and not isinstance(args[0].shape[0], int):
+            return _padded(args[0], args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _padded(x: torch.Tensor, amounts: Sequence[int]) -> torch.Tensor:
+    """Return what pad makes; torch's own reads a free batch as a number where x lies in channels-last order."""
+    sizes = list(x.shape)
+    for index, amount in enumerate(amounts):
+        sizes[-1 - index // 2] += amount
+    return x.new_empty(sizes)
 
 
 def converted(graph: Graph, dtype: torch.dtype) -> Graph:
