@@ -23,8 +23,10 @@ __all__ = [
     "check_pass_contract",
     "distance",
     "fold_tolerance",
+    "outputs",
     "picture",
     "randomized",
+    "sample",
     "seeded",
 ]
 
@@ -83,6 +85,18 @@ def _random_parameter(parameter: Tensor, generator: torch.Generator) -> Tensor:
     if value.numel() > 2:
         value[-1] *= 1e-3
     return value
+
+
+def sample(*shape: int) -> Tensor:
+    """Return the same normal numbers every time, float64: what a fold is compared on."""
+    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return what a model makes of one input as a list."""
+    found = model(x)
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 def fold_tolerance(graph: Graph, *inputs: Tensor) -> float:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch import fx
 
 from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
-from normfuse.report import PassReport, Reason, Refusal
+from normfuse.report import PassReport, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
-from normfuse.rewrite.hadamard import rotation
-from normfuse.rewrite.rotation import ROTATED, Rotated, rotated
+from normfuse.rewrite.rotation import ROTATED, Rotated, randomly_rotated
 from normfuse.rewrite.stream_walk import follow
 
 __all__ = ["RotateHeads"]
-
-SMALLEST: Final = 8
-"""Fewer channels than this have next to no outliers to even out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +60,13 @@ class HeadsTurn(Rule[Rotated]):
 
     def _turned(self, graph: Graph, product: fx.Node, factor: fx.Node) -> Rotated | Refusal | None:
         """Return what turns with the last axis of a factor: a query's channels, or a value's."""
-        channels, layer = query.shape(factor)[-1], query.layer_of(product)
+        channels = query.shape(factor)[-1]
         if metadata.noted(factor, ROTATED) or not isinstance(channels, int):
             return None
         stream = follow(graph, factor, query.rank(factor) - 1, channels)
         if not stream.writers:
             return None
-        if channels < SMALLEST:
-            return Refusal(product.name, Reason.TOO_SMALL, f"{channels} channels", layer)
-        found = rotated(graph, stream, rotation(channels, self._seed))
-        return found if isinstance(found, Rotated) else Refusal(product.name, found.reason, found.where, layer)
+        return randomly_rotated(graph, stream, product, self._seed)
 
     def rewrite(self, match: Match, plan: Rotated, edit: Editor) -> None:
         """Write the turned constants."""

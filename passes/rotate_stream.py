@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
-from normfuse.graph import Graph, metadata, query
+from normfuse.graph import Graph, metadata
 from normfuse.graph.edit import Editor
 from normfuse.pipeline import Fact, Pass
-from normfuse.report import PassReport, Reason, Refusal
+from normfuse.report import PassReport, Refusal
 from normfuse.rewrite import Audit, Match, Rule, apply_rules, call
-from normfuse.rewrite.hadamard import rotation
 from normfuse.rewrite.linear_map import LINEAR_MAPS, read_linear_map
-from normfuse.rewrite.rotation import ROTATED, Rotated, rotated
+from normfuse.rewrite.rotation import ROTATED, Rotated, randomly_rotated
 from normfuse.rewrite.stream_walk import follow
 
 __all__ = ["RotateStream"]
-
-SMALLEST: Final = 8
-"""Fewer channels than this have next to no outliers to even out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +63,7 @@ class StreamTurns(Rule[Rotated]):
         stream = follow(graph, node, linear.output_axis, linear.outputs)
         if not stream.sums or node is not min(stream.writers, default=None):
             return None
-        layer = query.layer_of(node)
-        if linear.outputs < SMALLEST:
-            return Refusal(node.name, Reason.TOO_SMALL, f"{linear.outputs} channels", layer)
-        found = rotated(graph, stream, rotation(linear.outputs, self._seed))
-        return found if isinstance(found, Rotated) else Refusal(node.name, found.reason, found.where, layer)
+        return randomly_rotated(graph, stream, node, self._seed)
 
     def rewrite(self, match: Match, plan: Rotated, edit: Editor) -> None:
         """Write the turned constants."""

@@ -24,16 +24,12 @@ from normfuse.report import PassReport, Reason
 from normfuse.rewrite import Match, Rule, apply_rules, call
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map, rebind
 from normfuse.rewrite.padding_repair import Repair
-from normfuse.testing import Small, distance, randomized, seeded
+from normfuse.testing import Small, distance, randomized, sample
 
 EXACT = 1e-10
 
 # A right fold moves the sums of a few dozen terms of size one: some roundings of float64 and not more.
 ROUNDING = 1e-13
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def lively(model: nn.Module) -> nn.Module:

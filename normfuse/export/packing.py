@@ -24,18 +24,15 @@ def is_packed(codes: Tensor) -> bool:
     return is_large and int(codes.min()) >= SMALLEST and int(codes.max()) <= LARGEST
 
 
-def pack_small_codes(model: ir.Model) -> int:
-    """Hold int8 constants whose values fit int4 as int4, with a cast in front of who reads them; return how many.
+def pack_small_codes(model: ir.Model) -> None:
+    """Hold int8 constants whose values fit int4 as int4, with a cast in front of who reads them.
 
     Two values share a byte. onnxruntime computes the cast once, when it loads the file, so its integer kernels run as
     they do for 8 bits (DequantizeLinear of int4 has none).
     """
-    packed = 0
     for value in list(model.graph.initializers.values()):
         if (codes := _small_codes(value)) is not None:
             _pack(model.graph, value, codes)
-            packed += 1
-    return packed
 
 
 def _small_codes(value: ir.Value) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]] | None:

@@ -171,7 +171,7 @@ def compute_value(graph: Graph, node: fx.Node) -> Any:
     args: Any = fx.map_arg(node.args, value_of)
     kwargs: Any = fx.map_arg(node.kwargs, value_of)
     with fake_mode(graph), torch.no_grad():
-        if node.target is ops.PAD and not isinstance(args[0].shape[0], int):
+        if node.target is ops.PAD:
             return _padded(args[0], args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

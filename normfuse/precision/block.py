@@ -75,8 +75,9 @@ class Block:
 
     def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
         """Return the mean loss of a decision over chunks."""
+        simulation = Simulation(decided)
         with torch.no_grad():
-            losses = [float(self.loss(chunk, Simulation(decided))) for chunk in chunks]
+            losses = [float(self.loss(chunk, simulation)) for chunk in chunks]
         return sum(losses) / len(losses)
 
 

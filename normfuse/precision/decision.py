@@ -9,7 +9,7 @@ from torch import fx
 
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
-from normfuse.quant import QuantParams, Range, RoundedWeight, WeightClip, round_to_nearest
+from normfuse.quant import QuantParams, Range, RoundedWeight, round_to_nearest
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["Quantization", "activation_params", "input_scales", "round_all_to_nearest"]
@@ -39,13 +39,11 @@ def input_scales(graph: Graph, activations: Mapping[str, QuantParams]) -> dict[f
     return {node: float(activations[reads[node]].scale) if node in reads else None for node in maps}
 
 
-def round_all_to_nearest(
-    graph: Graph, ranges: Mapping[str, Range], *, clip: WeightClip = WeightClip.MSE
-) -> Quantization:
+def round_all_to_nearest(graph: Graph, ranges: Mapping[str, Range]) -> Quantization:
     """Return the plainest decision: every activation by its range, every weight to its nearest code."""
     activations, weights, types = activation_params(graph, ranges), {}, requested_weights(graph)
     for node, scale in input_scales(graph, activations).items():
         if (linear := read_linear_map(graph, node)) is not None:
-            rounded = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale, clip=clip)
+            rounded = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale)
             weights[node.name] = rounded
     return Quantization(activations=activations, weights=weights)

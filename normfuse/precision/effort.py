@@ -13,11 +13,9 @@ from torch import Tensor
 from normfuse.precision.blockwise import Refinement
 from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors
 from normfuse.precision.reconstruction import Reconstruction, reconstruct
-from normfuse.quant.bits import Bits
+from normfuse.quant.bits import MOST, Bits
 
 __all__ = ["Effort", "chunked", "refinements"]
-
-EIGHT = 8
 
 
 class Effort(IntEnum):
@@ -31,10 +29,10 @@ class Effort(IntEnum):
 def refinements(bits: Bits, effort: Effort, *, seed: int) -> dict[str, Refinement]:
     """Return what is tried on every block, by name, in order.
 
-    At eight bits closed forms gain less than a sample (docs/quantization.md), so only ``LEARNED`` tries them there.
+    At eight bits rounding to nearest is near the float network already, so only ``LEARNED`` tries anything there.
     """
     found: dict[str, Refinement] = {}
-    is_low = bits.weight < EIGHT or bits.activation < EIGHT
+    is_low = bits.weight < MOST or bits.activation < MOST
     if effort is Effort.LEARNED or (effort is Effort.CLOSED_FORM and is_low):
         found["error feedback"] = partial(feed_back_errors, chosen=ErrorFeedback())
         found["bias correction"] = correct_biases

@@ -82,9 +82,9 @@ def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:
 
 
 def _moments(block: Block, decided: Quantization, node: fx.Node, linear: LinearMap) -> InputMoments:
-    moments = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups)
+    moments, simulation = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups), Simulation(decided)
     for chunk in block.teaching:
-        quantized = block.inputs_of(node, chunk, Simulation(decided), is_exact=False)
+        quantized = block.inputs_of(node, chunk, simulation, is_exact=False)
         exact = block.inputs_of(node, chunk, plainly, is_exact=True)
         moments.update(_rows(node, linear, quantized), _rows(node, linear, exact))
     return moments

@@ -19,16 +19,18 @@ class Simulation:
 
     def __init__(self, decided: Quantization) -> None:
         self._decided = decided
-        self._values = {name: weight.values for name, weight in decided.weights.items()}
+        self._values: dict[str, Tensor] = {}  # of the maps that were met: a block has few of them
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the value of one call."""
         if is_requested(node):
             params = params_of_request(node, self._decided)
             return args[0] if params is None else quantize_dequantize(args[0], params)
-        if (values := self._values.get(node.name)) is not None:
-            return call_with(node, args, kwargs, values, self._decided.weights[node.name].bias)
-        return plainly(node, args, kwargs)
+        if (weight := self._decided.weights.get(node.name)) is None:
+            return plainly(node, args, kwargs)
+        if node.name not in self._values:
+            self._values[node.name] = weight.values
+        return call_with(node, args, kwargs, self._values[node.name], weight.bias)
 
 
 def params_of_request(node: fx.Node, decided: Quantization) -> QuantParams | None:

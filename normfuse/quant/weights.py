@@ -56,9 +56,9 @@ class RoundedWeight:
 
 
 def round_to_nearest(
-    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None, clip: WeightClip
+    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None
 ) -> RoundedWeight:
-    """Return the weight with every number rounded to its nearest code, channel by channel of axis 0.
+    """Return the weight with every number rounded to its nearest code, channel by channel of axis 0, clipped by MSE.
 
     Args:
         weight: [out, ...], float.
@@ -66,9 +66,8 @@ def round_to_nearest(
         type: a signed type.
         input_scale: the scale of the codes that meet the weight, where the bias is held at the product's scale; None
             where activations stay float.
-        clip: where the ranges end.
     """
-    params = weight_params(weight, 0, type, clip=clip)
+    params = weight_params(weight, 0, type, clip=WeightClip.MSE)
     if bias is not None and input_scale is not None:
         params = scale_for_bias(params, input_scale=input_scale, bias=bias)
     return RoundedWeight(codes=quantize(weight, params), params=params, bias=bias)

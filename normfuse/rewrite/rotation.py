@@ -11,16 +11,30 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.affine import Affine, read_affine
 from normfuse.graph.edit import Editor
-from normfuse.report import Reason
+from normfuse.report import Reason, Refusal
 from normfuse.rewrite.changes import Blocked
+from normfuse.rewrite.hadamard import rotation
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map, rebind
 from normfuse.rewrite.stream_walk import Stream
 from normfuse.rewrite.streams import CENTRED
 
-__all__ = ["LOUDEST", "ROTATED", "Rotated", "loudness", "rotate_inputs", "rotate_outputs", "rotated", "turn"]
+__all__ = [
+    "LOUDEST",
+    "ROTATED",
+    "Rotated",
+    "loudness",
+    "randomly_rotated",
+    "rotate_inputs",
+    "rotate_outputs",
+    "rotated",
+    "turn",
+]
 
 ROTATED: Final = "rotated"
 """Noted of everything that was turned: a second time would be another rotation."""
+
+SMALLEST: Final = 8
+"""Fewer channels than this have next to no outliers to even out."""
 
 LOUDEST: Final = 2.0**8
 """Beyond it, rounding a turned stream to eight bits adds more than what a reader reads."""
@@ -56,6 +70,15 @@ class Rotated:
         """The layers whose constants change, in the order of the graph."""
         nodes = sorted({*self.maps, *self.tables, *self.affines, *(reader for reader, _ in self.constants)})
         return ", ".join(dict.fromkeys(query.layer_of(node) or node.name for node in nodes))
+
+
+def randomly_rotated(graph: Graph, stream: Stream, at: fx.Node, seed: int) -> Rotated | Refusal:
+    """Return a stream as it is for the seed's rotation of its blocks, or why what was found at a node stays."""
+    layer = query.layer_of(at)
+    if stream.block < SMALLEST:
+        return Refusal(at.name, Reason.TOO_SMALL, f"{stream.block} channels", layer)
+    found = rotated(graph, stream, rotation(stream.block, seed))
+    return found if isinstance(found, Rotated) else Refusal(at.name, found.reason, found.where, layer)
 
 
 def rotated(graph: Graph, stream: Stream, matrix: Tensor) -> Rotated | Blocked:

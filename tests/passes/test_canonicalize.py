@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.passes.canonicalize import Canonicalize
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, sample, seeded
 
 ATEN = ops.ATEN
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def calls(graph: Graph) -> list[str]:

@@ -24,17 +24,15 @@ from normfuse.testing import (
     check_pass_contract,
     distance,
     fold_tolerance,
+    outputs,
     picture,
     randomized,
+    sample,
     seeded,
 )
 
 EXACT = 1e-10
 WRONG = 1e-3
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def ready(model: nn.Module, x: Tensor) -> Graph:
@@ -166,12 +164,6 @@ def test_numbers_and_contract(name: str) -> None:
     assert norms(graph) == 0
     assert distance(graph.run(x), expected) < EXACT
     assert distance(graph.run(x[:1]), outputs(model, x[:1])) < EXACT
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    found = model(x)
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -15,11 +15,7 @@ from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.presets import CANONICAL
 from normfuse.pipeline import Phase, Pipeline
 from normfuse.report import Reason
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, sample
 
 
 def ready(model: nn.Module, x: Tensor) -> Graph:

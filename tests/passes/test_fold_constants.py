@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 from normfuse.graph import Graph, capture
 from normfuse.passes.fold_constants import FoldConstants
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, seeded
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, sample, seeded
 
 
 def standardized(m: Any, x: Tensor) -> Tensor:

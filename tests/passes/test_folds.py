@@ -14,7 +14,7 @@ from normfuse.nn import RepBN, UnifiedNorm
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
 from normfuse.report import PassReport
-from normfuse.testing import Small, distance, fold_tolerance, randomized, seeded
+from normfuse.testing import Small, distance, fold_tolerance, outputs, randomized, seeded
 
 Function = Callable[[Any, Tensor], Any]
 EXACT = 1e-10
@@ -494,11 +494,6 @@ CASES = {
 
 def model_of(case: Case) -> nn.Module:
     return randomized(Small(case.function, **case.parts()))
-
-
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    found = model(x)
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

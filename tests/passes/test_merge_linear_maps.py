@@ -26,16 +26,12 @@ from normfuse.testing import (
     fold_tolerance,
     picture,
     randomized,
-    seeded,
+    sample,
 )
 
 EXACT = 1e-12
 TOKENS, IMAGE = (3, 7, 5), (2, 3, 8, 9)
 SUM, CHAIN = "sum-of-linear-maps", "chain-of-linear-maps"
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def ready(model: nn.Module, x: Tensor) -> Graph:

@@ -18,17 +18,15 @@ from normfuse.testing import (
     check_pass_contract,
     distance,
     fold_tolerance,
+    outputs,
     picture,
     randomized,
+    sample,
     seeded,
 )
 
 EXACT = 1e-10
 WRONG = 1e-3
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def ready(model: nn.Module, x: Tensor) -> Graph:
@@ -39,12 +37,6 @@ def ready(model: nn.Module, x: Tensor) -> Graph:
 
 def count(graph: Graph, operator: Any) -> int:
     return sum(query.is_call(node, operator) for node in graph.nodes)
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    found = model(x)
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 class DropPath(nn.Module):

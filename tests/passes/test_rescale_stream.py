@@ -17,15 +17,11 @@ from normfuse.passes.presets import CANONICAL
 from normfuse.passes.rescale_stream import RescaleStream
 from normfuse.pipeline import Phase, Pipeline
 from normfuse.report import PassReport, Reason
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, sample, seeded
 
 EXACT = 1e-10
 WRONG = 1e-3
 Norm = Callable[[int], nn.Module]
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def ready(model: nn.Module, x: Tensor) -> Graph:

@@ -18,29 +18,20 @@ from normfuse.testing import (
     check_pass_contract,
     distance,
     fold_tolerance,
+    outputs,
     picture,
     randomized,
-    seeded,
+    sample,
 )
 
 EXACT = 1e-12
 WRONG = 1e-3
 
 
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
-
-
 def ready(model: nn.Module, x: Tensor) -> Graph:
     graph = capture(model, (x,))
     Pipeline(phases=(CANONICAL, AFFINES, folds())).run(graph)
     return graph
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    found = model(x)
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 def parts(width: int = 8) -> dict[str, nn.Module]:

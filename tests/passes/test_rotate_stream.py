@@ -24,8 +24,10 @@ from normfuse.testing import (
     check_pass_contract,
     distance,
     fold_tolerance,
+    outputs,
     picture,
     randomized,
+    sample,
     seeded,
 )
 
@@ -34,20 +36,10 @@ WRONG = 1e-3
 Norm = Callable[[int], nn.Module]
 
 
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
-
-
 def ready(model: nn.Module, x: Tensor) -> Graph:
     graph = capture(model, (x,))
     Pipeline(phases=(CANONICAL, AFFINES, folds(layer_norms=LayerNorms.RMS))).run(graph)
     return graph
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    found = model(x)
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 def prepbn(width: int) -> nn.Module:

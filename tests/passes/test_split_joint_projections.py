@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.split_joint_projections import SplitJointProjections
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
+from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, sample
 
 PARTS, HEADS, WIDTH = 3, 2, 5
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def model(function: Any) -> nn.Module:

@@ -14,13 +14,9 @@ from normfuse.pipeline import Pipeline
 from normfuse.report import PassReport, Reason
 from normfuse.rewrite import apply_rules
 from normfuse.rewrite.norms import NORM_RULES
-from normfuse.testing import Small, distance, randomized, seeded
+from normfuse.testing import Small, distance, randomized, sample
 
 EXACT = 1e-12
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
 
 
 def applied(model: nn.Module, x: Tensor) -> tuple[Graph, PassReport]:

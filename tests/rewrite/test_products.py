@@ -4,18 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.passes.presets import PLAIN
 from normfuse.pipeline import Phase, Pipeline
-from normfuse.testing import Small, distance, seeded
-
-
-def sample(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=seeded(9), dtype=torch.float64)
+from normfuse.testing import Small, distance, sample
 
 
 def linear_maps(graph: Graph) -> int:
