@@ -70,7 +70,7 @@ def compile(
     judged = _bind_evaluation(held, original) if held else replace(seen, labels=None)
     source = stream(seen, original, limit=recipe.samples)
     used = None if samples is None else seen.first(recipe.samples or len(seen))
-    warnings = _survey(used, judged if held else None, shown)
+    warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines = {FLOAT: floating}

@@ -177,3 +177,13 @@ def test_saved_models_compile_from_the_file_with_a_dynamic_batch(tmp_path: Path)
     assert graph.input_names == ("image",)
     image = torch.randn(4, 2, 9, 6)
     torch.testing.assert_close(graph.run(image)[0], model(image))
+
+
+def test_an_unfinished_progression_is_a_warning() -> None:
+    model = Mixer().eval()
+    model.norm2 = PRepBN(16, total_step=9)
+    images = torch.randn(2, 2, 9, 9)
+    built = normfuse.compile(model, images, recipe=Recipe(bits=32, benchmark=False, threads=1))
+    (warning,) = [text for text in built.report["warnings"] if "PRepBN" in text]
+    assert "norm2" in warning
+    assert "train until iter is 0" in warning
