@@ -30,7 +30,9 @@ class FindAffines(Pass):
     1. an affine of an affine is one affine,
     2. the sum of two affines of the same tensor (x itself among them) is one affine: RepBN's BN(x) + eta x,
     3. an affine behind a permute or reshape with no other reader moves in front of it,
-    4. a uniform scale behind a product of two variables (attention's 1 / sqrt(d)) moves to the left one.
+    4. a uniform scale behind a product of two variables (attention's 1 / sqrt(d)) moves to the left one,
+    5. what is added as 0 x + 0 goes, and what only it read with it: 0 * LN(x) + RepBN(x) at the end of a progression
+       (a branch that gave an infinity or no number gives none any more).
     Left alone: what changes the tensor's type, and constants that this type cannot hold (float16 ends at 65504).
 
     Exact in real arithmetic; the constants are float64 (ours).
@@ -48,6 +50,7 @@ class FindAffines(Pass):
             ShiftIsAffine(),
             AffineOfAffine(),
             SumOfAffines(),
+            ZeroIsNotAdded(),
             AffineBeforeView(),
             ScaleBeforeProduct(),
             *VIEW_RULES,  # views meet once the affine between them has moved
@@ -196,6 +199,32 @@ class SumOfAffines(Rule[_Operand]):
     def rewrite(self, match: Match, plan: _Operand, edit: Editor) -> None:
         """Replace the sum."""
         write_affine(edit, match.root, plan.x, plan.affine)
+
+
+class ZeroIsNotAdded(Rule[fx.Node]):
+    """(0 x + 0) + y = y (5)."""
+
+    name: ClassVar[str] = "zero-is-not-added"
+    pattern = call(ops.ADD, args=(anything("left"), anything("right")))
+
+    def plan(self, graph: Graph, match: Match) -> fx.Node | None:
+        """Return what the zero is added to; it must have the shape and type of the sum."""
+        for zero, other in ((match["left"], match["right"]), (match["right"], match["left"])):
+            if not query.is_call(zero, AFFINE) or not _is_floating_variable(other) or match.root.kwargs:
+                continue
+            affine = read_affine(graph, zero)
+            is_zero = not bool(affine.scale.any()) and not bool(affine.shift.any())
+            if is_zero and _alike(other, match.root):
+                return other
+        return None
+
+    def rewrite(self, match: Match, plan: fx.Node, edit: Editor) -> None:
+        """Let who reads the sum read what is left of it."""
+        edit.redirect(match.root, plan)
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    return query.shape(one) == query.shape(other) and query.dtype(one) == query.dtype(other)
 
 
 class AffineBeforeView(Rule[Affine]):

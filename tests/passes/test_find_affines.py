@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.graph import Graph, capture, query
+from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.nn import RepBN, UnifiedNorm
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_constants import FoldConstants
 from normfuse.report import PassReport, Reason
-from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, seeded
+from normfuse.testing import Golden, Small, check_pass_contract, distance, outputs, picture, randomized, seeded
 
 
 def canonical(model: nn.Module, x: Tensor) -> Graph:
@@ -178,3 +178,37 @@ def test_an_affine_stays_behind_a_view_that_something_else_reads() -> None:
 def test_a_scale_stays_behind_a_product_that_something_else_reads() -> None:
     _, report = found(Small(lambda m, x: ((y := x @ x.mT) * 2.0, y.relu())), sample(4, 5))
     assert "scale-before-product" not in report.applied
+
+
+class EndedProgression(nn.Module):
+    """PRepBN as some write it: both norms are computed, whatever the progression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln, self.rep = nn.LayerNorm(5), RepBN(5)
+        self.register_buffer("left", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.left / 100
+        y: Tensor = share * self.ln(x) + (1 - share) * self.rep(x)
+        return y
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_the_end_of_a_progression_leaves_the_batch_norm(left: int) -> None:
+    model, x = randomized(EndedProgression()).double(), sample(4, 3, 5)
+    model.left.fill_(left)  # type: ignore[operator, union-attr]
+    graph = canonical(model, x)
+    report = FindAffines().run(graph)
+    assert ("zero-is-not-added" in report.applied) is (left == 0)
+    assert any(query.is_call(node, ops.LAYER_NORM) for node in graph.nodes) is (left > 0)
+    assert distance(outputs(model, x), graph.run(x)) < 1e-14
+
+
+def test_a_zero_that_widens_the_sum_stays() -> None:
+    model, x = Small(lambda m, x: x[:1].relu() + x * 0.0), sample(4, 5)
+    graph = canonical(model, x)
+    FindAffines().run(graph)
+    (out,) = graph.run(x)
+    assert out.shape == (4, 5)
+    assert torch.equal(out, model(x))
