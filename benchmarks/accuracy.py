@@ -17,7 +17,7 @@ from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
 from normfuse.bench.accuracy import score
 from normfuse.bench.environment import default_threads, describe_environment
-from normfuse.build import FOLDING, quantize_graph
+from normfuse.build import FOLDING, plan_quantization
 from normfuse.capturing import capture_model
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
@@ -90,7 +90,7 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
         samples, _ = make(task, "calib", given.samples, seed)
         recipe = Recipe(bits=bits, effort=effort, seed=seed)
         placement = replace(onnx_placement("avx512_vnni", recipe.precision), attention_operands=OPERANDS[operands])
-        quantized = quantize_graph(
+        plan = plan_quantization(
             graph,
             lambda samples=samples: ([sample[None]] for sample in samples),  # type: ignore[misc]
             recipe=recipe,
@@ -98,7 +98,7 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
             total=given.samples,
             progress=Silent(),
         )
-        drops.append(exact - _score(quantized.graph, *test))
+        drops.append(exact - _score(plan.simulated()[0], *test))
     return drops
 
 

@@ -7,17 +7,19 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.deit import NORMS, deit_small, images
 from benchmarks.peers.onnxruntime_static import quantize_u8s8
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
-from normfuse.build import build_quantized, write_float
+from normfuse.build import check_quantized, plan_quantization, write_float, write_quantized
 from normfuse.checks import require
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
@@ -74,16 +76,15 @@ def build(norm: str, layers: int, folder: Path, threads: int) -> list[EngineSpec
         batches=(batch.numpy() for batch in images(SAMPLES).split(2)),
     )
     folded, _ = write_float(graph, folder / f"{label}_folded.onnx")
-    int8 = build_quantized(
-        folded,
-        lambda: ([image[None]] for image in images(SAMPLES)),
-        folder / f"{label}_int8.onnx",
-        recipe=Recipe(),
-        placement=onnx_placement(describe_environment().instruction_set),
-        total=SAMPLES,
-        threads=threads,
-        progress=render.ShownProgress(),
-    )
+    placement = onnx_placement(describe_environment().instruction_set)
+
+    def samples() -> Iterator[list[Tensor]]:
+        return ([image[None]] for image in images(SAMPLES))
+
+    shown = render.ShownProgress()
+    plan = plan_quantization(folded, samples, recipe=Recipe(), placement=placement, total=SAMPLES, progress=shown)
+    int8 = write_quantized(plan, folder / f"{label}_int8.onnx", placement=placement)
+    int8 = check_quantized(int8, samples, threads=threads)
     require(int8.checks)  # a fast engine that computes something else is no figure
     files = {TORCH: ".pt2", PLAIN: "_plain.onnx", OWN_INT8: "_own.onnx", FOLDED: "_folded.onnx", INT8: "_int8.onnx"}
     config = {INT8: int8.session_config}

@@ -135,12 +135,24 @@ def report(found: Mapping[str, Any], output: Path) -> None:
         for check in found["checks"]
     ]
     table("checks", ("", "check", "value", "bound", "of"), rows)
+    _accuracy_control(found["accuracy_control"])
     comparison(found)
     verdict = found["verdict"]
     line(f"verdict: {verdict['verdict']}, ships {verdict['ships']}")
     for reason in verdict["reasons"]:
         line(f"  {reason}")
     line(f"artifact: {output}")
+
+
+def _accuracy_control(found: Mapping[str, Any] | None) -> None:
+    """Show which blocks were put back, where the drop was not allowed as it was."""
+    if found is None or not found["trials"][1:]:
+        return
+    rows = [(", ".join(back["layers"]), back["level"], f"{back['effect']:.2e}") for back in found["put_back"]]
+    table(f"put back: {len(rows)} blocks", ("layers", "to", "output error that went with it"), rows)
+    trials = ", ".join(f"{trial['drop']:.2f} ({trial['put_back']})" for trial in found["trials"])
+    state = "holds" if found["holds"] else "does NOT hold"
+    line(f"accuracy control {state}: {found['allowed']:.2f} points allowed; points lost (blocks put back): {trials}")
 
 
 def _folds(passes: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from normfuse.bench.timing import EngineSpec
 from normfuse.calibration import Ranges, calibrate
 from normfuse.checks import Check, check_codes, check_export, check_fold, require
 from normfuse.export.onnx import export_onnx
@@ -21,12 +22,21 @@ from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision.put_back import Decided
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 
-__all__ = ["Engine", "Quantized", "build_float", "build_quantized", "quantize_graph", "write_float"]
+__all__ = [
+    "Engine",
+    "Plan",
+    "build_float",
+    "check_quantized",
+    "plan_quantization",
+    "write_float",
+    "write_quantized",
+]
 
 CHECKED_BATCHES: Final = 8
 """What every check runs (single samples, where the model fixes no batch): it meets each operator many times."""
@@ -49,6 +59,10 @@ class Engine:
     quantized_weights: int = 0
     blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
+
+    def spec(self, label: str) -> EngineSpec:
+        """Return how to open it, under the name that reports call it."""
+        return EngineSpec(label, "onnxruntime", self.path, self.session_config)
 
 
 def write_float(original: Graph, path: Path) -> tuple[Graph, list[PassReport]]:
@@ -77,20 +91,35 @@ def build_float(original: Graph, samples: Stream, path: Path, *, threads: int, p
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """A graph with quantizers, and how it came to be."""
+class Plan:
+    """What was decided for a folded graph, before any quantizer is written into it, and how it came to be."""
 
-    graph: Graph
+    decided: Decided
     passes: tuple[PassReport, ...]
     ranges: Ranges
-    weights: int
     blocks: tuple[BlockReport, ...]
 
+    @property
+    def graph(self) -> Graph:
+        """The float graph with requests."""
+        return self.decided.graph
 
-def quantize_graph(
+    def changed(self, decided: Decided) -> Plan:
+        """Return the plan with another decision."""
+        return replace(self, decided=decided)
+
+    def simulated(self) -> tuple[Graph, PassReport]:
+        """Return a graph with the quantizers: running it is the simulation; and what could not be quantized."""
+        graph, chosen = self.graph.copy(), self.decided.quantization
+        insert = Phase("precision", (InsertQuantizers(activations=chosen.activations, weights=chosen.weights),))
+        (report,) = Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
+        return graph, report
+
+
+def plan_quantization(
     folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, total: int, progress: Progress
-) -> Quantized:
-    """Quantize a copy of a folded float graph: running it is the simulation.
+) -> Plan:
+    """Decide the parameters of every activation and the codes of every weight of a folded float graph.
 
     Args:
         folded: the float graph; it is not changed.
@@ -104,49 +133,39 @@ def quantize_graph(
     place = Phase("precision", (PlaceQuantizers(placement=placement),))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     batch = fixed_batch(graph) or 1
-    ranges = Ranges({}, 0)
+    found = Ranges({}, 0)
     if requests(graph):
-        ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
-        ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
+        found = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+        found = replace(found, samples=found.samples * batch)  # it counts what it is fed
+    ranges = {name: chosen.range for name, chosen in found.chosen.items()}
     with progress.task("quantizing"):
-        decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
+        chosen = round_all_to_nearest(graph, ranges)
     blocks = list[BlockReport]()
     if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
         chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
-        decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
-    insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
-    reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
-    return Quantized(
-        graph=graph, passes=tuple(reports), ranges=ranges, weights=len(decided.weights), blocks=tuple(blocks)
-    )
+        chosen, blocks = refine_blockwise(graph, chunks, chosen, tried, progress=progress)
+    decided = Decided(graph=graph, ranges=ranges, quantization=chosen)
+    return Plan(decided=decided, passes=tuple(reports), ranges=found, blocks=tuple(blocks))
 
 
-def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them would be read nowhere else
-    folded: Graph,
-    samples: Stream,
-    path: Path,
-    *,
-    recipe: Recipe,
-    placement: Placement,
-    total: int,
-    threads: int,
-    progress: Progress,
-) -> Engine:
-    """Quantize a folded float graph, write it, and compare engine and simulation code by code."""
-    found = quantize_graph(folded, samples, recipe=recipe, placement=placement, total=total, progress=progress)
-    with progress.task("writing the quantized engine"):
-        export_onnx(found.graph, path)
-    config = dict(placement.session_config)
-    with progress.task("comparing engine and simulation"):
-        seen = list(islice(samples(), CHECKED_BATCHES))
-        checks = check_codes(found.graph, path, seen, threads=threads, session_config=config)
+def write_quantized(plan: Plan, path: Path, *, placement: Placement) -> Engine:
+    """Write the engine of a plan; it has not been checked yet."""
+    graph, report = plan.simulated()
+    export_onnx(graph, path)
     return Engine(
-        graph=found.graph,
+        graph=graph,
         path=path,
-        passes=found.passes,
-        checks=tuple(checks),
-        ranges=found.ranges,
-        quantized_weights=found.weights,
-        blocks=found.blocks,
-        session_config=config,
+        passes=(*plan.passes, report),
+        checks=(),
+        ranges=plan.ranges,
+        quantized_weights=len(plan.decided.quantization.weights),
+        blocks=plan.blocks,
+        session_config=dict(placement.session_config),
     )
+
+
+def check_quantized(engine: Engine, samples: Stream, *, threads: int) -> Engine:
+    """Return the engine with its codes compared, one by one, with the simulation's."""
+    seen = list(islice(samples(), CHECKED_BATCHES))
+    checks = check_codes(engine.graph, engine.path, seen, threads=threads, session_config=engine.session_config)
+    return replace(engine, checks=tuple(checks))

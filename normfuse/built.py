@@ -28,10 +28,11 @@ class Workspace:
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def model(self, label: str) -> Path:
-        """Return where an engine is written: under its final name, which a model with external data knows."""
-        folder = self.path / label
-        folder.mkdir()
-        return folder / "model.onnx"
+        """Return where an engine is written: under its final name, which a model with external data knows.
+
+        Every call gives another place.
+        """
+        return Path(tempfile.mkdtemp(prefix=f"{label}-", dir=self.path)) / "model.onnx"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,21 +7,19 @@ from pathlib import Path
 
 from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads
-from normfuse.bench.timing import EngineSpec
-from normfuse.build import Engine, build_float, build_quantized
+from normfuse.build import build_float
 from normfuse.built import Built, Workspace, load
 from normfuse.capturing import Examples, Model, capture_model, save
 from normfuse.conclusion import FLOAT, conclude
 from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
 from normfuse.errors import UsageError
-from normfuse.export.placement import onnx_placement
 from normfuse.feeding import bind, fixed_batch, random_samples, stream
 from normfuse.graph import Graph
 from normfuse.loading import load_model
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress, Silent
+from normfuse.quantizing import Quantizing
 from normfuse.recipe import Recipe
-from normfuse.runtime.instruction_set import detect_instruction_set
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
@@ -73,20 +71,21 @@ def compile(
     warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
-    engines = {FLOAT: floating}
+    engines, control = {FLOAT: floating}, None
     if not recipe.precision.is_float:
-        label = recipe.precision.label
-        engines[label] = build_quantized(
-            floating.graph,
-            source,
-            folder.model(label),
-            recipe=recipe,
-            placement=onnx_placement(detect_instruction_set().value, recipe.precision),
-            total=min(len(seen), recipe.samples or len(seen)),
-            threads=threads,
-            progress=shown,
+        quantizing = Quantizing(recipe=recipe, samples=source, folder=folder, threads=threads, progress=shown)
+        what = Measured(
+            engines=[engine.spec(label) for label, engine in engines.items()],
+            evaluation=judged,
+            fixed_batch=fixed_batch(original),
         )
-    what = Measured(engines=_specs(engines), evaluation=judged, fixed_batch=fixed_batch(original))
+        total = min(len(seen), recipe.samples or len(seen))
+        engines[recipe.precision.label], control = quantizing.run(floating.graph, what, total)
+    what = Measured(
+        engines=[engine.spec(label) for label, engine in engines.items()],
+        evaluation=judged,
+        fixed_batch=fixed_batch(original),
+    )
     comparison = compare_engines(
         what,
         batch=recipe.batch,
@@ -95,7 +94,7 @@ def compile(
         progress=shown,
         min_speedup=recipe.min_speedup,
     )
-    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings)
+    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:
@@ -118,7 +117,3 @@ def _survey(calibration: Samples | None, evaluation: Samples | None, progress: P
             with progress.task("reading the samples", len(samples)) as advance:
                 found += survey(samples, advance)
     return list(dict.fromkeys(found))
-
-
-def _specs(engines: dict[str, Engine]) -> list[EngineSpec]:
-    return [EngineSpec(label, "onnxruntime", engine.path, engine.session_config) for label, engine in engines.items()]

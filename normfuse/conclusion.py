@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from normfuse.accuracy_control import Control
 from normfuse.bench.comparison import Comparison
 from normfuse.bench.environment import describe_environment
 from normfuse.bench.verdict import Judgement, Verdict, judge
@@ -35,13 +36,14 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
     folder: Workspace,
     *,
     warnings: Sequence[str] = (),
+    control: Control | None = None,
 ) -> Built:
     """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
     label = recipe.precision.label
     quantized = engines[label] if label != FLOAT else None
     if quantized is not None:
-        judgement = _judge(quantized, comparison, recipe)
+        judgement = _judge(quantized, comparison, recipe, control)
     kept = judgement.verdict is not Verdict.FELL_BACK
     ships = label if kept else FLOAT
     report = {
@@ -49,6 +51,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
         "recipe": recipe.to_toml(),
         "passes": [report.as_dict() for engine in engines.values() for report in engine.passes],
         "quantization": _quantization(quantized),
+        "accuracy_control": None if control is None else control.as_dict(),
         "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
         "warnings": list(warnings),
         "comparison": comparison.as_dict(),
@@ -58,7 +61,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
     return Built(recipe=recipe, report=report, engine=engines[ships], holds=kept, folder=folder)
 
 
-def _judge(engine: Engine, comparison: Comparison, recipe: Recipe) -> Judgement:
+def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Control | None) -> Judgement:
     if not engine.quantized_weights:
         return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     judgement = judge(
@@ -66,7 +69,7 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe) -> Judgement:
         recipe.precision.label,
         max_drop=recipe.max_drop,
         min_speedup=recipe.min_speedup,
-        left_float=_left_float(engine),
+        exceptions=[*_left_float(engine), *_put_back(control)],
     )
     failed = tuple(f"a check failed: {check.name}" for check in engine.checks if not check.holds)
     return Judgement(Verdict.FELL_BACK, (*failed, *judgement.reasons)) if failed else judgement
@@ -74,7 +77,12 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe) -> Judgement:
 
 def _left_float(engine: Engine) -> list[str]:
     refused = [refusal for step in engine.passes for refusal in step.refused if refusal.reason in STAYED_FLOAT]
-    return [refusal.layer or refusal.node for refusal in refused]
+    layers = [refusal.layer or refusal.node for refusal in refused]
+    return [f"left in float: {', '.join(layers)}"] if layers else []
+
+
+def _put_back(control: Control | None) -> list[str]:
+    return [f"put back for accuracy: {back}" for back in control.chosen.backs] if control else []
 
 
 def _describe(model: Model, original: Graph) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from normfuse.data import Batch, Samples
 from normfuse.progress import Progress
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
 
-__all__ = ["Measured", "compare_engines"]
+__all__ = ["Measured", "accuracy", "compare_engines"]
 
 EVALUATION_BATCH = 50
 LIMIT_WITHOUT_LABELS = 256
@@ -61,7 +61,7 @@ def compare_engines(
     rows = []
     with progress.task("measuring accuracy", len(what.engines)) as advance:
         for engine in what.engines:
-            found, near = _accuracy(what, engine, threads=threads)
+            found, near = accuracy(what, engine, threads=threads)
             rows.append(
                 Row(
                     label=engine.label,
@@ -113,7 +113,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def _accuracy(what: Measured, spec: EngineSpec, *, threads: int) -> tuple[Score | None, Closeness | None]:
+def accuracy(what: Measured, spec: EngineSpec, *, threads: int) -> tuple[Score | None, Closeness | None]:
+    """Return an engine's score; where there are no labels, how close it is to the first engine."""
     samples, first = what.evaluation, what.engines[0]
     if samples is None or spec.kind != "onnxruntime":
         return None, None

@@ -47,6 +47,8 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``quantization``: ``constants_by_type`` (elements by type), ``effective_bits``, ``samples``, and
             ``tensors`` by name: ``layer``, ``range``, ``observed``, ``method``, ``relative_errors``.
             ``checks``: ``name``, ``value``, ``bound``, ``holds``, ``detail`` each.
+            ``accuracy_control``: ``allowed``, ``holds``, ``put_back`` (``layers``, ``level``, ``effect`` each), and
+            ``trials`` (``put_back``, ``level``, ``drop`` each).
             ``warnings``: sentences.
             ``comparison``: ``Comparison.as_dict()``.
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.
@@ -55,6 +57,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         "verdict": _verdict,
         "warnings": _warnings,
         "comparison": _comparison,
+        "accuracy_control": _accuracy_control,
         "checks": _checks,
         "passes": _passes,
         "quantization": _quantization,
@@ -116,6 +119,20 @@ def _speedup(row: Section) -> str | None:
     low, high = (_fixed(ratios.get(f"speedup_{end}"), 2) for end in ("lowest", "highest"))
     middle = _fixed(row.get("speedup"), 2)
     return f"{middle}× ({low} to {high})" if middle and low and high else middle and f"{middle}×"
+
+
+def _accuracy_control(found: Section) -> str:
+    """Draw what was put back, where something was tried."""
+    if not found["trials"][1:]:
+        return ""
+    backs = [[", ".join(back["layers"]), back["level"], f"{back['effect']:.2e}"] for back in found["put_back"]]
+    trials = [[str(trial["put_back"]), trial["level"], f"{trial['drop']:.2f}"] for trial in found["trials"]]
+    state = "holds" if found["holds"] else "does not hold"
+    return (
+        _heading(f"Accuracy control {state}: {found['allowed']:.2f} points allowed")
+        + _table(("put back", "to", "output error that went with it"), backs)
+        + _table(("blocks put back", "to", "points lost"), trials)
+    )
 
 
 def _checks(checks: Sequence[Section]) -> str:

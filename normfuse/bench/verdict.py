@@ -51,7 +51,7 @@ def judge(
     max_drop: float,
     min_speedup: float = 1.0,
     min_sqnr: float = SMALLEST_SQNR,
-    left_float: Sequence[str] = (),
+    exceptions: Sequence[str] = (),
 ) -> Judgement:
     """Judge an engine against the comparison's baseline.
 
@@ -61,15 +61,15 @@ def judge(
         max_drop: points of the score (top-1, mean IoU) that may be lost.
         min_speedup: how many times faster it must be; it is too slow where the rounds show it, not by their noise.
         min_sqnr: decibels that the outputs must be above their difference, where labels are missing.
-        left_float: layers that were to be quantized and stayed float; with some, what holds is partly kept.
+        exceptions: what is not as it was asked for, in words; with some, what holds is partly kept.
     """
     findings = (_speed(comparison, label, min_speedup), _accuracy(comparison, label, max_drop, min_sqnr))
     failed = [finding.said for finding in findings if not finding.holds]
     held = [finding.said for finding in findings if finding.holds]
     if failed:
         return Judgement(Verdict.FELL_BACK, (*failed, *held))
-    if left_float:
-        return Judgement(Verdict.PARTLY_KEPT, (f"left in float: {', '.join(left_float)}", *held))
+    if exceptions:
+        return Judgement(Verdict.PARTLY_KEPT, (*exceptions, *held))
     return Judgement(Verdict.KEPT, tuple(held))
 
 

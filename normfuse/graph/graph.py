@@ -95,6 +95,12 @@ class Graph:
         with torch.no_grad():
             return tuple(_Watched(self.module, watch).run(*inputs))
 
+    def run_as(
+        self, inputs: Sequence[Tensor], compute: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> tuple[Tensor, ...]:
+        """Run node by node with ``compute`` in place of every call, with gradients; what nobody reads any more goes."""
+        return tuple(_Computed(self.module, compute).run(*inputs))
+
     def copy(self, *, with_constants: bool = False) -> Graph:
         """Return an independent graph that shares no nodes; constants are shared until replaced, or copied too."""
         shared = () if with_constants else (*self.module.parameters(), *self.module.buffers())
@@ -126,6 +132,17 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         return value if n.op in ("get_attr", "output") else self._watch(n, value)
+
+
+class _Computed(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, compute: Callable[..., Any]) -> None:
+        super().__init__(module)
+        self._compute = compute
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        return self._compute(n, *self.fetch_args_kwargs_from_env(n))
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:

@@ -21,6 +21,8 @@ __all__ = [
     "request_weight",
     "requested_weights",
     "requests",
+    "retype",
+    "withdraw",
     "withdraw_weight",
 ]
 
@@ -59,6 +61,19 @@ def request_quantization(edit: Editor, source: fx.Node, type_: IntegerType, read
     wanted = (type_.bits, type_.signed, type_.narrow)
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
+
+
+def retype(edit: Editor, request: QuantizationRequest, type_: IntegerType) -> None:
+    """Ask for codes of another type."""
+    for index, value in enumerate((type_.bits, type_.signed, type_.narrow), start=1):
+        edit.set_argument(request.node, index, value)
+
+
+def withdraw(edit: Editor, request: QuantizationRequest) -> None:
+    """Take a request back: its readers read floats, and linear maps among them keep float weights too."""
+    for reader in request.readers:
+        withdraw_weight(reader)
+    edit.redirect(request.node, request.source)
 
 
 def request_weight(node: fx.Node, type_: IntegerType) -> None:

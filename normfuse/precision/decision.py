@@ -12,7 +12,7 @@ from normfuse.graph.quantization import requested_weights, requests
 from normfuse.quant import QuantParams, Range, RoundedWeight, round_to_nearest
 from normfuse.rewrite.linear_map import read_linear_map
 
-__all__ = ["Quantization", "activation_params", "input_scales", "round_all_to_nearest"]
+__all__ = ["Quantization", "activation_params", "decide_again", "input_scales", "round_all_to_nearest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +41,22 @@ def input_scales(graph: Graph, activations: Mapping[str, QuantParams]) -> dict[f
 
 def round_all_to_nearest(graph: Graph, ranges: Mapping[str, Range]) -> Quantization:
     """Return the plainest decision: every activation by its range, every weight to its nearest code."""
-    activations, weights, types = activation_params(graph, ranges), {}, requested_weights(graph)
+    return decide_again(graph, ranges, Quantization(activations={}, weights={}))
+
+
+def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization) -> Quantization:
+    """Return a decision for a graph whose requests have changed: what still fits them is kept, the rest is nearest."""
+    activations = activation_params(graph, ranges)
+    for name, params in activations.items():
+        if (before := known.activations.get(name)) is not None and before.type == params.type:
+            activations[name] = before
+    weights, types = {}, requested_weights(graph)
     for node, scale in input_scales(graph, activations).items():
-        if (linear := read_linear_map(graph, node)) is not None:
-            rounded = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale)
-            weights[node.name] = rounded
+        if (linear := read_linear_map(graph, node)) is None:
+            continue
+        kept = known.weights.get(node.name)
+        if kept is not None and kept.params.type == types[node] and kept.holds_bias(scale):
+            weights[node.name] = kept
+        else:
+            weights[node.name] = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale)
     return Quantization(activations=activations, weights=weights)

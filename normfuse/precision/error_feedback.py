@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from normfuse.graph import ops, query
@@ -21,7 +20,6 @@ from normfuse.quant import (
     corrected_bias,
     round_by_coordinate_descent,
     round_by_gptq,
-    scale_for_bias,
     shrink_drift,
     unfold_rows,
 )
@@ -64,12 +62,9 @@ def correct_biases(block: Block, decided: Quantization) -> Quantization:
             continue
         means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
         bias = corrected_bias(linear.bias, linear.weight, start.values, **means).float()
-        scale = scales[node]
-        if scale is not None and not torch.equal(
-            scale_for_bias(start.params, input_scale=scale, bias=bias).scale, start.params.scale
-        ):
-            continue  # it would not fit the codes that the weight has
-        decided = _with(decided, node, replace(start, bias=bias))
+        corrected = replace(start, bias=bias)
+        if corrected.holds_bias(scales[node]):
+            decided = _with(decided, node, corrected)
     return decided
 
 

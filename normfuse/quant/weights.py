@@ -54,6 +54,13 @@ class RoundedWeight:
         """The weight that the codes stand for, float32."""
         return dequantize(self.codes, self.params)
 
+    def holds_bias(self, input_scale: float | None) -> bool:
+        """Return whether the bias fits an int32 beside these codes, behind an input of that scale (None: float)."""
+        if self.bias is None or input_scale is None:
+            return True
+        needed = scale_for_bias(self.params, input_scale=input_scale, bias=self.bias)
+        return torch.equal(needed.scale, self.params.scale)
+
 
 def round_to_nearest(
     weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None

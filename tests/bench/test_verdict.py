@@ -136,9 +136,9 @@ def test_nothing_measured_is_kept_and_says_what_is_unknown() -> None:
     )
 
 
-def test_layers_left_in_float_are_partly_kept_unless_the_rest_fails() -> None:
+def test_what_has_exceptions_is_partly_kept_unless_the_rest_fails() -> None:
     fast, slow = row("int8", rounds=(1.0, 1.0, 1.0)), row("int8", rounds=(3.0, 3.0, 3.0))
-    left = ("blocks.0.attn", "head")
-    found = judge(compared(row("float"), fast), "int8", max_drop=0.5, left_float=left)
+    told = ("left in float: blocks.0.attn, head",)
+    found = judge(compared(row("float"), fast), "int8", max_drop=0.5, exceptions=told)
     assert (found.verdict, found.reasons[0]) == (Verdict.PARTLY_KEPT, "left in float: blocks.0.attn, head")
-    assert judge(compared(row("float"), slow), "int8", max_drop=0.5, left_float=left).verdict is Verdict.FELL_BACK
+    assert judge(compared(row("float"), slow), "int8", max_drop=0.5, exceptions=told).verdict is Verdict.FELL_BACK

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture
 from normfuse.graph.quantization import requests
-from normfuse.graph.segments import run_segment, segments
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
@@ -80,10 +79,8 @@ def error(graph: Graph, found: Quantization, x: Tensor) -> float:
 def test_the_simulation_is_the_quantized_graph(bits: str) -> None:
     graph, found = decided(bits)
     x = images(7, 5)
-    (part,) = segments(graph, wanted=lambda node: False)
-    values: dict[Any, Any] = {graph.inputs[0]: x}
-    run_segment(graph, part, values, Simulation(found))
-    simulated, (written,), (exact,) = values[graph.outputs[0]], inserted(graph, found).run(x), graph.run(x)
+    (simulated,) = graph.run_as([x], Simulation(found))
+    (written,), (exact,) = inserted(graph, found).run(x), graph.run(x)
     # The graph holds biases as int32 codes, the simulation as floats, so a code at a tie may fall to the other side:
     # samples that met none agree to the rounding of a bias, the rest to a code; the float network agrees nowhere.
     assert agreeing(simulated, written) >= 4 / 7

@@ -1,0 +1,83 @@
+"""The quantized engine: decided, written, brought to the score that the user allows, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from normfuse.accuracy_control import AccuracyControl, Control, Levels
+from normfuse.bench.accuracy import Score
+from normfuse.build import Engine, Plan, check_quantized, plan_quantization, write_quantized
+from normfuse.built import Workspace
+from normfuse.export.placement import onnx_placement
+from normfuse.feeding import Stream
+from normfuse.graph import Graph
+from normfuse.measure import Measured, accuracy
+from normfuse.progress import Progress
+from normfuse.quant.bits import MOST, Bits
+from normfuse.quant.placement import Placement
+from normfuse.recipe import Recipe
+from normfuse.runtime.instruction_set import detect_instruction_set
+
+__all__ = ["Quantizing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizing:
+    """Decides, writes and checks the quantized engine; with labels its score decides which blocks get more bits."""
+
+    recipe: Recipe
+    samples: Stream
+    folder: Workspace
+    threads: int
+    progress: Progress
+
+    def run(self, folded: Graph, what: Measured, total: int) -> tuple[Engine, Control | None]:
+        """Return the engine, and the accuracy control where there is a score to control.
+
+        Args:
+            folded: the float graph.
+            what: the float engine first, and the samples that engines are scored on.
+            total: the number of calibration samples.
+        """
+        placement, control = self._placement(self.recipe.precision), None
+        plan = plan_quantization(
+            folded,
+            self.samples,
+            recipe=self.recipe,
+            placement=placement,
+            total=total,
+            progress=self.progress,
+        )
+        base, _ = accuracy(what, what.engines[0], threads=self.threads)
+        if base is None:
+            engine = self._write(plan)
+        else:
+            control = AccuracyControl(
+                levels=self._levels(),
+                allowed=self.recipe.max_drop,
+                build=self._write,
+                drop_of=lambda engine: self._drop(what, base, engine),
+                progress=self.progress,
+            ).run(plan, self.samples)
+            engine = control.chosen.engine
+        with self.progress.task("comparing engine and simulation"):
+            return check_quantized(engine, self.samples, threads=self.threads), control
+
+    def _write(self, plan: Plan) -> Engine:
+        with self.progress.task("writing the quantized engine"):
+            path = self.folder.model(self.recipe.precision.label)
+            return write_quantized(plan, path, placement=self._placement(self.recipe.precision))
+
+    def _drop(self, what: Measured, base: Score, engine: Engine) -> float:
+        found, _ = accuracy(what, engine.spec(self.recipe.precision.label), threads=self.threads)
+        assert found is not None
+        return base.drop(found)
+
+    def _levels(self) -> Levels:
+        asked = self.recipe.precision
+        widest = replace(asked, weight=MOST, activation=max(asked.activation, MOST))
+        wider = {} if widest == asked else {str(widest): self._placement(widest)}
+        return {**wider, "float": None}
+
+    def _placement(self, bits: Bits) -> Placement:
+        return onnx_placement(detect_instruction_set().value, bits)
