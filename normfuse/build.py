@@ -20,6 +20,7 @@ from normfuse.graph.quantization import requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
+from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
 from normfuse.precision.put_back import Decided
@@ -130,7 +131,7 @@ def plan_quantization(
         progress: shows what takes long.
     """
     graph = folded.copy()
-    place = Phase("precision", (PlaceQuantizers(placement=placement),))
+    place = Phase("precision", (QuantizeTables(), PlaceQuantizers(placement=placement)))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     batch = fixed_batch(graph) or 1
     found = Ranges({}, 0)

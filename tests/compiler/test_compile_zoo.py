@@ -46,10 +46,10 @@ def of_the_zoo(name: str, split: str, count: int) -> Samples:
 
 
 def constants(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all constants by name, quantized ones under the name of their float value too."""
+    """Return the shapes of all constants by name, and of what is computed of constants alone (codes become floats)."""
     found = {value.name: numpy_helper.to_array(value).shape for value in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in found:
+        if node.op_type in ("DequantizeLinear", "Cast", "Mul") and set(node.input) <= found.keys():
             found[node.output[0]] = found[node.input[0]]
     return found
 
@@ -63,6 +63,8 @@ def frozen_norms(path: Path) -> list[str]:
     for node in model.graph.node:
         per_channel = [name for name in node.input if sum(size > 1 for size in shapes.get(name, ())) == 1]
         is_bias = node.op_type == "Add" and not products.isdisjoint(node.input)
+        if set(node.input) <= shapes.keys():  # computed when the file is loaded
+            continue
         if node.op_type == "BatchNormalization" or (node.op_type in WITH_A_CONSTANT and per_channel and not is_bias):
             found.append(f"{node.name} ({node.op_type})")
     return found

@@ -1,0 +1,119 @@
+"""Tables are codes in the graph and in the file, and every number is within half a step of what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normfuse.export.onnx import export_onnx
+from normfuse.graph import Graph, capture, query
+from normfuse.passes.quantize_tables import QuantizeTables
+from normfuse.runtime.onnx_session import open_onnx
+from normfuse.testing import Golden, Small, check_pass_contract, picture, randomized, seeded
+
+
+def text(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids) + m.positions
+    result: Tensor = m.head(torch.tanh(x))
+    return result
+
+
+def model() -> nn.Module:
+    parts: dict[str, Any] = {
+        "words": nn.Embedding(50, 24),
+        "positions": torch.randn(1, 43, 24, generator=seeded(2)) * 3,
+    }
+    return randomized(Small(text, **parts, head=nn.Linear(24, 5)))
+
+
+def ids(count: int) -> Tensor:
+    return torch.randint(0, 50, (count, 43), generator=seeded(1))
+
+
+def quantized(module: nn.Module, x: Tensor) -> tuple[Graph, Any]:
+    graph = capture(module, (x,))
+    return graph, QuantizeTables().run(graph)
+
+
+def constants(graph: Graph) -> dict[str, torch.dtype]:
+    return {str(node.target): query.dtype(node) for node in graph.nodes if query.is_constant(node)}
+
+
+def test_picture(golden: Golden) -> None:
+    graph = capture(model(), (ids(2),))
+    before = graph.text()
+    assert QuantizeTables().run(graph).applied == {"lookup": 1, "sum": 1}
+    assert picture(before, graph.text()) == golden
+
+
+def test_contract() -> None:
+    assert check_pass_contract(QuantizeTables(), capture(model(), (ids(2),)), (ids(3),)).changed
+
+
+def test_every_number_moves_by_half_a_step_at_most() -> None:
+    torch_model, x = model(), ids(3)
+    seen = dict[str, Tensor]()
+
+    def watch(node: Any, value: Any) -> Any:
+        if query.shape(node)[-1:] == [24] or query.shape(node)[-1:] == (24,):
+            seen[node.name] = value
+        return value
+
+    graph, _ = quantized(torch_model, x)
+    graph.run_watched((x,), watch)
+    words = torch_model.words(x).detach()  # type: ignore[operator]
+    step = torch_model.words.weight.detach().abs().amax(0) / 127  # type: ignore[union-attr, operator]
+    found = next(value for name, value in seen.items() if name.startswith("embedding") and value.is_floating_point())
+    assert ((found - words).abs() <= 0.5001 * step).all()
+    assert ((found - words).abs() > 0).any()
+    table = torch_model.positions.detach()  # type: ignore[operator]
+    (added,) = [value for value in seen.values() if value.shape == (1, 43, 24) and value.is_floating_point()]
+    assert ((added - table).abs() <= 0.5001 * table.abs().amax(-1, keepdim=True) / 127).all()
+
+
+def test_the_file_holds_codes_and_the_engine_computes_the_graph(tmp_path: Path) -> None:
+    x = ids(3)
+    graph, _ = quantized(model(), x)
+    export_onnx(graph, tmp_path / "model.onnx")
+    held = {tuple(each.dims): each.data_type for each in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert held[50, 24] == held[43, 24] == onnx.TensorProto.INT8
+    session = open_onnx(tmp_path / "model.onnx", threads=1)
+    (found,) = session.run({session.inputs[0].name: x.numpy()}).values()
+    np.testing.assert_allclose(found, graph.run(x)[0].numpy(), rtol=0, atol=1e-5)
+
+
+def mask() -> Tensor:
+    return torch.full((43, 43), -3e38).triu(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        (lambda m, ids: m.words(ids) + m.words.weight[:43] * 2.0, {"words": nn.Embedding(50, 24)}),
+        (lambda m, ids: ids[:, :, None] * 1.0 @ m.mask[:1] + m.mask, {"mask": mask()}),
+        (lambda m, ids: m.words(ids), {"words": nn.Embedding(50, 20)}),
+        (lambda m, ids: ids[..., None] + m.wide, {"wide": torch.randn(43, 43).double()}),
+        (lambda m, ids: (ids[..., None] * m.gain).relu(), {"gain": torch.randn(43, 43)}),
+    ],
+    ids=["two kinds of readers", "mask", "small", "another type", "factor"],
+)
+def test_what_stays_float(function: Any, parts: dict[str, Any]) -> None:
+    graph = capture(Small(function, **parts), (ids(2),))
+    before = constants(graph)
+    report = QuantizeTables().run(graph)
+    assert not report.changed
+    assert constants(graph) == before
+
+
+def test_a_table_of_zeros_stays_zeros() -> None:
+    graph, report = quantized(
+        Small(lambda m, ids: m.words(ids), words=nn.Embedding(50, 24, _weight=torch.zeros(50, 24))), ids(2)
+    )
+    assert report.changed
+    assert not graph.run(ids(2))[0].any()
