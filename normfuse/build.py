@@ -111,7 +111,7 @@ def quantize_graph(
     with progress.task("quantizing"):
         decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
     blocks = list[BlockReport]()
-    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
+    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed, placement=placement):
         chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
         decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
     insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))

@@ -13,9 +13,10 @@ from normfuse.graph import query
 from normfuse.graph.quantization import is_requested, requested_weights
 from normfuse.graph.segments import plainly
 from normfuse.precision.block import Block
-from normfuse.precision.decision import Quantization
-from normfuse.precision.simulation import call_with, params_of_request
-from normfuse.quant import QuantParams, RoundedWeight, quantize, scale_for_bias
+from normfuse.precision.decision import Quantization, scale_for_maps
+from normfuse.precision.learned_activation import learned_activation
+from normfuse.precision.learned_weight import LearnedWeight
+from normfuse.precision.simulation import call_with, params_of_request, source_of_request
 
 __all__ = ["Reconstruction", "reconstruct"]
 
@@ -70,12 +71,12 @@ class _Student:
         self._generator = torch.Generator().manual_seed(chosen.seed)
         maps = requested_weights(block.graph)
         self._activations = {
-            node: _LearnedActivation(params)
+            node: learned_activation(params)
             for node in block.segment.nodes
             if is_requested(node) and (params := params_of_request(node, decided)) is not None
         }
         self._weights = {
-            node: _LearnedWeight(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
+            node: LearnedWeight(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
             for node in block.segment.nodes
             if node in maps and (weight := decided.weights.get(node.name)) is not None
         }
@@ -87,7 +88,7 @@ class _Student:
         return [
             {"params": [each.offset for each in weights], "lr": chosen.weight_rate},
             {"params": scales, "lr": chosen.scale_rate},
-            {"params": [each.zero for each in activations], "lr": chosen.zero_rate},
+            {"params": [each.zero for each in activations if each.zero is not None], "lr": chosen.zero_rate},
             {"params": [each.shift for each in weights if each.shift is not None], "lr": chosen.bias_rate},
         ]
 
@@ -104,81 +105,13 @@ class _Student:
 
     def decision(self) -> Quantization:
         """Return the whole decision with what was learned."""
-        learned = {_source(node): each.params() for node, each in self._activations.items()}
+        learned = {source_of_request(node): each.params() for node, each in self._activations.items()}
         activations = {**self._decided.activations, **learned}
         scales = {
-            reader: float(activations[_source(node)].scale)
+            reader: scale_for_maps(activations[source_of_request(node)])
             for node in self._activations
             for reader in query.readers(node)
+            if reader in self._weights
         }
         weights = {node.name: each.rounded(scales.get(node)) for node, each in self._weights.items()}
         return Quantization(activations=activations, weights={**self._decided.weights, **weights})
-
-
-class _LearnedActivation:
-    """One scale and zero point with gradients; the scale is learned as a logarithm and stays positive."""
-
-    def __init__(self, params: QuantParams) -> None:
-        self._start = params
-        self.log_scale = params.scale.log().requires_grad_()
-        self.zero = params.zero_point.float().requires_grad_()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        kind = self._start.type
-        scale, zero = self.log_scale.exp(), _rounded(self.zero).clamp(kind.minimum, kind.maximum)
-        codes = _rounded((x / scale + zero).clamp(kind.minimum, kind.maximum))
-        return (codes - zero) * scale
-
-    def params(self) -> QuantParams:
-        kind = self._start.type
-        zero = self.zero.detach().round().clamp(kind.minimum, kind.maximum).int()
-        return QuantParams(scale=self.log_scale.detach().exp(), zero_point=zero, type=kind)
-
-
-class _LearnedWeight:
-    """A weight that moves in units of its steps, its scales and its bias."""
-
-    def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
-        self._start = start
-        tail = [1] * (weight.ndim - 1)
-        self._step = start.params.scale.reshape(-1, *tail)
-        self._weight = weight.detach()
-        self.offset = torch.zeros_like(self._weight).requires_grad_()
-        self.log_scale = start.params.scale.log().requires_grad_()
-        self.shift = None if start.bias is None else torch.zeros_like(start.bias).requires_grad_()
-
-    def values(self) -> Tensor:
-        kind = self._start.params.type
-        scale = self.log_scale.exp().reshape(self._step.shape)
-        moved = (self._weight + self.offset * self._step) / scale
-        return _rounded(moved.clamp(kind.minimum, kind.maximum)) * scale
-
-    def bias(self) -> Tensor | None:
-        if self._start.bias is None or self.shift is None:
-            return None
-        return self._start.bias.detach() + self.shift * self._start.bias.detach().abs().mean().clamp(min=1e-3)
-
-    def rounded(self, input_scale: float | None) -> RoundedWeight:
-        with torch.no_grad():
-            bias, start = self.bias(), self._start.params
-            params = QuantParams(
-                scale=self.log_scale.exp(),
-                zero_point=start.zero_point,
-                type=start.type,
-                granularity=start.granularity,
-            )
-            if bias is not None and input_scale is not None:
-                params = scale_for_bias(params, input_scale=input_scale, bias=bias)
-            moved = self._weight + self.offset * self._step
-            return RoundedWeight(codes=quantize(moved, params), params=params, bias=bias)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Round; the gradient passes as if it were the identity."""
-    return x + (x.round() - x).detach()
-
-
-def _source(node: fx.Node) -> str:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source.name
