@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -17,8 +19,22 @@ from normfuse.precision.decision import Quantization, scale_for_maps
 from normfuse.precision.learned_activation import learned_activation
 from normfuse.precision.learned_weight import LearnedWeight
 from normfuse.precision.simulation import call_with, params_of_request, source_of_request
+from normfuse.precision.soft_rounding import SoftlyRounded
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Reconstruction", "Rounding", "reconstruct"]
+
+WARM_UP: Final = 0.2
+"""The share of the updates before soft rounding has to decide."""
+
+SHARPNESS: Final = (20.0, 2.0)
+"""The exponent of its penalty, from then to the end."""
+
+
+class Rounding(Enum):
+    """How the codes of weights are learned."""
+
+    STRAIGHT_THROUGH = "the weight moves, rounding has the gradient of the identity"
+    SOFT = "every weight decides between down and up (AdaRound)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +44,9 @@ class Reconstruction:
     Attributes:
         steps: updates, one chunk each.
         drop: the share of activations left float in an update (QDrop, Wei et al. 2022, arXiv 2203.05740).
+        rounding: how codes of weights are learned.
+        soft_rate: of what soft rounding learns, per update, in units of its sigmoid's argument.
+        decide: the weight of soft rounding's penalty, beside the relative squared error.
         weight_rate: in weight steps per update; ``scale_rate`` and ``bias_rate`` relative to size; ``zero_rate`` in
             codes. All fall to zero as a half cosine.
         seed: of the order of the chunks and of what is dropped.
@@ -35,6 +54,9 @@ class Reconstruction:
 
     steps: int = 200
     drop: float = 0.25
+    rounding: Rounding = Rounding.STRAIGHT_THROUGH
+    soft_rate: float = 0.03
+    decide: float = 0.3
     weight_rate: float = 0.01
     scale_rate: float = 0.002
     zero_rate: float = 0.01
@@ -54,10 +76,11 @@ def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> 
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / chosen.steps))
     )
     order: list[int] = []
-    for _ in range(chosen.steps):
+    for step in range(chosen.steps):
         order = order or torch.randperm(len(block.teaching), generator=generator).tolist()
         optimizer.zero_grad()
-        block.loss(block.teaching[order.pop()], student).backward()  # type: ignore[no-untyped-call]
+        loss = block.loss(block.teaching[order.pop()], student) + student.penalty(step / chosen.steps)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return student.decision()
@@ -75,8 +98,9 @@ class _Student:
             for node in block.segment.nodes
             if is_requested(node) and (params := params_of_request(node, decided)) is not None
         }
-        self._weights = {
-            node: LearnedWeight(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
+        kind = LearnedWeight if chosen.rounding is Rounding.STRAIGHT_THROUGH else SoftlyRounded
+        self._weights: Mapping[fx.Node, LearnedWeight | SoftlyRounded] = {
+            node: kind(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
             for node in block.segment.nodes
             if node in maps and (weight := decided.weights.get(node.name)) is not None
         }
@@ -84,9 +108,10 @@ class _Student:
     def groups(self) -> list[dict[str, Any]]:
         """Return what is learned and how fast."""
         chosen, weights, activations = self._chosen, self._weights.values(), self._activations.values()
+        weight_rate = chosen.weight_rate if chosen.rounding is Rounding.STRAIGHT_THROUGH else chosen.soft_rate
         scales = [each.log_scale for each in weights] + [each.log_scale for each in activations]
         return [
-            {"params": [each.offset for each in weights], "lr": chosen.weight_rate},
+            {"params": [each.offset for each in weights], "lr": weight_rate},
             {"params": scales, "lr": chosen.scale_rate},
             {"params": [each.zero for each in activations if each.zero is not None], "lr": chosen.zero_rate},
             {"params": [each.shift for each in weights if each.shift is not None], "lr": chosen.bias_rate},
@@ -98,6 +123,15 @@ class _Student:
         if (weight := self._weights.get(node)) is not None:
             return call_with(node, args, kwargs, weight.values(), weight.bias())
         return args[0] if is_requested(node) else plainly(node, args, kwargs)
+
+    def penalty(self, share: float) -> Tensor | float:
+        """Return what is added to the loss after this share of the updates, so that soft rounding decides."""
+        soft = [each for each in self._weights.values() if isinstance(each, SoftlyRounded)]
+        if not soft or share < WARM_UP:
+            return 0.0
+        first, last = SHARPNESS
+        sharpness = first + (last - first) * (share - WARM_UP) / (1 - WARM_UP)
+        return self._chosen.decide * torch.stack([each.undecided(sharpness) for each in soft]).mean()
 
     def _dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
         keeps = torch.rand(x.shape, generator=self._generator) < self._chosen.drop
