@@ -28,8 +28,18 @@ from normfuse.recipe import Recipe
 
 BITS: Final = ("8", "w6a6", "w4a8", "w4a4", "w3a3", "w4a16", "w3a16")
 BATCH: Final = 250
-OPERANDS: Final = {"maps": False, "all": True}
-"""Codes for what linear maps read (the deployable subset), or for the operands of attention's products too."""
+ATTENTION: Final = {"attention_operands": True}
+OPERANDS: Final[dict[str, dict[str, bool]]] = {
+    "maps": {},
+    "all": ATTENTION,
+    "all-by-head": {**ATTENTION, "head_scales": True},
+    "all-logarithmic": {**ATTENTION, "logarithmic_softmax": True},
+    "all-by-head-logarithmic": {**ATTENTION, "head_scales": True, "logarithmic_softmax": True},
+}
+"""Codes for what linear maps read (the deployable subset), or for the operands of attention's products too.
+
+The last three are for simulation: no engine has such codes.
+"""
 
 
 def main() -> None:
@@ -38,7 +48,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=list(OPERANDS))
+    parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
@@ -89,7 +99,7 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
     for seed in range(given.seeds):
         samples, _ = make(task, "calib", given.samples, seed)
         recipe = Recipe(bits=bits, effort=effort, seed=seed)
-        placement = replace(onnx_placement("avx512_vnni", recipe.precision), attention_operands=OPERANDS[operands])
+        placement = replace(onnx_placement("avx512_vnni", recipe.precision), **OPERANDS[operands])
         plan = plan_quantization(
             graph,
             lambda samples=samples: ([sample[None]] for sample in samples),  # type: ignore[misc]

@@ -2,10 +2,15 @@
 
     normfuse::quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int minimum, int maximum) -> Tensor
     normfuse::dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor
+    normfuse::quantize_logarithm(Tensor x, Tensor scale, int axis, int count, int per_octave, bool top_is_zero)
+        -> Tensor
+    normfuse::dequantize_logarithm(Tensor codes, Tensor scale, int axis, int count, int per_octave, bool top_is_zero)
+        -> Tensor
     normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
     normfuse::reshape(Tensor x, SymInt[] shape) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
+The two of logarithms are for simulation: the exporter has no translation for them.
 What they compute is written in ``normfuse.kernels.reference``.
 """
 
@@ -20,7 +25,7 @@ from torch import Tensor
 from normfuse.kernels import reference
 from normfuse.quant.integer_type import smallest_container
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "RESHAPE", "UNPACK"]
+__all__ = ["DEQUANTIZE", "DEQUANTIZE_LOGARITHM", "QUANTIZE", "QUANTIZE_LOGARITHM", "RESHAPE", "UNPACK"]
 
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
@@ -28,6 +33,18 @@ def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, min
 
 
 def _dequantize_shape(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def _quantize_logarithm_shape(
+    x: Tensor, scale: Tensor, axis: int, count: int, per_octave: int, top_is_zero: bool
+) -> Tensor:
+    return torch.empty_like(x, dtype=smallest_container(0, count - 1))
+
+
+def _dequantize_logarithm_shape(
+    codes: Tensor, scale: Tensor, axis: int, count: int, per_octave: int, top_is_zero: bool
+) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
@@ -47,6 +64,12 @@ def _define() -> None:
     torch.library.custom_op("normfuse::dequantize", reference.dequantize, mutates_args=()).register_fake(
         _dequantize_shape
     )
+    torch.library.custom_op(
+        "normfuse::quantize_logarithm", reference.quantize_logarithm, mutates_args=()
+    ).register_fake(_quantize_logarithm_shape)
+    torch.library.custom_op(
+        "normfuse::dequantize_logarithm", reference.dequantize_logarithm, mutates_args=()
+    ).register_fake(_dequantize_logarithm_shape)
     torch.library.custom_op("normfuse::unpack", reference.unpack, mutates_args=()).register_fake(_unpack_shape)
     torch.library.custom_op("normfuse::reshape", reference.reshape, mutates_args=()).register_fake(_reshaped)
 
@@ -55,6 +78,8 @@ _define()
 
 QUANTIZE: Final[Any] = torch.ops.normfuse.quantize.default
 DEQUANTIZE: Final[Any] = torch.ops.normfuse.dequantize.default
+QUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.quantize_logarithm.default
+DEQUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.dequantize_logarithm.default
 UNPACK: Final[Any] = torch.ops.normfuse.unpack.default
 RESHAPE: Final[Any] = torch.ops.normfuse.reshape.default
 """A reshape that torch leaves whole: taken apart, it becomes a view wherever fake strides allow one."""

@@ -2,7 +2,7 @@
 
 Rounding, saturation and widths are defined here or in ``normfuse.quant.rounding`` and nowhere else; every engine's
 version is tested against this one, bit for bit where integers are concerned. `quantize` and `dequantize` are the
-functions of ``normfuse.quant.rounding`` on bare tensors, because calibration computes with the same ones.
+functions of ``normfuse.quant`` on bare tensors, because calibration computes with the same ones.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normfuse.quant.logarithm import dequantize_logarithm, quantize_logarithm
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
 
-__all__ = ["dequantize", "quantize", "reshape", "unpack"]
+__all__ = ["dequantize", "dequantize_logarithm", "quantize", "quantize_logarithm", "reshape", "unpack"]
 
 
 def unpack(codes: Tensor, scale: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def plan_quantization(
     with progress.task("quantizing"):
         chosen = round_all_to_nearest(graph, ranges)
     blocks = list[BlockReport]()
-    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
+    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed, placement=placement):
         chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
         chosen, blocks = refine_blockwise(graph, chunks, chosen, tried, progress=progress)
     decided = Decided(graph=graph, ranges=ranges, quantization=chosen)

@@ -11,9 +11,18 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests, withdraw_weight
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, QUANTIZE, QUANTIZE_LOGARITHM, UNPACK
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import INT32, SMALLEST_SCALE, QuantParams, RoundedWeight, quantize
+from normfuse.quant import (
+    INT32,
+    SMALLEST_SCALE,
+    ActivationParams,
+    LogarithmicParams,
+    PerChannel,
+    QuantParams,
+    RoundedWeight,
+    quantize,
+)
 from normfuse.report import PassReport, Reason, Refusal
 
 __all__ = ["InsertQuantizers"]
@@ -29,7 +38,8 @@ class InsertQuantizers(Pass):
         before   y = linear(request(x), W, b)
         after    y = linear(dq(q(x)), dq(codes of W), b)
 
-    1. Activations: one scale and zero point per tensor (0 is always exact).
+    1. Activations: one scale and zero point per tensor (0 is always exact); for products of two activations, where
+       it was decided so, one per head, or codes on a logarithmic scale (which no engine runs).
     2. Weights: codes per output channel; biases: int32 codes at scale_x * scale_w. A linear map is written on rows,
        the one form that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
     3. A map whose input stays float computes in float, with the values that its weight's codes stand for.
@@ -43,7 +53,7 @@ class InsertQuantizers(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.PLACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
 
-    activations: Mapping[str, QuantParams]
+    activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
 
     def run(self, graph: Graph) -> PassReport:
@@ -60,7 +70,10 @@ class InsertQuantizers(Pass):
                     edit.redirect(request.node, request.source)
                     continue
                 scales |= dict.fromkeys(request.readers, params.scale)
-                _quantize_activation(edit, request, params)
+                if isinstance(params, LogarithmicParams):
+                    _quantize_logarithm(edit, request, params)
+                else:
+                    _quantize_activation(edit, request, params)
                 applied.append("activation")
             for node in requested_weights(graph):
                 withdraw_weight(node)
@@ -100,13 +113,26 @@ def _unpacked(edit: Editor, at: fx.Node, weight: RoundedWeight, *, stem: str) ->
 
 
 def _quantize_activation(edit: Editor, request: QuantizationRequest, params: QuantParams) -> None:
-    source, place = request.source, request.node
+    source, place, axis = request.source, request.node, _axis(params)
     scale = edit.constant(params.scale, f"{source.name}_scale", like=source)
     zero = _zero_point(edit, source, params, source.name)
     limits = (request.type.minimum, request.type.maximum)
-    codes = edit.call(QUANTIZE, source, scale, zero, PER_TENSOR, *limits, at=place, name=f"{source.name}_codes")
-    values = edit.call(DEQUANTIZE, codes, scale, zero, PER_TENSOR, at=place, name=f"{source.name}_values")
+    codes = edit.call(QUANTIZE, source, scale, zero, axis, *limits, at=place, name=f"{source.name}_codes")
+    values = edit.call(DEQUANTIZE, codes, scale, zero, axis, at=place, name=f"{source.name}_values")
     edit.redirect(place, values)
+
+
+def _quantize_logarithm(edit: Editor, request: QuantizationRequest, params: LogarithmicParams) -> None:
+    source, place, axis = request.source, request.node, _axis(params)
+    scale = edit.constant(params.scale, f"{source.name}_scale", like=source)
+    grid = (params.type.levels, params.per_octave, params.top_is_zero)
+    codes = edit.call(QUANTIZE_LOGARITHM, source, scale, axis, *grid, at=place, name=f"{source.name}_codes")
+    values = edit.call(DEQUANTIZE_LOGARITHM, codes, scale, axis, *grid, at=place, name=f"{source.name}_values")
+    edit.redirect(place, values)
+
+
+def _axis(params: ActivationParams) -> int:
+    return params.granularity.axis if isinstance(params.granularity, PerChannel) else PER_TENSOR
 
 
 def _zero_point(edit: Editor, at: fx.Node, params: QuantParams, stem: str) -> fx.Node:

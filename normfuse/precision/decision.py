@@ -9,17 +9,24 @@ from torch import fx
 
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
-from normfuse.quant import QuantParams, Range, RoundedWeight, round_to_nearest
+from normfuse.quant import ActivationParams, QuantParams, Range, RoundedWeight, round_to_nearest
 from normfuse.rewrite.linear_map import read_linear_map
 
-__all__ = ["Quantization", "activation_params", "decide_again", "input_scales", "round_all_to_nearest"]
+__all__ = [
+    "Quantization",
+    "activation_params",
+    "decide_again",
+    "input_scales",
+    "round_all_to_nearest",
+    "scale_for_maps",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """Parameters by the name of the node that makes the tensor, and weights by the name of the linear map."""
 
-    activations: Mapping[str, QuantParams]
+    activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
 
 
@@ -29,14 +36,20 @@ def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Qu
     return {request.source.name: range_.quantizer(request.type) for request, range_ in found if range_ is not None}
 
 
-def input_scales(graph: Graph, activations: Mapping[str, QuantParams]) -> dict[fx.Node, float | None]:
+def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> dict[fx.Node, float | None]:
     """Return the maps whose weights are to be codes, with the scale of their input's codes; None: a float input.
 
     A map whose input was to be quantized and could not be is left out: it computes floats.
     """
     reads = {reader: request.source.name for request in requests(graph) for reader in request.readers}
     maps = [node for node in requested_weights(graph) if node not in reads or reads[node] in activations]
-    return {node: float(activations[reads[node]].scale) if node in reads else None for node in maps}
+    return {node: scale_for_maps(activations[reads[node]]) if node in reads else None for node in maps}
+
+
+def scale_for_maps(params: ActivationParams) -> float:
+    """Return the one scale of what a linear map reads; only products of activations read other codes."""
+    assert isinstance(params, QuantParams)
+    return float(params.scale)
 
 
 def round_all_to_nearest(graph: Graph, ranges: Mapping[str, Range]) -> Quantization:
@@ -46,7 +59,7 @@ def round_all_to_nearest(graph: Graph, ranges: Mapping[str, Range]) -> Quantizat
 
 def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization) -> Quantization:
     """Return a decision for a graph whose requests have changed: what still fits them is kept, the rest is nearest."""
-    activations = activation_params(graph, ranges)
+    activations: dict[str, ActivationParams] = dict(activation_params(graph, ranges))
     for name, params in activations.items():
         if (before := known.activations.get(name)) is not None and before.type == params.type:
             activations[name] = before

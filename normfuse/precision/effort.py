@@ -10,10 +10,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from normfuse.precision.attention_codes import scale_heads, take_logarithms
 from normfuse.precision.blockwise import Refinement
 from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors
 from normfuse.precision.reconstruction import Reconstruction, reconstruct
 from normfuse.quant.bits import MOST, Bits
+from normfuse.quant.placement import Placement
 
 __all__ = ["Effort", "chunked", "refinements"]
 
@@ -26,18 +28,30 @@ class Effort(IntEnum):
     LEARNED = 2  # and weights and steps learned block by block
 
 
-def refinements(bits: Bits, effort: Effort, *, seed: int) -> dict[str, Refinement]:
-    """Return what is tried on every block, by name, in order.
+def refinements(bits: Bits, effort: Effort, *, seed: int, placement: Placement | None = None) -> dict[str, Refinement]:
+    """Return what is tried on every block, by name, in order; codes that few targets have only where the placement is.
 
     At eight bits rounding to nearest is near the float network already, so only ``LEARNED`` tries anything there.
     """
     found: dict[str, Refinement] = {}
     is_low = bits.weight < MOST or bits.activation < MOST
     if effort is Effort.LEARNED or (effort is Effort.CLOSED_FORM and is_low):
+        found |= _other_codes(placement)
         found["error feedback"] = partial(feed_back_errors, chosen=ErrorFeedback())
         found["bias correction"] = correct_biases
     if effort is Effort.LEARNED:
         found["reconstruction"] = partial(reconstruct, chosen=Reconstruction(seed=seed))
+    return found
+
+
+def _other_codes(placement: Placement | None) -> dict[str, Refinement]:
+    """Return what may replace one uniform scale per tensor, if the placement has it."""
+    found: dict[str, Refinement] = {}
+    if placement is not None and placement.head_scales:
+        found["head scales"] = scale_heads
+    if placement is not None and placement.logarithmic_softmax:
+        found["log2 codes"] = partial(take_logarithms, per_octave=1)
+        found["log sqrt 2 codes"] = partial(take_logarithms, per_octave=2)
     return found
 
 

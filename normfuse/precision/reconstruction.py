@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -13,11 +15,26 @@ from normfuse.graph import query
 from normfuse.graph.quantization import is_requested, requested_weights
 from normfuse.graph.segments import plainly
 from normfuse.precision.block import Block
-from normfuse.precision.decision import Quantization
-from normfuse.precision.simulation import call_with, params_of_request
-from normfuse.quant import QuantParams, RoundedWeight, quantize, scale_for_bias
+from normfuse.precision.decision import Quantization, scale_for_maps
+from normfuse.precision.learned_activation import learned_activation
+from normfuse.precision.learned_weight import LearnedWeight
+from normfuse.precision.simulation import call_with, params_of_request, source_of_request
+from normfuse.precision.soft_rounding import SoftlyRounded
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Reconstruction", "Rounding", "reconstruct"]
+
+WARM_UP: Final = 0.2
+"""The share of the updates before soft rounding has to decide."""
+
+SHARPNESS: Final = (20.0, 2.0)
+"""The exponent of its penalty, from then to the end."""
+
+
+class Rounding(Enum):
+    """How the codes of weights are learned."""
+
+    STRAIGHT_THROUGH = "the weight moves, rounding has the gradient of the identity"
+    SOFT = "every weight decides between down and up (AdaRound)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +44,9 @@ class Reconstruction:
     Attributes:
         steps: updates, one chunk each.
         drop: the share of activations left float in an update (QDrop, Wei et al. 2022, arXiv 2203.05740).
+        rounding: how codes of weights are learned.
+        soft_rate: of what soft rounding learns, per update, in units of its sigmoid's argument.
+        decide: the weight of soft rounding's penalty, beside the relative squared error.
         weight_rate: in weight steps per update; ``scale_rate`` and ``bias_rate`` relative to size; ``zero_rate`` in
             codes. All fall to zero as a half cosine.
         seed: of the order of the chunks and of what is dropped.
@@ -34,6 +54,9 @@ class Reconstruction:
 
     steps: int = 200
     drop: float = 0.25
+    rounding: Rounding = Rounding.STRAIGHT_THROUGH
+    soft_rate: float = 0.03
+    decide: float = 0.3
     weight_rate: float = 0.01
     scale_rate: float = 0.002
     zero_rate: float = 0.01
@@ -53,10 +76,11 @@ def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> 
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / chosen.steps))
     )
     order: list[int] = []
-    for _ in range(chosen.steps):
+    for step in range(chosen.steps):
         order = order or torch.randperm(len(block.teaching), generator=generator).tolist()
         optimizer.zero_grad()
-        block.loss(block.teaching[order.pop()], student).backward()  # type: ignore[no-untyped-call]
+        loss = block.loss(block.teaching[order.pop()], student) + student.penalty(step / chosen.steps)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return student.decision()
@@ -70,12 +94,13 @@ class _Student:
         self._generator = torch.Generator().manual_seed(chosen.seed)
         maps = requested_weights(block.graph)
         self._activations = {
-            node: _LearnedActivation(params)
+            node: learned_activation(params)
             for node in block.segment.nodes
             if is_requested(node) and (params := params_of_request(node, decided)) is not None
         }
-        self._weights = {
-            node: _LearnedWeight(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
+        kind = LearnedWeight if chosen.rounding is Rounding.STRAIGHT_THROUGH else SoftlyRounded
+        self._weights: Mapping[fx.Node, LearnedWeight | SoftlyRounded] = {
+            node: kind(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
             for node in block.segment.nodes
             if node in maps and (weight := decided.weights.get(node.name)) is not None
         }
@@ -83,11 +108,12 @@ class _Student:
     def groups(self) -> list[dict[str, Any]]:
         """Return what is learned and how fast."""
         chosen, weights, activations = self._chosen, self._weights.values(), self._activations.values()
+        weight_rate = chosen.weight_rate if chosen.rounding is Rounding.STRAIGHT_THROUGH else chosen.soft_rate
         scales = [each.log_scale for each in weights] + [each.log_scale for each in activations]
         return [
-            {"params": [each.offset for each in weights], "lr": chosen.weight_rate},
+            {"params": [each.offset for each in weights], "lr": weight_rate},
             {"params": scales, "lr": chosen.scale_rate},
-            {"params": [each.zero for each in activations], "lr": chosen.zero_rate},
+            {"params": [each.zero for each in activations if each.zero is not None], "lr": chosen.zero_rate},
             {"params": [each.shift for each in weights if each.shift is not None], "lr": chosen.bias_rate},
         ]
 
@@ -98,87 +124,28 @@ class _Student:
             return call_with(node, args, kwargs, weight.values(), weight.bias())
         return args[0] if is_requested(node) else plainly(node, args, kwargs)
 
+    def penalty(self, share: float) -> Tensor | float:
+        """Return what is added to the loss after this share of the updates, so that soft rounding decides."""
+        soft = [each for each in self._weights.values() if isinstance(each, SoftlyRounded)]
+        if not soft or share < WARM_UP:
+            return 0.0
+        first, last = SHARPNESS
+        sharpness = first + (last - first) * (share - WARM_UP) / (1 - WARM_UP)
+        return self._chosen.decide * torch.stack([each.undecided(sharpness) for each in soft]).mean()
+
     def _dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
         keeps = torch.rand(x.shape, generator=self._generator) < self._chosen.drop
         return torch.where(keeps, x, quantized)
 
     def decision(self) -> Quantization:
         """Return the whole decision with what was learned."""
-        learned = {_source(node): each.params() for node, each in self._activations.items()}
+        learned = {source_of_request(node): each.params() for node, each in self._activations.items()}
         activations = {**self._decided.activations, **learned}
         scales = {
-            reader: float(activations[_source(node)].scale)
+            reader: scale_for_maps(activations[source_of_request(node)])
             for node in self._activations
             for reader in query.readers(node)
+            if reader in self._weights
         }
         weights = {node.name: each.rounded(scales.get(node)) for node, each in self._weights.items()}
         return Quantization(activations=activations, weights={**self._decided.weights, **weights})
-
-
-class _LearnedActivation:
-    """One scale and zero point with gradients; the scale is learned as a logarithm and stays positive."""
-
-    def __init__(self, params: QuantParams) -> None:
-        self._start = params
-        self.log_scale = params.scale.log().requires_grad_()
-        self.zero = params.zero_point.float().requires_grad_()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        kind = self._start.type
-        scale, zero = self.log_scale.exp(), _rounded(self.zero).clamp(kind.minimum, kind.maximum)
-        codes = _rounded((x / scale + zero).clamp(kind.minimum, kind.maximum))
-        return (codes - zero) * scale
-
-    def params(self) -> QuantParams:
-        kind = self._start.type
-        zero = self.zero.detach().round().clamp(kind.minimum, kind.maximum).int()
-        return QuantParams(scale=self.log_scale.detach().exp(), zero_point=zero, type=kind)
-
-
-class _LearnedWeight:
-    """A weight that moves in units of its steps, its scales and its bias."""
-
-    def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
-        self._start = start
-        tail = [1] * (weight.ndim - 1)
-        self._step = start.params.scale.reshape(-1, *tail)
-        self._weight = weight.detach()
-        self.offset = torch.zeros_like(self._weight).requires_grad_()
-        self.log_scale = start.params.scale.log().requires_grad_()
-        self.shift = None if start.bias is None else torch.zeros_like(start.bias).requires_grad_()
-
-    def values(self) -> Tensor:
-        kind = self._start.params.type
-        scale = self.log_scale.exp().reshape(self._step.shape)
-        moved = (self._weight + self.offset * self._step) / scale
-        return _rounded(moved.clamp(kind.minimum, kind.maximum)) * scale
-
-    def bias(self) -> Tensor | None:
-        if self._start.bias is None or self.shift is None:
-            return None
-        return self._start.bias.detach() + self.shift * self._start.bias.detach().abs().mean().clamp(min=1e-3)
-
-    def rounded(self, input_scale: float | None) -> RoundedWeight:
-        with torch.no_grad():
-            bias, start = self.bias(), self._start.params
-            params = QuantParams(
-                scale=self.log_scale.exp(),
-                zero_point=start.zero_point,
-                type=start.type,
-                granularity=start.granularity,
-            )
-            if bias is not None and input_scale is not None:
-                params = scale_for_bias(params, input_scale=input_scale, bias=bias)
-            moved = self._weight + self.offset * self._step
-            return RoundedWeight(codes=quantize(moved, params), params=params, bias=bias)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Round; the gradient passes as if it were the identity."""
-    return x + (x.round() - x).detach()
-
-
-def _source(node: fx.Node) -> str:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source.name

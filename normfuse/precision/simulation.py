@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from normfuse.graph.quantization import is_requested
 from normfuse.graph.segments import plainly
 from normfuse.precision.decision import Quantization
-from normfuse.quant import QuantParams, quantize_dequantize
+from normfuse.quant import ActivationParams, snap
 
-__all__ = ["Simulation", "call_with", "params_of_request"]
+__all__ = ["Simulation", "call_with", "params_of_request", "source_of_request"]
 
 
 class Simulation:
@@ -25,7 +25,7 @@ class Simulation:
         """Return the value of one call."""
         if is_requested(node):
             params = params_of_request(node, self._decided)
-            return args[0] if params is None else quantize_dequantize(args[0], params)
+            return args[0] if params is None else snap(args[0], params)
         if (weight := self._decided.weights.get(node.name)) is None:
             return plainly(node, args, kwargs)
         if node.name not in self._values:
@@ -33,11 +33,16 @@ class Simulation:
         return call_with(node, args, kwargs, self._values[node.name], weight.bias)
 
 
-def params_of_request(node: fx.Node, decided: Quantization) -> QuantParams | None:
+def params_of_request(node: fx.Node, decided: Quantization) -> ActivationParams | None:
     """Return the parameters of the tensor that a request stands behind."""
+    return decided.activations.get(source_of_request(node))
+
+
+def source_of_request(node: fx.Node) -> str:
+    """Return the name of the node that makes the tensor that a request stands behind."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return decided.activations.get(source.name)
+    return source.name
 
 
 def call_with(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, bias: Tensor | None) -> Any:

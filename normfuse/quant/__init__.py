@@ -9,11 +9,13 @@ from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTen
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
 from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
+from normfuse.quant.logarithm import LogarithmicParams, logarithmic_params
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
 from normfuse.quant.rounding_problem import added_error
 from normfuse.quant.scale_refit import refit_scale
+from normfuse.quant.snapping import ActivationParams, snap
 from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import RoundedWeight, WeightClip, round_to_nearest, scale_for_bias, weight_params
 
@@ -26,11 +28,13 @@ __all__ = [
     "SMALLEST_SCALE",
     "UINT4",
     "UINT8",
+    "ActivationParams",
     "DyadicHistogram",
     "ExactSum",
     "Granularity",
     "InputMoments",
     "IntegerType",
+    "LogarithmicParams",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -44,6 +48,7 @@ __all__ = [
     "candidates",
     "corrected_bias",
     "dequantize",
+    "logarithmic_params",
     "quantize",
     "quantize_dequantize",
     "refit_scale",
@@ -52,6 +57,7 @@ __all__ = [
     "round_to_nearest",
     "scale_for_bias",
     "shrink_drift",
+    "snap",
     "symmetric",
     "unfold_rows",
     "weight_params",

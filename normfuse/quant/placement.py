@@ -20,6 +20,10 @@ class Placement:
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
         weight: codes of weights (per output channel, symmetric).
         attention_operands: whether what the products of attention read are codes too.
+        head_scales: whether those operands may have one scale per head. For simulation: products of per-tensor codes
+            are what kernels run.
+        logarithmic_softmax: whether what softmax makes may have codes on a logarithmic scale. For simulation: no
+            runtime that normfuse writes for multiplies them.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
         smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
             with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
@@ -33,6 +37,8 @@ class Placement:
     weight: IntegerType
     model_input: IntegerType | None = None
     attention_operands: bool = False
+    head_scales: bool = False
+    logarithmic_softmax: bool = False
     convolution_outputs: bool = True
     smallest_inner: int = 8
     session_config: Mapping[str, str] = field(default_factory=dict)

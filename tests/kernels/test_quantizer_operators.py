@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import UsageError
 from normfuse.kernels import ops, reference
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, QUANTIZE, QUANTIZE_LOGARITHM
 
 LIMITS = [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7), (-32768, 32767)]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -63,8 +63,9 @@ def test_operators_say_what_does_not_fit() -> None:
 
 def test_schemas_are_the_documented_ones() -> None:
     assert ops.__doc__ is not None
-    for operator in (QUANTIZE, DEQUANTIZE):
-        assert str(operator._schema).replace("SymInt", "int") in ops.__doc__
+    documented = " ".join(ops.__doc__.split())
+    for operator in (QUANTIZE, DEQUANTIZE, QUANTIZE_LOGARITHM, DEQUANTIZE_LOGARITHM):
+        assert str(operator._schema).replace("SymInt", "int") in documented
 
 
 def test_defining_them_again_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from normfuse.graph.quantization import requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision.reconstruction import Reconstruction, Rounding, reconstruct
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import IntegerType, Range
 from normfuse.quant.bits import Bits
@@ -104,6 +106,16 @@ def test_each_effort_lowers_the_error_on_other_samples(bits: str, effort: Effort
     for report in reports:
         assert set(report.kept) | set(report.reverted) == set(tried)
         assert min([report.before, *report.kept.values()]) <= min([report.before, *report.reverted.values()])
+
+
+@pytest.mark.parametrize("rounding", Rounding)
+def test_blocks_are_reconstructed_under_either_rounding(rounding: Rounding) -> None:
+    graph, start = decided("w3a8")
+    learned = partial(reconstruct, chosen=Reconstruction(rounding=rounding, steps=100))
+    chunks = chunked(((x[None],) for x in images(128, 1)), 16)
+    found, reports = refine_blockwise(graph, chunks, start, {"reconstruction": learned})
+    assert error(graph, found, images(64, 2)) < 0.9 * error(graph, start, images(64, 2))
+    assert any(report.kept for report in reports)
 
 
 def test_what_makes_it_worse_is_reverted() -> None:
