@@ -7,6 +7,7 @@
     normfuse::dequantize_logarithm(Tensor codes, Tensor scale, int axis, int count, int per_octave, bool top_is_zero)
         -> Tensor
     normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
+    normfuse::grouped_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int size) -> Tensor
     normfuse::reshape(Tensor x, SymInt[] shape) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
@@ -25,7 +26,15 @@ from torch import Tensor
 from normfuse.kernels import reference
 from normfuse.quant.integer_type import smallest_container
 
-__all__ = ["DEQUANTIZE", "DEQUANTIZE_LOGARITHM", "QUANTIZE", "QUANTIZE_LOGARITHM", "RESHAPE", "UNPACK"]
+__all__ = [
+    "DEQUANTIZE",
+    "DEQUANTIZE_LOGARITHM",
+    "GROUPED_LINEAR",
+    "QUANTIZE",
+    "QUANTIZE_LOGARITHM",
+    "RESHAPE",
+    "UNPACK",
+]
 
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
@@ -52,6 +61,10 @@ def _unpack_shape(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
+def _grouped_linear_shape(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
 def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format).reshape(list(shape))
 
@@ -71,6 +84,9 @@ def _define() -> None:
         "normfuse::dequantize_logarithm", reference.dequantize_logarithm, mutates_args=()
     ).register_fake(_dequantize_logarithm_shape)
     torch.library.custom_op("normfuse::unpack", reference.unpack, mutates_args=()).register_fake(_unpack_shape)
+    torch.library.custom_op("normfuse::grouped_linear", reference.grouped_linear, mutates_args=()).register_fake(
+        _grouped_linear_shape
+    )
     torch.library.custom_op("normfuse::reshape", reference.reshape, mutates_args=()).register_fake(_reshaped)
 
 
@@ -81,5 +97,6 @@ DEQUANTIZE: Final[Any] = torch.ops.normfuse.dequantize.default
 QUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.quantize_logarithm.default
 DEQUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.dequantize_logarithm.default
 UNPACK: Final[Any] = torch.ops.normfuse.unpack.default
+GROUPED_LINEAR: Final[Any] = torch.ops.normfuse.grouped_linear.default
 RESHAPE: Final[Any] = torch.ops.normfuse.reshape.default
 """A reshape that torch leaves whole: taken apart, it becomes a view wherever fake strides allow one."""

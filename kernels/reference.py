@@ -12,16 +12,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normfuse.quant.granularity import PerGroup
 from normfuse.quant.logarithm import dequantize_logarithm, quantize_logarithm
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
 
-__all__ = ["dequantize", "dequantize_logarithm", "quantize", "quantize_logarithm", "reshape", "unpack"]
+__all__ = [
+    "dequantize",
+    "dequantize_logarithm",
+    "grouped_linear",
+    "quantize",
+    "quantize_logarithm",
+    "reshape",
+    "unpack",
+]
 
 
 def unpack(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float weight that symmetric codes stand for: ``codes * scale`` along axis 0, in the scale's type."""
     return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)
+
+
+def grouped_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """Return ``x W^T + bias`` for a weight of symmetric codes, in float.
+
+    Args:
+        x: float [..., in].
+        codes: integers [out, in].
+        scale: x's type, [out, ceil(in / size)]: one for every ``size`` neighbours of a row.
+        bias: x's type, [out], or None.
+        size: neighbours that share a scale.
+    """
+    spread = PerGroup(1, size).spread(scale, codes.shape)
+    return torch.nn.functional.linear(x, codes.to(scale.dtype) * spread, bias)
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests, withdraw_weight
-from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, QUANTIZE, QUANTIZE_LOGARITHM, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, GROUPED_LINEAR, QUANTIZE, QUANTIZE_LOGARITHM, UNPACK
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant import (
     INT32,
@@ -19,6 +19,7 @@ from normfuse.quant import (
     ActivationParams,
     LogarithmicParams,
     PerChannel,
+    PerGroup,
     QuantParams,
     RoundedWeight,
     quantize,
@@ -42,7 +43,8 @@ class InsertQuantizers(Pass):
        it was decided so, one per head, or codes on a logarithmic scale (which no engine runs).
     2. Weights: codes per output channel; biases: int32 codes at scale_x * scale_w. A linear map is written on rows,
        the one form that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
-    3. A map whose input stays float computes in float, with the values that its weight's codes stand for.
+    3. A map whose input stays float computes in float, with the values that its weight's codes stand for; where groups
+       of them have their own scales, as one operator, because onnxruntime has a kernel for it.
     4. A tensor without parameters stays float, with a refusal; its request is withdrawn, its readers' weights stay.
 
     Not exact: this is where accuracy is spent. The graph's float operators then compute what integer kernels
@@ -87,6 +89,9 @@ def _quantize_weight(edit: Editor, node: fx.Node, weight: RoundedWeight, input_s
     params, stem = weight.params, str(node.args[1].target)  # type: ignore[union-attr]
     given = query.argument(node, 2, "bias")
     bias_stem = str(given.target) if given is not None else f"{stem.rpartition('.')[0]}.bias".lstrip(".")
+    if isinstance(params.granularity, PerGroup):
+        _write_grouped(edit, node, weight, stem=stem, bias_stem=bias_stem)
+        return
     if input_scale is None:
         edit.set_argument(node, 1, _unpacked(edit, node, weight, stem=stem))
         if weight.bias is not None:
@@ -103,6 +108,15 @@ def _quantize_weight(edit: Editor, node: fx.Node, weight: RoundedWeight, input_s
     edit.set_argument(node, 1, _values(edit, node, weight.codes, params, axis=0, stem=stem))
     if bias is not None:
         edit.set_argument(node, 2, bias)
+
+
+def _write_grouped(edit: Editor, node: fx.Node, weight: RoundedWeight, *, stem: str, bias_stem: str) -> None:
+    """Write a product of floats and codes with a scale per group (3)."""
+    assert isinstance(weight.params.granularity, PerGroup)
+    codes = edit.constant(weight.codes, f"{stem}_codes", like=node)
+    scale = edit.constant(weight.params.scale, f"{stem}_scale", like=node)
+    bias = None if weight.bias is None else edit.constant(weight.bias, bias_stem, like=node)
+    edit.replace(node, GROUPED_LINEAR, node.args[0], codes, scale, bias, weight.params.granularity.size)
 
 
 def _unpacked(edit: Editor, at: fx.Node, weight: RoundedWeight, *, stem: str) -> fx.Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import fx
@@ -20,6 +20,10 @@ from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["PlaceQuantizers"]
+
+
+SMALLEST_GROUP: Final = 16
+"""What a scale for fewer weights of four bits would cost, codes of eight would too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class PlaceQuantizers(Pass):
         refused = {node: found for node in graph.nodes if (found := self._refusal(graph, node)) is not None}
         wishes, type_ = _inputs(graph, refused), self.placement.activation
         for node in (reader for wish in wishes for reader in wish.readers):
-            request_weight(node, self.placement.weight)
+            request_weight(node, self.placement.weight, group=self._group(node))
         if self.placement.attention_operands:
             wishes += _operands(graph)
         if self.placement.convolution_outputs:
@@ -65,6 +69,15 @@ class PlaceQuantizers(Pass):
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )
+
+    def _group(self, node: fx.Node) -> int | None:
+        """Return how many inputs share a scale: a power of two that divides them, so that no group is cut short."""
+        most = self.placement.weight_group
+        if most is None or node.target is not ops.LINEAR:
+            return None
+        inputs = query.shape(node.args[1])[-1]  # type: ignore[arg-type]
+        sizes = (most >> step for step in range(most.bit_length()))
+        return next((size for size in sizes if size >= SMALLEST_GROUP and inputs % size == 0), None)
 
     def _refusal(self, graph: Graph, node: fx.Node) -> Refusal | None:
         """Return why ``node`` computes floats (1, 5), or None."""

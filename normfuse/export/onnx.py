@@ -17,7 +17,7 @@ import torch
 from onnxscript import opset21 as op
 
 from normfuse.errors import UnsupportedModel
-from normfuse.export.packing import pack_small_codes, unpacked_at_loading
+from normfuse.export.packing import pack_grouped_codes, pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import editing
@@ -84,6 +84,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
     _name_quantizers(model, graph)
     _name_nodes(model)
     unpacked_at_loading(model)
+    pack_grouped_codes(model)
     pack_small_codes(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["is_packed", "pack_small_codes", "unpacked_at_loading"]
+__all__ = ["is_packed", "pack_grouped_codes", "pack_small_codes", "unpacked_at_loading"]
 
 FEWEST: Final = 64
 """Constants of fewer elements save less than the node in front of them costs."""
 
-SMALLEST, LARGEST = -8, 7
+SMALLEST, LARGEST, ZERO = -8, 7, 8
 
 
 def is_packed(codes: Tensor) -> bool:
@@ -33,6 +33,29 @@ def pack_small_codes(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         if (codes := _small_codes(value)) is not None:
             _pack(model.graph, value, codes)
+
+
+def pack_grouped_codes(model: ir.Model) -> None:
+    """Lay out the codes of MatMulNBits as it wants them: uint8 [out, groups, size / 2], low nibble first, zero at 8."""
+    for node in list(model.graph):
+        if node.op_type == "MatMulNBits":
+            codes, size = node.inputs[1], node.attributes["block_size"].as_int()
+            assert codes is not None
+            assert codes.name is not None
+            assert codes.const_value is not None
+            raw = codes.const_value.numpy().astype(np.int16) + ZERO
+            packed = (raw[:, 0::2] | raw[:, 1::2] << 4).astype(np.uint8).reshape(len(raw), -1, size // 2)
+            name = f"{codes.name}_packed"
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape(packed.shape),
+                type=ir.TensorType(ir.DataType.UINT8),
+                const_value=ir.tensor(packed, name=name),
+            )
+            node.replace_input_with(1, value)
+            model.graph.register_initializer(value)
+            if not codes.uses():
+                del model.graph.initializers[codes.name]
 
 
 def _small_codes(value: ir.Value) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]] | None:

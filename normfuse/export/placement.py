@@ -15,6 +15,10 @@ EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
 SYMMETRIC_7: Final = IntegerType(7, signed=True, narrow=True)
 
+FEW_BITS: Final = 4
+WEIGHT_GROUP: Final = 128
+"""The more inputs share a scale the smaller the file; the fewer the nearer the weights."""
+
 X86_VNNI: Final = Placement(
     name="onnxruntime, x86 with VNNI or AMX",
     activation=UINT8,
@@ -46,7 +50,9 @@ def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
     weight = widest.weight
     if bits.weight < weight.bits:  # every level counts where there are few: the smallest code is used too
         weight = IntegerType(bits.weight, signed=True)
-    return replace(widest, activation=activation, weight=weight, model_input=widest.activation)
+    # onnxruntime's product of floats and packed codes knows groups; every other one has a scale per channel.
+    group = WEIGHT_GROUP if bits.is_weight_only and bits.weight <= FEW_BITS else None
+    return replace(widest, activation=activation, weight=weight, weight_group=group, model_input=widest.activation)
 
 
 def _of_level(instruction_set: str) -> Placement:

@@ -8,11 +8,15 @@ from typing import Any, Final
 import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
+from onnxscript.values import Opset
 
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
 from normfuse.quant.integer_type import smallest_container
 
 __all__ = ["translation_table"]
+
+ORT: Final = Opset("com.microsoft", 1)
+"""onnxruntime's own operators."""
 
 _TYPES: Final = {
     torch.uint8: ir.DataType.UINT8,
@@ -29,7 +33,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     The codes of a constant stay an integer initializer: the exporter folds neither of the two operators. A zero point
     that already has the codes' type stays an initializer under its own name; any other gets a cast.
     """
-    return {QUANTIZE: _quantize, DEQUANTIZE: _dequantize, UNPACK: _unpack}
+    return {GROUPED_LINEAR: _grouped_linear, QUANTIZE: _quantize, DEQUANTIZE: _dequantize, UNPACK: _unpack}
 
 
 # The exporter calls these with symbolic tensors (an untyped subclass of onnx_ir.Value) and Python integers.
@@ -53,6 +57,12 @@ def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
 def _unpack(codes: Any, scale: Any) -> Any:
     """Write DequantizeLinear without a zero point, which the exporter leaves alone; see ``unpacked_at_loading``."""
     return op.DequantizeLinear(codes, scale, axis=0)
+
+
+def _grouped_linear(x: Any, codes: Any, scale: Any, bias: Any, size: int) -> Any:
+    """Write onnxruntime's product of floats and packed codes; see ``pack_grouped_codes``."""
+    outputs, inputs = codes.shape
+    return ORT.MatMulNBits(x, codes, scale, None, None, bias, K=inputs, N=outputs, bits=4, block_size=size)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

@@ -16,6 +16,7 @@ from normfuse.quant import IntegerType
 
 __all__ = [
     "QuantizationRequest",
+    "WeightRequest",
     "is_requested",
     "request_quantization",
     "request_weight",
@@ -76,9 +77,17 @@ def withdraw(edit: Editor, request: QuantizationRequest) -> None:
     edit.redirect(request.node, request.source)
 
 
-def request_weight(node: fx.Node, type_: IntegerType) -> None:
+@dataclass(frozen=True, slots=True)
+class WeightRequest:
+    """The constant weight of a linear map shall be codes of ``type``; ``group`` inputs share a scale, None: all."""
+
+    type: IntegerType
+    group: int | None = None
+
+
+def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None) -> None:
     """Ask that the constant weight of a linear map is held as codes."""
-    metadata.note(node, WEIGHT, type_)
+    metadata.note(node, WEIGHT, WeightRequest(type_, group))
 
 
 def withdraw_weight(node: fx.Node) -> None:
@@ -86,10 +95,10 @@ def withdraw_weight(node: fx.Node) -> None:
     metadata.note(node, WEIGHT, None)
 
 
-def requested_weights(graph: Graph) -> dict[fx.Node, IntegerType]:
+def requested_weights(graph: Graph) -> dict[fx.Node, WeightRequest]:
     """Return the linear maps whose weights shall be codes, in graph order."""
     noted = {node: metadata.noted(node, WEIGHT) for node in graph.nodes}
-    return {node: type_ for node, type_ in noted.items() if isinstance(type_, IntegerType)}
+    return {node: request for node, request in noted.items() if isinstance(request, WeightRequest)}
 
 
 def is_requested(node: object) -> bool:

@@ -63,13 +63,13 @@ def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization)
     for name, params in activations.items():
         if (before := known.activations.get(name)) is not None and before.type == params.type:
             activations[name] = before
-    weights, types = {}, requested_weights(graph)
+    weights, wanted = {}, requested_weights(graph)
     for node, scale in input_scales(graph, activations).items():
         if (linear := read_linear_map(graph, node)) is None:
             continue
-        kept = known.weights.get(node.name)
-        if kept is not None and kept.params.type == types[node] and kept.holds_bias(scale):
+        kept, (type_, group) = known.weights.get(node.name), (wanted[node].type, wanted[node].group)
+        if kept is not None and kept.params.type == type_ and kept.holds_bias(scale):
             weights[node.name] = kept
         else:
-            weights[node.name] = round_to_nearest(linear.weight, linear.bias, types[node], input_scale=scale)
+            weights[node.name] = round_to_nearest(linear.weight, linear.bias, type_, input_scale=scale, group=group)
     return Quantization(activations=activations, weights=weights)

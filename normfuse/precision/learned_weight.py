@@ -16,8 +16,7 @@ class LearnedWeight:
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         self._start = start
-        tail = [1] * (weight.ndim - 1)
-        self._step = start.params.scale.reshape(-1, *tail)
+        self._step = start.params.granularity.spread(start.params.scale, weight.shape)
         self._weight = weight.detach()
         self.offset = torch.zeros_like(self._weight).requires_grad_()
         self.log_scale = start.params.scale.log().requires_grad_()
@@ -26,7 +25,7 @@ class LearnedWeight:
     def values(self) -> Tensor:
         """Return the values of the codes, with gradients."""
         kind = self._start.params.type
-        scale = self.log_scale.exp().reshape(self._step.shape)
+        scale = self._start.params.granularity.spread(self.log_scale.exp(), self._weight.shape)
         moved = (self._weight + self.offset * self._step) / scale
         return rounded(moved.clamp(kind.minimum, kind.maximum)) * scale
 

@@ -77,7 +77,7 @@ def _widen(graph: Graph, nodes: Sequence[fx.Node], wider: Placement) -> None:
             if wider.activation is not None and request.type.bits < wider.activation.bits:
                 retype(edit, request, wider.activation)
         for node in requested_weights(graph).keys() & set(nodes):
-            request_weight(node, wider.weight)
+            request_weight(node, wider.weight)  # of a channel: groups are for few bits
 
 
 def _withdraw(graph: Graph, nodes: Sequence[fx.Node]) -> None:

@@ -24,8 +24,8 @@ class SoftlyRounded:
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         self._start, kind = start, start.params.type
-        self._tail = [1] * (weight.ndim - 1)
-        steps = weight.detach() / start.params.scale.reshape(-1, *self._tail)
+        self._shape = weight.shape
+        steps = weight.detach() / start.params.granularity.spread(start.params.scale, weight.shape)
         self._floor = steps.floor().clamp(kind.minimum, kind.maximum - 1)
         low, high = STRETCH
         part = (steps - self._floor).clamp(0, 1)
@@ -35,7 +35,8 @@ class SoftlyRounded:
 
     def values(self) -> Tensor:
         """Return the values of the weight, with gradients."""
-        return (self._floor + self._part()) * self.log_scale.exp().reshape(-1, *self._tail)
+        scale = self._start.params.granularity.spread(self.log_scale.exp(), self._shape)
+        return (self._floor + self._part()) * scale
 
     def bias(self) -> Tensor | None:
         """Return the bias, with gradients."""

@@ -19,6 +19,7 @@ class Placement:
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
         weight: codes of weights (per output channel, symmetric).
+        weight_group: the most inputs of a linear map that share a scale; None: all of them.
         attention_operands: whether what the products of attention read are codes too.
         head_scales: whether those operands may have one scale per head. For simulation: products of per-tensor codes
             are what kernels run.
@@ -36,6 +37,7 @@ class Placement:
     activation: IntegerType | None
     weight: IntegerType
     model_input: IntegerType | None = None
+    weight_group: int | None = None
     attention_operands: bool = False
     head_scales: bool = False
     logarithmic_softmax: bool = False

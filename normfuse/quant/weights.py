@@ -63,7 +63,7 @@ class RoundedWeight:
 
 
 def round_to_nearest(
-    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None
+    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None, group: int | None = None
 ) -> RoundedWeight:
     """Return the weight with every number rounded to its nearest code, channel by channel of axis 0, clipped by MSE.
 
@@ -73,8 +73,9 @@ def round_to_nearest(
         type: a signed type.
         input_scale: the scale of the codes that meet the weight, where the bias is held at the product's scale; None
             where activations stay float.
+        group: how many neighbours on axis 1 share a scale; None: all of a channel. Only behind float activations.
     """
-    params = weight_params(weight, 0, type, clip=WeightClip.MSE)
+    params = weight_params(weight, 0, type, clip=WeightClip.MSE, group=group)
     if bias is not None and input_scale is not None:
         params = scale_for_bias(params, input_scale=input_scale, bias=bias)
     return RoundedWeight(codes=quantize(weight, params), params=params, bias=bias)
