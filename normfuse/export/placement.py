@@ -46,7 +46,9 @@ def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
     weight = widest.weight
     if bits.weight < weight.bits:  # every level counts where there are few: the smallest code is used too
         weight = IntegerType(bits.weight, signed=True)
-    return replace(widest, activation=activation, weight=weight, model_input=widest.activation)
+    return replace(
+        widest, activation=activation, weight=weight, model_input=widest.activation, written=widest.activation
+    )
 
 
 def _of_level(instruction_set: str) -> Placement:

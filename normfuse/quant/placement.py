@@ -18,6 +18,8 @@ class Placement:
         name: how reports call it.
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
+        written: codes of what convolutions and sums write and no product reads: kernels need codes there, but low bits
+            save nothing; None: those of activations.
         weight: codes of weights (per output channel, symmetric).
         attention_operands: whether what the products of attention read are codes too.
         head_scales: whether those operands may have one scale per head. For simulation: products of per-tensor codes
@@ -36,6 +38,7 @@ class Placement:
     activation: IntegerType | None
     weight: IntegerType
     model_input: IntegerType | None = None
+    written: IntegerType | None = None
     attention_operands: bool = False
     head_scales: bool = False
     logarithmic_softmax: bool = False
