@@ -20,7 +20,15 @@ from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision import (
+    BlockReport,
+    Effort,
+    chunked,
+    foresight,
+    refine_blockwise,
+    refinements,
+    round_all_to_nearest,
+)
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
@@ -110,10 +118,12 @@ def quantize_graph(
         ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
     with progress.task("quantizing"):
         decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
-    blocks = list[BlockReport]()
-    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed, placement=placement):
+    effort, blocks = Effort(recipe.effort), list[BlockReport]()
+    if tried := refinements(recipe.precision, effort, seed=recipe.seed, placement=placement):
         chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
-        decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
+        decided, blocks = refine_blockwise(
+            graph, chunks, decided, tried, foresight=foresight(effort), progress=progress
+        )
     insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
     reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
     return Quantized(
