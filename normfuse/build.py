@@ -22,7 +22,15 @@ from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision import (
+    BlockReport,
+    Effort,
+    chunked,
+    foresight,
+    refine_blockwise,
+    refinements,
+    round_all_to_nearest,
+)
 from normfuse.precision.put_back import Decided
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
@@ -141,10 +149,11 @@ def plan_quantization(
     ranges = {name: chosen.range for name, chosen in found.chosen.items()}
     with progress.task("quantizing"):
         chosen = round_all_to_nearest(graph, ranges)
-    blocks = list[BlockReport]()
-    if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed, placement=placement):
+    effort, blocks = Effort(recipe.effort), list[BlockReport]()
+    if tried := refinements(recipe.precision, effort, seed=recipe.seed, placement=placement):
         chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
-        chosen, blocks = refine_blockwise(graph, chunks, chosen, tried, progress=progress)
+        ahead = foresight(effort)
+        chosen, blocks = refine_blockwise(graph, chunks, chosen, tried, foresight=ahead, progress=progress)
     decided = Decided(graph=graph, ranges=ranges, quantization=chosen)
     return Plan(decided=decided, passes=tuple(reports), ranges=found, blocks=tuple(blocks))
 

@@ -15,6 +15,7 @@ from normfuse.graph.metadata import value_of
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.graph.text import operator_name
 from normfuse.pipeline import Fact, Pass
+from normfuse.quant import IntegerType
 from normfuse.quant.placement import Placement
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.linear_map import read_linear_map
@@ -36,7 +37,7 @@ class PlaceQuantizers(Pass):
     1. Requested are the inputs of linear maps and convolutions that have constant weights, read a float32 tensor
        that is no constant, and sum up at least ``placement.smallest_inner`` products per output.
     2. Where the target says so, also what such convolutions write (behind their ReLU), and the sums of two such
-       outputs, so that a residual CNN never leaves its codes.
+       outputs, so that a residual CNN never leaves its codes. What no product reads of them has ``placement.written``.
     3. Where the target says so, both operands of every product of two activations (attention's).
     4. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
     5. Operators that normfuse does not know stay float and are named.
@@ -54,18 +55,19 @@ class PlaceQuantizers(Pass):
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
         refused = {node: found for node in graph.nodes if (found := self._refusal(graph, node)) is not None}
-        wishes, type_ = _inputs(graph, refused), self.placement.activation
+        wishes = _inputs(graph, refused)
         for node in (reader for wish in wishes for reader in wish.readers):
             request_weight(node, self.placement.weight, group=self._group(node))
         if self.placement.attention_operands:
             wishes += _operands(graph)
+        multiplied = {wish.source for wish in wishes}
         if self.placement.convolution_outputs:
             wishes += _outputs(graph, refused)
-        if type_ is not None:
+        if self.placement.activation is not None:
             with editing(graph) as edit:
                 for source, readers in _by_source(wishes).items():
-                    is_input = source.op == "placeholder"
-                    request_quantization(edit, source, (is_input and self.placement.model_input) or type_, readers)
+                    type_ = self._type(source, source in multiplied) or self.placement.activation
+                    request_quantization(edit, source, type_, readers)
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )
@@ -78,6 +80,12 @@ class PlaceQuantizers(Pass):
         inputs = query.shape(node.args[1])[-1]  # type: ignore[arg-type]
         sizes = (most >> step for step in range(most.bit_length()))
         return next((size for size in sizes if size >= SMALLEST_GROUP and inputs % size == 0), None)
+
+    def _type(self, source: fx.Node, is_multiplied: bool) -> IntegerType | None:
+        """Return the codes that a tensor gets in place of those of activations."""
+        if source.op == "placeholder":
+            return self.placement.model_input
+        return None if is_multiplied else self.placement.written
 
     def _refusal(self, graph: Graph, node: fx.Node) -> Refusal | None:
         """Return why ``node`` computes floats (1, 5), or None."""

@@ -52,7 +52,8 @@ def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
         weight = IntegerType(bits.weight, signed=True)
     # onnxruntime's product of floats and packed codes knows groups; every other one has a scale per channel.
     group = WEIGHT_GROUP if bits.is_weight_only and bits.weight <= FEW_BITS else None
-    return replace(widest, activation=activation, weight=weight, weight_group=group, model_input=widest.activation)
+    eight = widest.activation
+    return replace(widest, activation=activation, weight=weight, weight_group=group, model_input=eight, written=eight)
 
 
 def _of_level(instruction_set: str) -> Placement:

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import onnx_ir as ir
 import torch
+from onnx.defs import OpSchema
 from onnxscript import opset21 as op
-from onnxscript.values import Opset
+from onnxscript.values import Op, Opset
 
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
 from normfuse.quant.integer_type import smallest_container
@@ -16,7 +17,36 @@ from normfuse.quant.integer_type import smallest_container
 __all__ = ["translation_table"]
 
 ORT: Final = Opset("com.microsoft", 1)
-"""onnxruntime's own operators."""
+
+
+def _matmul_nbits() -> Op:
+    """Return onnxruntime's product of floats and codes of few bits, whose schema onnx does not know."""
+    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
+    optional = OpSchema.FormalParameterOption.Optional
+    schema = OpSchema(
+        "MatMulNBits",
+        ORT.domain,
+        ORT.version,
+        inputs=[
+            parameter("A", "T"),
+            parameter("B", "C"),
+            parameter("scales", "T"),
+            parameter("zero_points", "C", param_option=optional),
+            parameter("g_idx", "I", param_option=optional),
+            parameter("bias", "T", param_option=optional),
+        ],
+        outputs=[parameter("Y", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)"], "floats"),
+            ("C", ["tensor(uint8)", "tensor(int8)"], "codes"),
+            ("I", ["tensor(int32)"], "indices"),
+        ],
+        attributes=[attribute(name, OpSchema.AttrType.INT) for name in ("K", "N", "bits", "block_size")],
+    )
+    return Op(ORT, schema.name, schema)
+
+
+MATMUL_NBITS: Final = _matmul_nbits()
 
 _TYPES: Final = {
     torch.uint8: ir.DataType.UINT8,
@@ -62,7 +92,7 @@ def _unpack(codes: Any, scale: Any) -> Any:
 def _grouped_linear(x: Any, codes: Any, scale: Any, bias: Any, size: int) -> Any:
     """Write onnxruntime's product of floats and packed codes; see ``pack_grouped_codes``."""
     outputs, inputs = codes.shape
-    return ORT.MatMulNBits(x, codes, scale, None, None, bias, K=inputs, N=outputs, bits=4, block_size=size)
+    return MATMUL_NBITS(x, codes, scale, None, None, bias, K=inputs, N=outputs, bits=4, block_size=size)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

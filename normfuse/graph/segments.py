@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import metadata, query
 from normfuse.graph.graph import Graph
 
-__all__ = ["Compute", "Segment", "plainly", "run_segment", "segments"]
+__all__ = ["Compute", "Segment", "joined", "plainly", "run_segment", "segments"]
 
 Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a call, its arguments and its keyword arguments to its value."""
@@ -53,6 +53,11 @@ def segments(graph: Graph, *, wanted: Callable[[fx.Node], bool]) -> list[Segment
             has_wanted = False
     ends = [*starts[1:], len(order)]
     return [_segment(order[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def joined(parts: Sequence[Segment]) -> Segment:
+    """Return consecutive segments as one."""
+    return _segment([node for part in parts for node in part.nodes])
 
 
 def run_segment(graph: Graph, segment: Segment, values: dict[fx.Node, Any], compute: Compute) -> None:

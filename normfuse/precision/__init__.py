@@ -2,13 +2,14 @@
 
 from normfuse.precision.blockwise import BlockReport, refine_blockwise
 from normfuse.precision.decision import Quantization, round_all_to_nearest
-from normfuse.precision.effort import Effort, chunked, refinements
+from normfuse.precision.effort import Effort, chunked, foresight, refinements
 
 __all__ = [
     "BlockReport",
     "Effort",
     "Quantization",
     "chunked",
+    "foresight",
     "refine_blockwise",
     "refinements",
     "round_all_to_nearest",

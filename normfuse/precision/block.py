@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import Graph
 from normfuse.graph.segments import Compute, Segment, run_segment
 from normfuse.precision.decision import Quantization
-from normfuse.precision.simulation import Simulation
+from normfuse.precision.simulation import Simulation, in_float
 
 __all__ = ["Block"]
 
@@ -29,6 +29,9 @@ class Block:
         entries: per chunk what the quantized network before it makes.
         exact: per chunk what the float network before it makes.
         targets: per chunk the segment's floating-point exits in the float network.
+        rest: all that comes after the segment.
+        answers: per chunk the floating-point outputs of the float network.
+        foresight: the weight of their error in the loss.
         held_out: how many chunks at the end judge and do not teach.
     """
 
@@ -37,6 +40,9 @@ class Block:
     entries: Sequence[Values]
     exact: Sequence[Values]
     targets: Sequence[Sequence[Tensor]]
+    rest: Segment
+    answers: Sequence[Sequence[Tensor]]
+    foresight: float
     held_out: int
 
     @property
@@ -49,12 +55,6 @@ class Block:
         """The chunks that decide what is kept."""
         first = len(self.entries) - self.held_out if len(self.entries) > self.held_out else 0
         return range(first, len(self.entries))
-
-    def outputs(self, chunk: int, compute: Compute) -> list[Tensor]:
-        """Return the floating-point exits of one chunk."""
-        values = dict(self.entries[chunk])
-        run_segment(self.graph, self.segment, values, compute)
-        return tensors_of(self.segment, values)
 
     def inputs_of(self, node: fx.Node, chunk: int, compute: Compute, *, is_exact: bool) -> Tensor:
         """Return what one linear map of the block reads, behind quantizers or in the float network."""
@@ -69,9 +69,18 @@ class Block:
         return found[0]
 
     def loss(self, chunk: int, compute: Compute) -> Tensor:
-        """Return the squared error of the exits over the squares of the targets, summed over the exits."""
-        pairs = zip(self.outputs(chunk, compute), self.targets[chunk], strict=True)
-        return torch.stack([relative_error(found, wanted) for found, wanted in pairs]).sum()
+        """Return the squared error of the exits over the squares of the targets, summed over the exits.
+
+        With foresight the same for the network's outputs is added, the rest of the network computed in float: what
+        the rest makes of an error counts, not only its size. (GLF-Q, 2026, adds the features before the head alike.)
+        """
+        values = dict(self.entries[chunk])
+        run_segment(self.graph, self.segment, values, compute)
+        near = _summed(tensors_of(self.segment.exits, values), self.targets[chunk])
+        if not (self.foresight and self.rest.nodes):
+            return near
+        run_segment(self.graph, self.rest, values, in_float)
+        return near + self.foresight * _summed(tensors_of(self.graph.outputs, values), self.answers[chunk])
 
     def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
         """Return the mean loss of a decision over chunks."""
@@ -81,10 +90,14 @@ class Block:
         return sum(losses) / len(losses)
 
 
-def tensors_of(segment: Segment, values: Values) -> list[Tensor]:
-    """Return the floating-point exits of a segment (sizes and masks are not learned)."""
-    found = (values[node] for node in segment.exits)
+def tensors_of(nodes: Iterable[fx.Node], values: Values) -> list[Tensor]:
+    """Return the floating-point values of nodes (sizes and masks are not learned)."""
+    found = (values[node] for node in nodes)
     return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _summed(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    return torch.stack([relative_error(*pair) for pair in zip(found, wanted, strict=True)]).sum()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

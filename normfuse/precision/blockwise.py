@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import Compute, Segment, plainly, run_segment, segments
+from normfuse.graph.segments import Compute, Segment, joined, plainly, run_segment, segments
 from normfuse.precision.block import Block, Values, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
@@ -28,7 +28,7 @@ Refinement = Callable[[Block, Quantization], Quantization]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReport:
-    """What became of one block: its relative output error at first and after each refinement that was kept."""
+    """What became of one block: its loss (see ``Block.loss``) at first and after each refinement that was kept."""
 
     exits: tuple[str, ...]
     before: float
@@ -51,23 +51,28 @@ def refine_blockwise(
     decided: Quantization,
     refinements: Mapping[str, Refinement],
     *,
+    foresight: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Quantization, list[BlockReport]]:
     """Return the decision after every refinement was tried on every block, and what it did.
 
-    A refinement is kept where it lowers the block's output error on chunks that it has not learned from.
+    A refinement is kept where it lowers the block's loss on chunks that it has not learned from.
 
     Args:
         graph: a float graph with requests.
         chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time.
         decided: the decision to start from.
         refinements: by name, in the order they are tried.
+        foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
+            all of the network behind the block.
         progress: shows the blocks.
     """
     maps, reports = requested_weights(graph), list[BlockReport]()
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
     quantized = [dict(values) for values in exact]
+    with torch.no_grad():
+        answers = [_answers(graph, chunk) for chunk in chunks] if foresight else [[] for _ in chunks]
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
@@ -78,7 +83,10 @@ def refine_blockwise(
                 segment=segment,
                 entries=quantized,
                 exact=before,
-                targets=[tensors_of(segment, values) for values in exact],
+                targets=[tensors_of(segment.exits, values) for values in exact],
+                rest=joined(parts[index + 1 :]),
+                answers=answers,
+                foresight=foresight,
                 held_out=max(len(chunks) // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
@@ -106,6 +114,10 @@ def _refine(
             reverted[name] = found
     names = tuple(node.name for node in block.segment.exits)
     return decided, BlockReport(exits=names, before=before, kept=kept, reverted=reverted)
+
+
+def _answers(graph: Graph, chunk: Sequence[Tensor]) -> list[Tensor]:
+    return [value for value in graph.run(*chunk) if value.is_floating_point()]
 
 
 def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:

@@ -17,7 +17,7 @@ from normfuse.precision.reconstruction import Reconstruction, reconstruct
 from normfuse.quant.bits import MOST, Bits
 from normfuse.quant.placement import Placement
 
-__all__ = ["Effort", "chunked", "refinements"]
+__all__ = ["Effort", "chunked", "foresight", "refinements"]
 
 
 class Effort(IntEnum):
@@ -42,6 +42,11 @@ def refinements(bits: Bits, effort: Effort, *, seed: int, placement: Placement |
     if effort is Effort.LEARNED:
         found["reconstruction"] = partial(reconstruct, chosen=Reconstruction(seed=seed))
     return found
+
+
+def foresight(effort: Effort) -> float:
+    """Return the weight of the error at the network's outputs beside that at a block's, for ``refine_blockwise``."""
+    return 1.0 if effort is Effort.LEARNED else 0.0
 
 
 def _other_codes(placement: Placement | None) -> dict[str, Refinement]:

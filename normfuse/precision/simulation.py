@@ -11,7 +11,7 @@ from normfuse.graph.segments import plainly
 from normfuse.precision.decision import Quantization
 from normfuse.quant import ActivationParams, snap
 
-__all__ = ["Simulation", "call_with", "params_of_request", "source_of_request"]
+__all__ = ["Simulation", "call_with", "in_float", "params_of_request", "source_of_request"]
 
 
 class Simulation:
@@ -31,6 +31,11 @@ class Simulation:
         if node.name not in self._values:
             self._values[node.name] = weight.values
         return call_with(node, args, kwargs, self._values[node.name], weight.bias)
+
+
+def in_float(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute what the graph says, past its requests (their operator has no gradient)."""
+    return args[0] if is_requested(node) else plainly(node, args, kwargs)
 
 
 def params_of_request(node: fx.Node, decided: Quantization) -> ActivationParams | None:

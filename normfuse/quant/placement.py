@@ -18,6 +18,8 @@ class Placement:
         name: how reports call it.
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
+        written: codes of what convolutions and sums write and no product reads: kernels need codes there, but low bits
+            save nothing; None: those of activations.
         weight: codes of weights (per output channel, symmetric).
         weight_group: the most inputs of a linear map that share a scale; None: all of them.
         attention_operands: whether what the products of attention read are codes too.
@@ -37,6 +39,7 @@ class Placement:
     activation: IntegerType | None
     weight: IntegerType
     model_input: IntegerType | None = None
+    written: IntegerType | None = None
     weight_group: int | None = None
     attention_operands: bool = False
     head_scales: bool = False

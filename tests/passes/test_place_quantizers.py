@@ -13,6 +13,7 @@ from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.quantization import is_requested, requests
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.quant import IntegerType
 from normfuse.report import PassReport, Reason
 from normfuse.testing import Golden, Small, check_pass_contract, picture, randomized, seeded
 
@@ -157,3 +158,17 @@ def test_a_sum_with_a_float_stays_float() -> None:
     graph, report = placed(lambda m, x: (m.a(x) + x.tanh()).tanh(), sample(2, 8, 5), a=nn.Conv1d(8, 8, 1))
     assert report.applied == {"convolution": 1, "convolution-output": 1}
     assert [is_requested(operand) for operand in of(graph, ops.ADD)[0].args[:2]] == [True, False]
+
+
+def test_what_no_product_reads_has_the_codes_of_what_is_written() -> None:
+    narrow, wide = IntegerType(3, signed=False), IntegerType(8, signed=False)
+    graph = ready(cnn(), sample(3, 2, 7, 6))
+    placement = replace(X86_VNNI, activation=narrow, written=wide)
+    PlaceQuantizers(placement=placement).run(graph)
+    found = requests(graph)
+    multiplied = [query.is_call(reader, ops.LINEAR, *ops.CONVOLUTIONS) for each in found for reader in each.readers]
+    assert True in multiplied
+    assert False in multiplied
+    for each in found:
+        reads = any(query.is_call(reader, ops.LINEAR, *ops.CONVOLUTIONS) for reader in each.readers)
+        assert each.type == (narrow if reads else wide)

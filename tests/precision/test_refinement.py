@@ -16,6 +16,7 @@ from normfuse.graph.quantization import requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision.block import Block
 from normfuse.precision.reconstruction import Reconstruction, Rounding, reconstruct
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import IntegerType, Range
@@ -157,3 +158,35 @@ def test_chunks_keep_every_sample() -> None:
     assert [len(chunk[0]) for chunk in found] == [3, 3, 1]
     assert torch.cat([chunk[0] for chunk in found])[:, 0].tolist() == list(range(7))
     assert all(int(chunk[1]) == 5 for chunk in found)
+
+
+def test_foresight_serves_the_output_where_the_blocks_own_error_does_not() -> None:
+    graph, start = decided("w3a4")
+    chunks = chunked(((x[None],) for x in images(128, 1)), 16)
+    tried = refinements(Bits(3, 4), Effort.LEARNED, seed=0)
+    near, far = (refine_blockwise(graph, chunks, start, tried, foresight=weight)[0] for weight in (0.0, 1.0))
+    assert error(graph, far, images(64, 2)) < 0.95 * error(graph, near, images(64, 2))
+
+
+def test_the_loss_with_foresight_adds_the_error_of_the_networks_outputs() -> None:
+    graph, start = decided("w3a8")
+    chunks = [(images(16, 1),), (images(16, 2),)]
+    losses = dict[tuple[str, float], float]()
+
+    def watch(weight: float) -> Any:
+        def watched(block: Block, found: Quantization) -> Quantization:
+            name = block.segment.exits[-1].name
+            losses[name, weight] = block.error(found, block.judging)
+            wide = block.exact[1]  # behind a float network, a block of floats has no error in either sense
+            floats = replace(block, entries=[wide, wide])
+            assert floats.error(Quantization(activations={}, weights={}), floats.judging) < 1e-9
+            return found
+
+        return watched
+
+    for weight in (0.0, 2.0):
+        refine_blockwise(graph, chunks, start, {"watch": watch(weight)}, foresight=weight)
+    names = {name for name, _ in losses}
+    last = graph.outputs[0].name
+    assert losses[last, 2.0] == losses[last, 0.0]
+    assert all(losses[name, 2.0] > losses[name, 0.0] for name in names - {last})
