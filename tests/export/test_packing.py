@@ -50,6 +50,27 @@ def test_the_file_computes_what_the_simulation_does(bits: str, tmp_path: Path) -
     assert len(packed) == (2 if precision.weight <= 4 else 0)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "size", "bias"), [(128, 128, True), (96, 32, False), (48, 16, True), (384, 128, False)]
+)
+@pytest.mark.parametrize("bits", ["w4a16", "w3a16", "w2a16"])
+def test_groups_are_onnxruntimes_packed_product(bits: str, inputs: int, size: int, bias: bool, tmp_path: Path) -> None:
+    x = torch.randn(3, 5, inputs, generator=seeded(3))
+    graph = capture(randomized(nn.Linear(inputs, 21, bias=bias)), (x,))
+    PlaceQuantizers(placement=onnx_placement("avx512_vnni", Bits.parse(bits))).run(graph)
+    decided = round_all_to_nearest(graph, {})
+    InsertQuantizers(activations={}, weights=decided.weights).run(graph)
+    export_onnx(graph, path := tmp_path / "model.onnx")
+    (node,) = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    held = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    assert list(held[node.input[1]].dims) == [21, inputs // size, size // 2]
+    assert len(held[node.input[1]].raw_data) == 21 * inputs // 2
+    assert not [tensor for tensor in held.values() if tensor.data_type == onnx.TensorProto.INT8]
+    (expected,) = graph.run(x)
+    (engine,) = open_onnx(path, threads=1).run({graph.input_names[0]: x.numpy()}).values()
+    assert output_error(engine, expected.numpy()) < 1e-5
+
+
 def test_two_codes_share_a_byte(tmp_path: Path) -> None:
     sizes = {}
     for bits in ("8", "4"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import UsageError
 from normfuse.kernels import ops, reference
-from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, QUANTIZE, QUANTIZE_LOGARITHM
+from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, GROUPED_LINEAR, QUANTIZE, QUANTIZE_LOGARITHM
 
 LIMITS = [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7), (-32768, 32767)]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -94,3 +94,22 @@ def test_export_keeps_them_whole_with_a_dynamic_batch() -> None:
         program.module()(longer, scale, zero_point), _Pair()(longer, scale, zero_point), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("inputs", "size"), [(12, 4), (10, 4), (5, 16)])
+def test_a_grouped_product_is_the_product_with_the_weight(inputs: int, size: int, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 3, inputs, generator=generator)
+    codes = torch.randint(-8, 8, (7, inputs), generator=generator, dtype=torch.int8)
+    scale = torch.rand(7, -(-inputs // size), generator=generator) + 0.1
+    bias = torch.randn(7, generator=generator) if has_bias else None
+    torch.library.opcheck(GROUPED_LINEAR, (x, codes, scale, bias, size))
+    weight = torch.stack([codes[:, column] * scale[:, column // size] for column in range(inputs)], dim=1)
+    expected = x.double() @ weight.double().mT + (0 if bias is None else bias.double())
+    torch.testing.assert_close(GROUPED_LINEAR(x, codes, scale, bias, size).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grouped_product_refuses_other_groups() -> None:
+    with pytest.raises(UsageError, match="groups of 4"):
+        GROUPED_LINEAR(torch.zeros(1, 8), torch.zeros(3, 8, dtype=torch.int8), torch.ones(3, 3), None, 4)

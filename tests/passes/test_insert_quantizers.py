@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, ops, query, verify
 from normfuse.graph.quantization import requests
-from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
@@ -181,3 +181,27 @@ def test_float_activations_meet_the_values_of_codes() -> None:
     with torch.no_grad():
         model.a.weight.copy_(step.weights["conv2d"].values)
     assert distance(graph.run(x), [model(x)]) < 1e-6
+
+
+def test_a_scale_per_group_behind_float_activations() -> None:
+    x = sample(4, 3, 96)
+    parts = {"a": nn.Linear(96, 40), "b": nn.Linear(40, 24, bias=False), "c": nn.Linear(24, 9)}
+    model = randomized(Small(lambda m, x: m.c(m.b(m.a(x).tanh()).tanh()), **parts))
+    with torch.no_grad():
+        model.a.weight[:, 32:64] *= 50  # a group that a scale per channel would be ruled by
+    graph = capture(model, (x,))
+    weight = IntegerType(4, signed=True)
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=None, weight=weight, weight_group=128)).run(graph)
+    step = decided(graph, {})
+    check_pass_contract(step, graph, (x,))
+    grouped = graph.copy()
+    step.run(grouped)
+    sizes = [node.args[4] for node in grouped.nodes if query.is_call(node, GROUPED_LINEAR)]
+    assert sizes == [32], "40 and 24 inputs have no group of 16 or more"
+    scales = step.weights["linear"].params.scale
+    assert scales.shape == (40, 3)
+    assert (scales[:, 1] > 20 * scales[:, 0]).all()
+    with torch.no_grad():
+        for name, node in zip("abc", ("linear", "linear_1", "linear_2"), strict=True):
+            getattr(model, name).weight.copy_(step.weights[node].values)
+    assert distance(grouped.run(x), [model(x)]) < 1e-6
