@@ -16,6 +16,7 @@ from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
 from normfuse.graph.quantization import requests
+from normfuse.heap import give_back_memory
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
@@ -101,6 +102,7 @@ def quantize_graph(
         progress: shows what takes long.
     """
     graph = folded.copy()
+    give_back_memory()  # folding computes in float64
     place = Phase("precision", (PlaceQuantizers(placement=placement),))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     batch = fixed_batch(graph) or 1
@@ -110,10 +112,12 @@ def quantize_graph(
         ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
     with progress.task("quantizing"):
         decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
+    give_back_memory()
     blocks = list[BlockReport]()
     if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
-        chunks = chunked(samples(), CHUNK if graph.has_dynamic_batch else 1)
-        decided, blocks = refine_blockwise(graph, chunks, decided, tried, progress=progress)
+        # No name for the chunks: the first block is the last that needs them.
+        size = CHUNK if graph.has_dynamic_batch else 1
+        decided, blocks = refine_blockwise(graph, chunked(samples(), size), decided, tried, progress=progress)
     insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
     reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
     return Quantized(

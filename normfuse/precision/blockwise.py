@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import Compute, Segment, plainly, run_segment, segments
+from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
@@ -67,7 +68,8 @@ def refine_blockwise(
     maps, reports = requested_weights(graph), list[BlockReport]()
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
-    quantized = [dict(values) for values in exact]
+    quantized, count = [dict(values) for values in exact], len(chunks)
+    del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
@@ -79,7 +81,7 @@ def refine_blockwise(
                 entries=quantized,
                 exact=before,
                 targets=[tensors_of(segment, values) for values in exact],
-                held_out=max(len(chunks) // HELD_OUT, 1),
+                held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
                 decided, report = _refine(block, decided, refinements)
@@ -87,6 +89,8 @@ def refine_blockwise(
             _advance(graph, segment, quantized, Simulation(decided), later)
             for values in exact:
                 _forget(values, later)
+            del block, before
+            give_back_memory()
             advance(1)
     return decided, reports
 
