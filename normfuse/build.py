@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from normfuse.calibration import Ranges, calibrate
+from normfuse.checkpoint import Checkpoint, calibration_key
 from normfuse.checks import Check, check_codes, check_export, check_fold, require
 from normfuse.export.onnx import export_onnx
 from normfuse.feeding import Stream, fixed_batch
@@ -50,6 +51,7 @@ class Engine:
     quantized_weights: int = 0
     blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def write_float(original: Graph, path: Path) -> tuple[Graph, list[PassReport]]:
@@ -86,10 +88,18 @@ class Quantized:
     ranges: Ranges
     weights: int
     blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...] = ()
 
 
-def quantize_graph(
-    folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, total: int, progress: Progress
+def quantize_graph(  # noqa: PLR0913 - what a build needs; a bundle of them would be read nowhere else
+    folded: Graph,
+    samples: Stream,
+    *,
+    recipe: Recipe,
+    placement: Placement,
+    total: int,
+    progress: Progress,
+    resume: Path | None = None,
 ) -> Quantized:
     """Quantize a copy of a folded float graph: running it is the simulation.
 
@@ -100,7 +110,9 @@ def quantize_graph(
         placement: what the target wants quantized.
         total: the number of samples, for the progress bar.
         progress: shows what takes long.
+        resume: a folder that holds what is finished, for a run that is killed and started again (``Checkpoint``).
     """
+    checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
     graph = folded.copy()
     give_back_memory()  # folding computes in float64
     place = Phase("precision", (PlaceQuantizers(placement=placement),))
@@ -108,7 +120,10 @@ def quantize_graph(
     batch = fixed_batch(graph) or 1
     ranges = Ranges({}, 0)
     if requests(graph):
-        ranges = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+        known = None if checkpoint is None else checkpoint.ranges()
+        ranges = known or calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+        if checkpoint is not None and known is None:
+            checkpoint.keep_ranges(ranges)
         ranges = replace(ranges, samples=ranges.samples * batch)  # it counts what it is fed
     with progress.task("quantizing"):
         decided = round_all_to_nearest(graph, {name: found.range for name, found in ranges.chosen.items()})
@@ -117,12 +132,33 @@ def quantize_graph(
     if tried := refinements(recipe.precision, Effort(recipe.effort), seed=recipe.seed):
         # No name for the chunks: the first block is the last that needs them.
         size = CHUNK if graph.has_dynamic_batch else 1
-        decided, blocks = refine_blockwise(graph, chunked(samples(), size), decided, tried, progress=progress)
+        decided, blocks = refine_blockwise(
+            graph, chunked(samples(), size), decided, tried, progress=progress, keeper=checkpoint
+        )
     insert = Phase("precision", (InsertQuantizers(activations=decided.activations, weights=decided.weights),))
     reports += Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
     return Quantized(
-        graph=graph, passes=tuple(reports), ranges=ranges, weights=len(decided.weights), blocks=tuple(blocks)
+        graph=graph,
+        passes=tuple(reports),
+        ranges=ranges,
+        weights=len(decided.weights),
+        blocks=tuple(blocks),
+        notes=tuple(checkpoint.notes) if checkpoint else (),
     )
+
+
+def _checkpoint(
+    folder: Path, folded: Graph, samples: Stream, recipe: Recipe, placement: Placement, progress: Progress
+) -> Checkpoint:
+    choices = {
+        "bits": recipe.bits,
+        "effort": recipe.effort,
+        "calibration": recipe.calibration.value,
+        "seed": recipe.seed,
+        "placement": placement,
+    }
+    with progress.task("looking for a calibration to go on with"):
+        return Checkpoint(folder, calibration_key(folded, samples, choices))
 
 
 def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them would be read nowhere else
@@ -135,9 +171,12 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
     total: int,
     threads: int,
     progress: Progress,
+    resume: Path | None = None,
 ) -> Engine:
     """Quantize a folded float graph, write it, and compare engine and simulation code by code."""
-    found = quantize_graph(folded, samples, recipe=recipe, placement=placement, total=total, progress=progress)
+    found = quantize_graph(
+        folded, samples, recipe=recipe, placement=placement, total=total, progress=progress, resume=resume
+    )
     with progress.task("writing the quantized engine"):
         export_onnx(found.graph, path)
     config = dict(placement.session_config)
@@ -153,4 +192,5 @@ def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them wou
         quantized_weights=found.weights,
         blocks=found.blocks,
         session_config=config,
+        notes=found.notes,
     )

@@ -26,7 +26,7 @@ from normfuse.runtime.instruction_set import detect_instruction_set
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
 
-def compile(
+def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     model: Model,
     example_inputs: Examples | None = None,
     *,
@@ -34,6 +34,7 @@ def compile(
     evaluation: Data | None = None,
     recipe: Recipe | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Built:
     """Fold, quantize, verify and measure a model.
 
@@ -47,6 +48,8 @@ def compile(
             calibration samples.
         recipe: what to build and how.
         progress: shows what takes long.
+        resume: a folder for what is finished of the calibration: a compile of the same model, samples and recipe that
+            was killed goes on from there. ``Built.save`` removes it.
 
     Raises:
         CheckFailed: the folded model does not compute what the model does.
@@ -85,7 +88,9 @@ def compile(
             total=min(len(seen), recipe.samples or len(seen)),
             threads=threads,
             progress=shown,
+            resume=None if resume is None else Path(resume),
         )
+        warnings += engines[label].notes
     what = Measured(engines=_specs(engines), evaluation=judged, fixed_batch=fixed_batch(original))
     comparison = compare_engines(
         what,
@@ -95,7 +100,7 @@ def compile(
         progress=shown,
         min_speedup=recipe.min_speedup,
     )
-    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings)
+    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, resume=resume)
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:

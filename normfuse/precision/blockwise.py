@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress, Silent
 
-__all__ = ["BlockReport", "Refinement", "refine_blockwise"]
+__all__ = ["BlockReport", "Keeper", "Refinement", "refine_blockwise"]
 
 HELD_OUT: Final = 8
 """One of so many chunks judges what the others taught."""
@@ -46,6 +46,18 @@ class BlockReport:
         }
 
 
+class Keeper(Protocol):
+    """Something that remembers finished blocks by their number."""
+
+    def block(self, index: int) -> tuple[Quantization, BlockReport] | None:
+        """Return what a block has changed of the decision, if it was finished."""
+        ...
+
+    def keep_block(self, index: int, decided: Quantization, report: BlockReport) -> None:
+        """Remember what a block has changed of the decision."""
+        ...
+
+
 def refine_blockwise(
     graph: Graph,
     chunks: Sequence[Sequence[Tensor]],
@@ -53,6 +65,7 @@ def refine_blockwise(
     refinements: Mapping[str, Refinement],
     *,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Quantization, list[BlockReport]]:
     """Return the decision after every refinement was tried on every block, and what it did.
 
@@ -64,6 +77,7 @@ def refine_blockwise(
         decided: the decision to start from.
         refinements: by name, in the order they are tried.
         progress: shows the blocks.
+        keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
     """
     maps, reports = requested_weights(graph), list[BlockReport]()
     parts = segments(graph, wanted=lambda node: node in maps)
@@ -84,7 +98,14 @@ def refine_blockwise(
                 held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
-                decided, report = _refine(block, decided, refinements)
+                if keeper is None or (done := keeper.block(index)) is None:
+                    refined, report = _refine(block, decided, refinements)
+                    if keeper is not None:
+                        keeper.keep_block(index, _changed(decided, refined), report)
+                else:
+                    changes, report = done
+                    refined = _together(decided, changes)
+                decided = refined
                 reports.append(report)
             _advance(graph, segment, quantized, Simulation(decided), later)
             for values in exact:
@@ -110,6 +131,20 @@ def _refine(
             reverted[name] = found
     names = tuple(node.name for node in block.segment.exits)
     return decided, BlockReport(exits=names, before=before, kept=kept, reverted=reverted)
+
+
+def _changed(before: Quantization, after: Quantization) -> Quantization:
+    """Return the part of a decision that is another one than before."""
+    return Quantization(
+        activations={n: each for n, each in after.activations.items() if each is not before.activations.get(n)},
+        weights={n: each for n, each in after.weights.items() if each is not before.weights.get(n)},
+    )
+
+
+def _together(before: Quantization, changes: Quantization) -> Quantization:
+    return Quantization(
+        activations={**before.activations, **changes.activations}, weights={**before.weights, **changes.weights}
+    )
 
 
 def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:
