@@ -17,12 +17,13 @@ from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
 from normfuse.bench.accuracy import score
 from normfuse.bench.environment import default_threads, describe_environment
-from normfuse.build import FOLDING, plan_quantization
+from normfuse.build import FOLDING
 from normfuse.capturing import capture_model
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph
 from normfuse.loading import load_model
+from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
 from normfuse.recipe import Recipe
 

@@ -19,12 +19,13 @@ from benchmarks.deit import NORMS, deit_small, images
 from benchmarks.peers.onnxruntime_static import quantize_u8s8
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
-from normfuse.build import check_quantized, plan_quantization, write_float, write_quantized
+from normfuse.build import check_quantized, write_float, write_quantized
 from normfuse.checks import require
 from normfuse.cli import render
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import capture
 from normfuse.graph.program import to_program
+from normfuse.planning import plan_quantization
 from normfuse.recipe import Recipe
 
 SAMPLES = 16

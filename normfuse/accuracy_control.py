@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from normfuse.build import Engine, Plan
+from normfuse.build import Engine
 from normfuse.feeding import Stream, fixed_batch
+from normfuse.planning import Plan
 from normfuse.precision import chunked
 from normfuse.precision.put_back import QuantizedBlock, float_outputs, output_error, put_back, quantized_blocks
 from normfuse.progress import Progress

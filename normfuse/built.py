@@ -13,6 +13,7 @@ from typing import Any
 from normfuse.artifact import ArtifactWriter, read_intact
 from normfuse.bench.environment import default_threads
 from normfuse.build import Engine
+from normfuse.checkpoint import remove_checkpoint
 from normfuse.page import render_page
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -44,9 +45,10 @@ class Built:
     engine: Engine
     holds: bool
     folder: Workspace = field(repr=False)
+    resume: str | Path | None = None
 
     def save(self, target: str | Path) -> None:
-        """Write the artifact, whole or not at all.
+        """Write the artifact, whole or not at all; what was kept to go on from is then removed.
 
         Raises:
             UsageError: the folder exists and is no artifact.
@@ -69,6 +71,9 @@ class Built:
                     "environment": report["environment"],
                 }
             )
+
+        if self.resume is not None:
+            remove_checkpoint(Path(self.resume))
 
     def session(self, *, threads: int = 0) -> OnnxSession:
         """Open the engine that ``save`` would write."""

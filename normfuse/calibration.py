@@ -6,24 +6,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import torch
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
 from normfuse.graph import Graph, query
 from normfuse.graph.quantization import QuantizationRequest, requests
+from normfuse.output_error import OutputError
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
     DyadicHistogram,
     ExactSum,
+    IntegerType,
+    QuantParams,
     Range,
     RangeMethod,
     asymmetric,
     candidates,
     quantize_dequantize,
 )
+from normfuse.quant.bits import MOST
 from normfuse.quant.calibration_method import CalibrationMethod
-from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["ChosenRange", "Ranges", "calibrate"]
 
@@ -81,8 +83,8 @@ def calibrate(
     Samples run one by one, statistics are exact counts and exact sums, so the result depends neither on
     how samples were batched nor on their order; memory does not grow with their number. With
     ``AUTO`` the candidates (min-max, percentiles, MSE, entropy) compete by the squared error that they leave
-    at the outputs of the linear maps and convolutions reading the codes; any other reader adds the error of the
-    tensor itself.
+    at the outputs of the linear maps and convolutions reading the codes (at 8 bits, of wide maps by a sketch); any
+    other reader adds the error of the tensor itself (``OutputError``).
 
     Args:
         graph: a float graph with requests (``place-quantizers``).
@@ -119,14 +121,8 @@ def _observe(
 
     def watch(node: fx.Node, value: Any) -> Any:
         if (histogram := histograms.get(node)) is not None:
-            if not bool(torch.isfinite(value).all()):
-                raise BadInput(
-                    "an activation is not finite",
-                    where=f"{query.layer_of(node) or node.all_input_nodes[0].name}, calibration sample {count}",
-                    expected="finite values everywhere",
-                    hint="check the model on this sample, or leave the sample out",
-                )
-            histogram.update(value)
+            layer = query.layer_of(node) or node.all_input_nodes[0].name
+            histogram.update(value, where=f"{layer}, calibration sample {count}")
         return value
 
     with progress.task("observing ranges", total) as advance:
@@ -164,39 +160,50 @@ def _compete(
     total: int | None,
 ) -> dict[fx.Node, dict[str, float]]:
     """Return, for every tensor and candidate, the squared error at the outputs of the tensor's readers."""
-    sums = {node: {label: ExactSum() for label in ranges} for node, ranges in offered.items() if len(ranges) > 1}
-    params = {
-        node: {label: asymmetric(r.minimum, r.maximum, wanted[node].type) for label, r in ranges.items()}
+    contests = {
+        node: _Contest(ranges, wanted[node].type, _output_error(graph, wanted[node]))
         for node, ranges in offered.items()
+        if len(ranges) > 1
     }
-    readers = {node: [_linear_part(graph, reader) for reader in wanted[node].readers] for node in sums}
 
     def watch(node: fx.Node, value: Any) -> Any:
-        for label, total_ in sums.get(node, {}).items():
-            difference = quantize_dequantize(value, params[node][label]) - value
-            total_.add(_output_error(difference, readers[node]))
+        if (contest := contests.get(node)) is not None:
+            contest.update(value)
         return value
 
     with progress.task("choosing ranges", total) as advance:
         for sample in source():
             graph.run_watched(sample, watch)
             advance(1)
-    return {node: {label: total_.value() for label, total_ in errors.items()} for node, errors in sums.items()}
+    return {node: contest.errors() for node, contest in contests.items()}
 
 
-def _linear_part(graph: Graph, reader: fx.Node) -> Callable[[Tensor], Tensor]:
-    """Return the reader without its bias if it is a linear map or a convolution, else the identity."""
-    linear = read_linear_map(graph, reader)
-    if linear is None:
-        return lambda difference: difference
-    operator: Any = reader.target
-    options = {key: value for key, value in reader.kwargs.items() if key != "bias"}
-    return lambda difference: operator(difference, linear.weight, None, *reader.args[3:], **options)
+def _output_error(graph: Graph, request: QuantizationRequest) -> OutputError:
+    # Few codes leave errors of common directions, which no sketch keeps; there, time goes elsewhere anyway.
+    return OutputError(graph, request.readers, is_exact=request.type.bits < MOST)
 
 
-def _output_error(difference: Tensor, readers: Sequence[Callable[[Tensor], Tensor]]) -> float:
-    # Linear maps: A q(x) - A x = A (q(x) - x), so one product per candidate is enough.
-    return sum(float(reader(difference).double().square().sum()) for reader in readers)
+class _Contest:
+    """The candidates of one tensor and their errors so far; those that make the same quantizer share one."""
+
+    def __init__(self, offered: Mapping[str, Range], type_: IntegerType, error: OutputError) -> None:
+        self._error = error
+        self._key_of: dict[str, tuple[float, int]] = {}
+        self._params: dict[tuple[float, int], QuantParams] = {}
+        for label, each in offered.items():
+            params = asymmetric(each.minimum, each.maximum, type_)
+            self._key_of[label] = key = (float(params.scale), int(params.zero_point))
+            self._params[key] = params
+        self._sums = {key: ExactSum() for key in self._params}
+
+    def update(self, value: Tensor) -> None:
+        """Add what one sample's tensor loses."""
+        for key, params in self._params.items():
+            self._sums[key].add(self._error(quantize_dequantize(value, params).sub_(value)))
+
+    def errors(self) -> dict[str, float]:
+        """Return the sum of every candidate."""
+        return {label: self._sums[key].value() for label, key in self._key_of.items()}
 
 
 def _choose(

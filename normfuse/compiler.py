@@ -24,7 +24,7 @@ from normfuse.recipe import Recipe
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
 
-def compile(
+def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     model: Model,
     example_inputs: Examples | None = None,
     *,
@@ -32,6 +32,7 @@ def compile(
     evaluation: Data | None = None,
     recipe: Recipe | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Built:
     """Fold, quantize, verify and measure a model.
 
@@ -45,6 +46,8 @@ def compile(
             calibration samples.
         recipe: what to build and how.
         progress: shows what takes long.
+        resume: a folder for what is finished of the calibration: a compile of the same model, samples and recipe that
+            was killed goes on from there. ``Built.save`` removes it.
 
     Raises:
         CheckFailed: the folded model does not compute what the model does.
@@ -73,14 +76,19 @@ def compile(
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines, control = {FLOAT: floating}, None
     if not recipe.precision.is_float:
-        quantizing = Quantizing(recipe=recipe, samples=source, folder=folder, threads=threads, progress=shown)
+        resuming = None if resume is None else Path(resume)
+        quantizing = Quantizing(
+            recipe=recipe, samples=source, folder=folder, threads=threads, progress=shown, resume=resuming
+        )
         what = Measured(
             engines=[engine.spec(label) for label, engine in engines.items()],
             evaluation=judged,
             fixed_batch=fixed_batch(original),
         )
         total = min(len(seen), recipe.samples or len(seen))
-        engines[recipe.precision.label], control = quantizing.run(floating.graph, what, total)
+        engine, control = quantizing.run(floating.graph, what, total)
+        engines[recipe.precision.label] = engine
+        warnings += engine.notes
     what = Measured(
         engines=[engine.spec(label) for label, engine in engines.items()],
         evaluation=judged,
@@ -94,7 +102,9 @@ def compile(
         progress=shown,
         min_speedup=recipe.min_speedup,
     )
-    return conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
+    return conclude(
+        model, original, engines, comparison, recipe, folder, warnings=warnings, control=control, resume=resume
+    )
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from normfuse.accuracy_control import AccuracyControl, Control, Levels
 from normfuse.bench.accuracy import Score
-from normfuse.build import Engine, Plan, check_quantized, plan_quantization, write_quantized
+from normfuse.build import Engine, check_quantized, write_quantized
 from normfuse.built import Workspace
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream
 from normfuse.graph import Graph
 from normfuse.measure import Measured, accuracy
+from normfuse.planning import Plan, plan_quantization
 from normfuse.progress import Progress
 from normfuse.quant.bits import MOST, Bits
 from normfuse.quant.placement import Placement
@@ -30,6 +32,7 @@ class Quantizing:
     folder: Workspace
     threads: int
     progress: Progress
+    resume: Path | None = None
 
     def run(self, folded: Graph, what: Measured, total: int) -> tuple[Engine, Control | None]:
         """Return the engine, and the accuracy control where there is a score to control.
@@ -47,6 +50,7 @@ class Quantizing:
             placement=placement,
             total=total,
             progress=self.progress,
+            resume=self.resume,
         )
         base, _ = accuracy(what, what.engines[0], threads=self.threads)
         if base is None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.accuracy_control import AccuracyControl, Control
-from normfuse.build import Plan, plan_quantization
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import capture
 from normfuse.graph.quantization import requested_weights
+from normfuse.planning import Plan, plan_quantization
 from normfuse.progress import Silent
 from normfuse.quant.bits import Bits
 from normfuse.recipe import Recipe

@@ -72,8 +72,13 @@ def run_segment(graph: Graph, segment: Segment, values: dict[fx.Node, Any], comp
             return metadata.attribute(graph.module, str(node.target))
         return local[node] if node in local else values[node]
 
+    last = {source: node for node in segment.nodes for source in node.all_input_nodes}
+    kept = set(segment.exits)
     for node in segment.nodes:
         local[node] = compute(node, fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of))
+        for source in node.all_input_nodes:
+            if last[source] is node and source not in kept:
+                local.pop(source, None)
     values.update({node: local[node] for node in segment.exits})
 
 

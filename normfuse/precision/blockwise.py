@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -12,12 +12,13 @@ from torch import Tensor, fx
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import Compute, Segment, joined, plainly, run_segment, segments
+from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress, Silent
 
-__all__ = ["BlockReport", "Refinement", "refine_blockwise"]
+__all__ = ["BlockReport", "Keeper", "Refinement", "refine_blockwise"]
 
 HELD_OUT: Final = 8
 """One of so many chunks judges what the others taught."""
@@ -45,7 +46,19 @@ class BlockReport:
         }
 
 
-def refine_blockwise(
+class Keeper(Protocol):
+    """Something that remembers finished blocks by their number."""
+
+    def block(self, index: int) -> tuple[Quantization, BlockReport] | None:
+        """Return what a block has changed of the decision, if it was finished."""
+        ...
+
+    def keep_block(self, index: int, decided: Quantization, report: BlockReport) -> None:
+        """Remember what a block has changed of the decision."""
+        ...
+
+
+def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how to better it
     graph: Graph,
     chunks: Sequence[Sequence[Tensor]],
     decided: Quantization,
@@ -53,6 +66,7 @@ def refine_blockwise(
     *,
     foresight: float = 0.0,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Quantization, list[BlockReport]]:
     """Return the decision after every refinement was tried on every block, and what it did.
 
@@ -66,13 +80,15 @@ def refine_blockwise(
         foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
             all of the network behind the block.
         progress: shows the blocks.
+        keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
     """
     maps, reports = requested_weights(graph), list[BlockReport]()
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
-    quantized = [dict(values) for values in exact]
+    quantized, count = [dict(values) for values in exact], len(chunks)
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight else [[] for _ in chunks]
+    del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
@@ -87,14 +103,23 @@ def refine_blockwise(
                 rest=joined(parts[index + 1 :]),
                 answers=answers,
                 foresight=foresight,
-                held_out=max(len(chunks) // HELD_OUT, 1),
+                held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
-                decided, report = _refine(block, decided, refinements)
+                if keeper is None or (done := keeper.block(index)) is None:
+                    refined, report = _refine(block, decided, refinements)
+                    if keeper is not None:
+                        keeper.keep_block(index, _changed(decided, refined), report)
+                else:
+                    changes, report = done
+                    refined = _together(decided, changes)
+                decided = refined
                 reports.append(report)
             _advance(graph, segment, quantized, Simulation(decided), later)
             for values in exact:
                 _forget(values, later)
+            del block, before
+            give_back_memory()
             advance(1)
     return decided, reports
 
@@ -118,6 +143,20 @@ def _refine(
 
 def _answers(graph: Graph, chunk: Sequence[Tensor]) -> list[Tensor]:
     return [value for value in graph.run(*chunk) if value.is_floating_point()]
+
+
+def _changed(before: Quantization, after: Quantization) -> Quantization:
+    """Return the part of a decision that is another one than before."""
+    return Quantization(
+        activations={n: each for n, each in after.activations.items() if each is not before.activations.get(n)},
+        weights={n: each for n, each in after.weights.items() if each is not before.weights.get(n)},
+    )
+
+
+def _together(before: Quantization, changes: Quantization) -> Quantization:
+    return Quantization(
+        activations={**before.activations, **changes.activations}, weights={**before.weights, **changes.weights}
+    )
 
 
 def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:

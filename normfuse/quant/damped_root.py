@@ -40,7 +40,10 @@ def damped_root(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     share = torch.full_like(mean, damping)
     for _ in range(ATTEMPTS + 1):
         added = (share * mean)[:, None] + (~is_live).double()
-        root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
+        damped = gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(added)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not bool(failed.any()):
             return root, share * mean
         share = torch.where(failed > 0, (10 * share).clamp(min=LEAST_RETRY), share)

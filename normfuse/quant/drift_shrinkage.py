@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
+from torch import Tensor
 
 from normfuse.quant.damped_root import damped_root
 from normfuse.quant.hessian import InputMoments
@@ -27,23 +30,32 @@ def shrink_drift(moments: InputMoments, *, damping: float = 0.01) -> InputMoment
     alike (neighbouring pixels, tokens of one image) count as more than they are worth, and c is then too large.
 
     Args:
-        moments: not changed.
+        moments: not changed; all but the drift is shared with what is returned.
         damping: lambda as a share of the mean squared input, as it will be when the weights are rounded.
 
     Raises:
         BadInput: no damping makes the Gram matrix positive definite.
     """
-    shrunk = InputMoments(moments.gram.shape[1], groups=moments.gram.shape[0], device=moments.gram.device)
-    shrunk.merge(moments)
+    shrunk = copy(moments)
     if moments.drift is None:
         return shrunk
-    root, _ = damped_root(moments.gram, damping)
-    smoother = torch.cholesky_solve(moments.gram, root)  # M H, whose traces are those of S
+    root, added = damped_root(moments.gram, damping)
+    freedom, squared = _traces(root, added, moments.gram.diagonal(dim1=1, dim2=2) > 0)
     fitted = torch.cholesky_solve(moments.drift, root)
-    freedom, squared = smoother.diagonal(dim1=1, dim2=2).sum(dim=1), (smoother * smoother.mT).sum(dim=(1, 2))
-    kept, length = (fitted * moments.drift).sum(dim=(1, 2)), (fitted * (moments.gram @ fitted)).sum(dim=(1, 2))
+    kept = torch.linalg.vecdot(fitted.flatten(1), moments.drift.flatten(1))
+    length = kept - added * fitted.flatten(1).square().sum(dim=1)  # H M D = D - lambda M D
+    del root, fitted
     unexplained = (moments.square_drift - 2 * kept + length).clamp(min=0)
     noise = unexplained / (moments.count - 2 * freedom + squared).clamp(min=1)
     share = torch.where(length > 0, (kept - noise * freedom) / length, 0.0).clamp(0, 1)
     shrunk.drift = moments.drift * share[:, None, None]
     return shrunk
+
+
+def _traces(root: Tensor, added: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``tr S`` and ``tr S^2``, [groups], of ``H M = I - lambda M``; inputs never seen have no part in them."""
+    inverse = torch.cholesky_inverse(root)
+    diagonal = inverse.diagonal(dim1=1, dim2=2)
+    count, trace = is_live.sum(dim=1), (diagonal * is_live).sum(dim=1)
+    square = torch.linalg.vector_norm(inverse, dim=(1, 2)).square() - (diagonal * ~is_live).square().sum(dim=1)
+    return count - added * trace, count - 2 * added * trace + added.square() * square

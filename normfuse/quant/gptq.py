@@ -66,7 +66,7 @@ def round_by_gptq(
     problem = problem.ordered(order)
     root, _ = damped_root(problem.gram, damping)
     target = problem.weight + torch.cholesky_solve(problem.pull.mT, root).mT
-    codes = _round_columns(problem, target, root / root.diagonal(dim1=1, dim2=2)[:, None])
+    codes = _round_columns(problem, target, root.div_(root.diagonal(dim1=1, dim2=2)[:, None].clone()))
     unordered = torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
     return unordered.reshape(weight.shape).to(weight.device)
 

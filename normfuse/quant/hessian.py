@@ -14,6 +14,9 @@ __all__ = ["InputMoments"]
 EPSILON: Final = 2.0**-52
 """The distance from 1 to the next float64."""
 
+SLICE: Final = 1024
+"""Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
+
 
 class InputMoments:
     """Sums of the inputs' products, for each group of a linear map with ``K`` inputs per output.
@@ -57,16 +60,23 @@ class InputMoments:
             raise UsageError(
                 f"inputs of the float model of shape {list(x_float.shape)}", expected=str(list(x_quantized.shape))
             )
-        rows = self._rows(x_quantized)
-        difference = None if x_float is None else self._rows(x_float) - rows
+        quantized = self._rows(x_quantized)
+        exact = None if x_float is None else self._rows(x_float)
+        for start in range(0, quantized.shape[1], SLICE):
+            part = slice(start, start + SLICE)
+            self._add(quantized[:, part].double(), None if exact is None else exact[:, part].double())
+
+    def _add(self, rows: Tensor, exact: Tensor | None) -> None:
+        """Add rows in float64, [groups, n, K] each."""
         self.count += rows.shape[1]
         self.gram.baddbmm_(rows.mT, rows)
         self.total += rows.sum(dim=1)
-        if difference is not None:
+        if exact is not None:
+            difference = exact - rows
             self.drift = torch.zeros_like(self.gram) if self.drift is None else self.drift
             self.drift.baddbmm_(rows.mT, difference)
             self.total_drift += difference.sum(dim=1)
-            self.square_drift += difference.square().sum(dim=(1, 2))
+            self.square_drift += difference.square_().sum(dim=(1, 2))
 
     def merge(self, other: InputMoments) -> None:
         """Add everything that ``other`` has seen; ``other`` is not changed.
@@ -119,12 +129,12 @@ class InputMoments:
         return matrices.diagonal(dim1=1, dim2=2)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Return the rows in float64 on the state's device, checked, [groups, n, K]."""
+        """Return the rows on the state's device, checked, [groups, n, K]."""
         groups, inputs = self.total.shape
         rows = x[None] if x.ndim == 2 else x
         if rows.ndim != 3 or (rows.shape[0], rows.shape[2]) != (groups, inputs):
             raise UsageError(f"inputs of shape {list(x.shape)}", expected=f"[{groups}, rows, {inputs}]")
-        rows = rows.detach().to(self.gram.device, torch.float64)
+        rows = rows.detach().to(self.gram.device)
         if not bool(rows.isfinite().all()):
             raise BadInput("an input of a linear map holds NaN or infinity", expected="finite values")
         return rows

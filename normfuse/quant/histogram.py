@@ -22,7 +22,7 @@ SMALLEST_EXPONENT: Final = -120
 """Bins are at least ``2 ** -120`` wide, so that scaling by the width's reciprocal stays finite in float32."""
 
 CHUNK: Final = 1 << 20
-"""Values binned at once: the temporary indices then take 8 MiB whatever the tensor's size."""
+"""Values binned at once: the temporary indices then take 4 MiB whatever the tensor's size."""
 
 
 class DyadicHistogram:
@@ -126,9 +126,10 @@ class DyadicHistogram:
         self.exponent = exponent
 
     def _count(self, values: Tensor) -> NDArray[np.int64]:
-        # A power of two only moves the exponent, so the quotient is exact; where it underflows, its sign is the bin.
-        bins = torch.floor(values * math.ldexp(1.0, -self.exponent)).to(torch.int64)
-        bins -= ((values < 0) & (bins == 0)).to(torch.int64)
+        # A power of two only moves the exponent, so the quotient is exact unless it underflows (widths above 1 alone).
+        bins = torch.floor(values * math.ldexp(1.0, -self.exponent)).to(torch.int32)
+        if self.exponent > 0:
+            bins -= ((values < 0) & (bins == 0)).to(torch.int32)  # what has underflowed still has its sign
         counts = torch.bincount(bins + self.bins // 2, minlength=self.bins)
         return np.asarray(counts.cpu().numpy(), dtype=np.int64)
 

@@ -47,7 +47,12 @@ def dequantize(codes: Tensor, params: QuantParams) -> Tensor:
 def quantize_dequantize(x: Tensor, params: QuantParams) -> Tensor:
     """Return ``x`` moved to the nearest value that has a code, in x's shape and type."""
     scale, zero_point = _spread(params, x, x.dtype)
-    return to_values(to_codes(x, scale, zero_point, params.type.minimum, params.type.maximum), scale, zero_point)
+    minimum, maximum = params.type.minimum, params.type.maximum
+    if x.dtype != torch.float32 or maximum - minimum >= EXACT_IN_FLOAT32:
+        return to_values(to_codes(x, scale, zero_point, minimum, maximum), scale, zero_point)
+    # The same numbers: these codes and their differences are exact in float32, so integers need no memory of their own.
+    zero = zero_point.to(torch.float32)
+    return (x / scale).round_().add_(zero).clamp_(minimum, maximum).sub_(zero).mul_(scale)
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:

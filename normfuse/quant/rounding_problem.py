@@ -83,11 +83,10 @@ class RoundingProblem:
     def ordered(self, order: Tensor) -> RoundingProblem:
         """Return the problem with its columns in ``order``, [groups, K]."""
         along = order[:, None].expand_as(self.weight)
-        rows, columns = order[:, :, None].expand_as(self.gram), order[:, None].expand_as(self.gram)
         return replace(
             self,
             weight=self.weight.gather(2, along),
-            gram=self.gram.gather(1, rows).gather(2, columns),
+            gram=torch.stack([gram[rows[:, None], rows] for gram, rows in zip(self.gram, order, strict=True)]),
             pull=self.pull.gather(2, along),
             scale=self.scale.gather(2, along),
             zero_point=self.zero_point.gather(2, along),

@@ -1,0 +1,158 @@
+"""Decides what every activation and every weight of a folded graph gets, before any quantizer is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from normfuse.calibration import Ranges, calibrate
+from normfuse.checkpoint import Checkpoint, calibration_key
+from normfuse.feeding import Stream, fixed_batch
+from normfuse.graph import Graph
+from normfuse.graph.quantization import requests
+from normfuse.heap import give_back_memory
+from normfuse.passes.insert_quantizers import InsertQuantizers
+from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.passes.quantize_tables import QuantizeTables
+from normfuse.pipeline import Fact, Phase, Pipeline
+from normfuse.precision import (
+    BlockReport,
+    Effort,
+    Quantization,
+    chunked,
+    foresight,
+    refine_blockwise,
+    refinements,
+    round_all_to_nearest,
+)
+from normfuse.precision.put_back import Decided
+from normfuse.progress import Progress
+from normfuse.quant.placement import Placement
+from normfuse.recipe import Recipe
+from normfuse.report import PassReport
+
+__all__ = ["Plan", "plan_quantization"]
+
+CHUNK: Final = 16
+"""Samples of one update while a block learns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was decided for a folded graph, and how it came to be; ``notes`` say what was gone on with."""
+
+    decided: Decided
+    passes: tuple[PassReport, ...]
+    ranges: Ranges
+    blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> Graph:
+        """The float graph with requests."""
+        return self.decided.graph
+
+    def changed(self, decided: Decided) -> Plan:
+        """Return the plan with another decision."""
+        return replace(self, decided=decided)
+
+    def simulated(self) -> tuple[Graph, PassReport]:
+        """Return a graph with the quantizers: running it is the simulation; and what could not be quantized."""
+        graph, chosen = self.graph.copy(), self.decided.quantization
+        insert = Phase("precision", (InsertQuantizers(activations=chosen.activations, weights=chosen.weights),))
+        (report,) = Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
+        return graph, report
+
+
+def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them would be read nowhere else
+    folded: Graph,
+    samples: Stream,
+    *,
+    recipe: Recipe,
+    placement: Placement,
+    total: int,
+    progress: Progress,
+    resume: Path | None = None,
+) -> Plan:
+    """Decide the parameters of every activation and the codes of every weight of a folded float graph.
+
+    Args:
+        folded: the float graph; it is not changed.
+        samples: calibration samples.
+        recipe: bits, effort, calibration method and seed.
+        placement: what the target wants quantized.
+        total: the number of samples, for the progress bar.
+        progress: shows what takes long.
+        resume: a folder that holds what is finished, for a run that is killed and started again (``Checkpoint``).
+    """
+    checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
+    graph = folded.copy()
+    give_back_memory()  # folding computes in float64
+    place = Phase("precision", (QuantizeTables(), PlaceQuantizers(placement=placement)))
+    reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
+    found = _ranges(graph, samples, recipe, total, checkpoint, progress)
+    ranges = {name: chosen.range for name, chosen in found.chosen.items()}
+    with progress.task("quantizing"):
+        nearest = round_all_to_nearest(graph, ranges)
+    give_back_memory()
+    chosen, blocks = _refined(graph, samples, nearest, recipe, placement, checkpoint, progress)
+    return Plan(
+        decided=Decided(graph=graph, ranges=ranges, quantization=chosen),
+        passes=tuple(reports),
+        ranges=found,
+        blocks=tuple(blocks),
+        notes=tuple(checkpoint.notes) if checkpoint else (),
+    )
+
+
+def _ranges(
+    graph: Graph, samples: Stream, recipe: Recipe, total: int, checkpoint: Checkpoint | None, progress: Progress
+) -> Ranges:
+    if not requests(graph):
+        return Ranges({}, 0)
+    batch = fixed_batch(graph) or 1
+    known = None if checkpoint is None else checkpoint.ranges()
+    found = known or calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+    if checkpoint is not None and known is None:
+        checkpoint.keep_ranges(found)
+    return replace(found, samples=found.samples * batch)  # it counts what it is fed
+
+
+def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
+    graph: Graph,
+    samples: Stream,
+    nearest: Quantization,
+    recipe: Recipe,
+    placement: Placement,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+) -> tuple[Quantization, list[BlockReport]]:
+    effort = Effort(recipe.effort)
+    tried = refinements(recipe.precision, effort, seed=recipe.seed, placement=placement)
+    if not tried:
+        return nearest, []
+    # The chunks have no name here: the first block is the last that needs them.
+    return refine_blockwise(
+        graph,
+        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1),
+        nearest,
+        tried,
+        foresight=foresight(effort),
+        progress=progress,
+        keeper=checkpoint,
+    )
+
+
+def _checkpoint(
+    folder: Path, folded: Graph, samples: Stream, recipe: Recipe, placement: Placement, progress: Progress
+) -> Checkpoint:
+    choices = {
+        "bits": recipe.bits,
+        "effort": recipe.effort,
+        "calibration": recipe.calibration.value,
+        "seed": recipe.seed,
+        "placement": placement,
+    }
+    with progress.task("looking for a calibration to go on with"):
+        return Checkpoint(folder, calibration_key(folded, samples, choices))
