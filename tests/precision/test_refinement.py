@@ -148,3 +148,10 @@ def test_chunks_keep_every_sample() -> None:
     assert [len(chunk[0]) for chunk in found] == [3, 3, 1]
     assert torch.cat([chunk[0] for chunk in found])[:, 0].tolist() == list(range(7))
     assert all(int(chunk[1]) == 5 for chunk in found)
+
+
+def test_a_chunk_has_samples_of_one_shape() -> None:
+    samples = [(torch.full((1, length), float(i)),) for i, length in enumerate([2, 3, 2, 3, 3, 2, 5])]
+    found = [chunk for (chunk,) in chunked(samples, 2)]
+    assert [list(chunk.shape) for chunk in found] == [[2, 2], [2, 3], [1, 3], [1, 2], [1, 5]]
+    assert sorted(chunk[row, 0].item() for chunk in found for row in range(len(chunk))) == list(range(7))
