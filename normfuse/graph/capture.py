@@ -135,13 +135,14 @@ def _refuse_unfinished(model: torch.jit.ScriptModule) -> None:
 
 
 def _at_least_two(examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """torch.export fixes an axis of size 1, so a batch of one sample is repeated."""
+    """torch.export fixes an axis of size 1, so a batch of one sample is repeated; and it takes a view's base along."""
     for example in examples:
         if not isinstance(example, torch.Tensor):
             raise BadInput("an example input is no tensor", expected="torch.Tensor", where=type(example).__name__)
     # An input of size 1 beside larger ones is broadcast: repeated, it would not fit them.
     is_one_sample = all(example.shape[0] == 1 for example in examples if example.ndim)
-    return tuple(torch.cat([example, example]) if is_one_sample and example.ndim else example for example in examples)
+    copies = 2 if is_one_sample else 1
+    return tuple(torch.cat([example] * copies) if example.ndim else example.clone() for example in examples)
 
 
 def _refuse_nan(graph: Graph) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph
+from normfuse.errors import BadInput
+from normfuse.graph import Graph, query
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import Compute, Segment, joined, plainly, run_segment, segments
 from normfuse.heap import give_back_memory
@@ -81,7 +82,12 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
             all of the network behind the block.
         progress: shows the blocks.
         keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
+
+    Raises:
+        BadInput: there are no chunks, or NaN comes out of a block.
     """
+    if not chunks:
+        raise BadInput("there are no calibration samples", expected="at least one sample")
     maps, reports = requested_weights(graph), list[BlockReport]()
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
@@ -94,6 +100,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
             later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
             before = [dict(values) for values in exact]
             _advance(graph, segment, exact, plainly, set())
+            _refuse_nan(segment, exact)
             block = Block(
                 graph=graph,
                 segment=segment,
@@ -168,6 +175,19 @@ def _advance(graph: Graph, segment: Segment, chunks: Sequence[Values], compute: 
         run_segment(graph, segment, values, compute)
         if later:
             _forget(values, later)
+
+
+def _refuse_nan(segment: Segment, chunks: Sequence[Values]) -> None:
+    """Refuse what nothing can be learned from. (Infinity is left alone: attention masks hold it.)"""
+    for index, values in enumerate(chunks):
+        for node in segment.exits:
+            if isinstance(values[node], Tensor) and bool(values[node].isnan().any()):
+                raise BadInput(
+                    "an activation is not finite",
+                    where=f"{query.layer_of(node) or node.name}, calibration chunk {index} of {len(chunks)}",
+                    expected="finite values everywhere",
+                    hint="check the model on these samples, or leave them out",
+                )
 
 
 def _forget(values: dict[fx.Node, Any], later: set[fx.Node]) -> None:

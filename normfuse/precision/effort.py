@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -61,10 +60,16 @@ def _other_codes(placement: Placement | None) -> dict[str, Refinement]:
 
 
 def chunked(samples: Iterable[Sequence[Tensor]], size: int) -> list[tuple[Tensor, ...]]:
-    """Return single samples joined to chunks of ``size`` along their first axis."""
-    stream, chunks = iter(samples), list[tuple[Tensor, ...]]()
-    while group := list(islice(stream, size)):
-        chunks.append(
-            tuple(torch.cat(tensors) if tensors[0].ndim else tensors[0] for tensors in zip(*group, strict=True))
-        )
-    return chunks
+    """Return single samples joined to chunks of at most ``size`` along their first axis, each of one shape."""
+    growing, chunks = dict[tuple[torch.Size, ...], list[Sequence[Tensor]]](), list[list[Sequence[Tensor]]]()
+    for sample in samples:
+        shape = tuple(tensor.shape for tensor in sample)
+        group = growing.setdefault(shape, [])
+        group.append(sample)
+        if len(group) == size:
+            chunks.append(growing.pop(shape))
+    return [_joined(group) for group in (*chunks, *growing.values())]
+
+
+def _joined(group: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(tensors) if tensors[0].ndim else tensors[0] for tensors in zip(*group, strict=True))

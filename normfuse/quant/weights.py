@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
@@ -77,6 +77,8 @@ def round_to_nearest(
     """
     params = weight_params(weight, 0, type, clip=WeightClip.MSE, group=group)
     if bias is not None and input_scale is not None:
+        if not bool(weight.any()):  # any scale is exact for it: then one at which the bias is
+            params = replace(params, scale=torch.full_like(params.scale, SMALLEST_SCALE))
         params = scale_for_bias(params, input_scale=input_scale, bias=bias)
     return RoundedWeight(codes=quantize(weight, params), params=params, bias=bias)
 

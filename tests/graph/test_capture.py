@@ -50,6 +50,14 @@ def test_a_model_that_fixes_its_batch_says_so() -> None:
     assert "s0" not in graph.text()
 
 
+def test_an_example_that_is_a_view_brings_nothing_of_its_base() -> None:
+    layer = randomized(nn.Linear(4, 3))
+    graph = capture(layer, [sample(6, 8)[:2, :4]])
+    assert graph.input_specs[0].shape == (None, 4)
+    x = sample(5, 4)
+    torch.testing.assert_close(graph.run(x)[0], layer(x), rtol=0, atol=0)
+
+
 def test_a_broadcast_input_is_not_repeated() -> None:
     class Masked(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:

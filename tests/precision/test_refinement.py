@@ -190,3 +190,10 @@ def test_the_loss_with_foresight_adds_the_error_of_the_networks_outputs() -> Non
     last = graph.outputs[0].name
     assert losses[last, 2.0] == losses[last, 0.0]
     assert all(losses[name, 2.0] > losses[name, 0.0] for name in names - {last})
+
+
+def test_a_chunk_has_samples_of_one_shape() -> None:
+    samples = [(torch.full((1, length), float(i)),) for i, length in enumerate([2, 3, 2, 3, 3, 2, 5])]
+    found = [chunk for (chunk,) in chunked(samples, 2)]
+    assert [list(chunk.shape) for chunk in found] == [[2, 2], [2, 3], [1, 3], [1, 2], [1, 5]]
+    assert sorted(chunk[row, 0].item() for chunk in found for row in range(len(chunk))) == list(range(7))
