@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, pstdev
@@ -15,7 +16,7 @@ from torch import Tensor
 from examples.zoo.data import make
 from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
-from normfuse.bench.accuracy import score
+from normfuse.bench.accuracy import Array, score
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.build import FOLDING
 from normfuse.capturing import capture_model
@@ -25,7 +26,10 @@ from normfuse.graph import Graph
 from normfuse.loading import load_model
 from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
+from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
+
+__all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized"]
 
 BITS: Final = ("8", "w6a6", "w4a8", "w4a4", "w3a3", "w4a16", "w3a16")
 BATCH: Final = 250
@@ -65,11 +69,9 @@ def main() -> None:
 
 def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Return the score in float and the drop of every setting, in points."""
-    graph = capture_model(load_model(WEIGHTS / f"{name}.pt2"), None, None)
-    FOLDING.run(graph)
-    task = MODELS[name].task
-    images, labels = make(task, "test", min(given.test, 360 if task == "digits" else given.test), 0)
-    exact = _score(graph, images, labels)
+    graph, task = folded(name), MODELS[name].task
+    images, labels = held_out(task, given.test)
+    exact = percent_of_graph(graph, images, labels)
     rows, figures = list[tuple[str, ...]](), dict[str, Any]()
     for operands in given.operands:
         for bits in given.bits:
@@ -101,22 +103,45 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
         samples, _ = make(task, "calib", given.samples, seed)
         recipe = Recipe(bits=bits, effort=effort, seed=seed)
         placement = replace(onnx_placement("avx512_vnni", recipe.precision), **OPERANDS[operands])
-        plan = plan_quantization(
-            graph,
-            lambda samples=samples: ([sample[None]] for sample in samples),  # type: ignore[misc]
-            recipe=recipe,
-            placement=placement,
-            total=given.samples,
-            progress=Silent(),
-        )
-        drops.append(exact - _score(plan.simulated()[0], *test))
+        drops.append(exact - percent_of_graph(quantized(graph, samples, recipe, placement), *test))
     return drops
 
 
-def _score(graph: Graph, images: Tensor, labels: Tensor) -> float:
-    parts = zip(images.split(BATCH), labels.split(BATCH), strict=True)
-    batches = (({"image": some.numpy()}, wanted.numpy()) for some, wanted in parts)
-    return score(lambda inputs: graph.run(torch.from_numpy(inputs["image"]))[0].numpy(), batches).percent
+def folded(name: str) -> Graph:
+    """Return the zoo's model, folded, in float."""
+    graph = capture_model(load_model(WEIGHTS / f"{name}.pt2"), None, None)
+    FOLDING.run(graph)
+    return graph
+
+
+def held_out(task: str, count: int) -> tuple[Tensor, Tensor]:
+    """Return ``count`` test images, or as many as there are, and their labels."""
+    return make(task, "test", min(count, 360 if task == "digits" else count), 0)
+
+
+def quantized(graph: Graph, samples: Tensor, recipe: Recipe, placement: Placement) -> Graph:
+    """Return the simulation of the folded ``graph``, calibrated and learned on ``samples``."""
+    plan = plan_quantization(
+        graph,
+        lambda: ([sample[None]] for sample in samples),
+        recipe=recipe,
+        placement=placement,
+        total=len(samples),
+        progress=Silent(),
+    )
+    return plan.simulated()[0]
+
+
+def percent_of_graph(graph: Graph, images: Tensor, labels: Tensor) -> float:
+    """Return the score of a graph in percent."""
+    return percent((graph.run(some)[0].numpy() for some in torch.split(images, BATCH)), labels)
+
+
+def percent(logits: Iterable[Array], labels: Tensor) -> float:
+    """Return the score of logits, in parts of ``BATCH`` images, in percent: top-1, or mean IoU for maps of labels."""
+    parts = zip(logits, torch.split(labels, BATCH), strict=True)
+    batches = (({"logits": some}, wanted.numpy()) for some, wanted in parts)
+    return score(lambda inputs: inputs["logits"], batches).percent
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""``make bench-peers``: the accuracy of other tools on the same model, samples and test images as normfuse's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import BATCH, folded, held_out, percent, percent_of_graph, quantized
+from benchmarks.peers.calling import PEERS, Peer, PeerMissing, ask
+from benchmarks.peers.order import Order
+from examples.zoo.data import make
+from examples.zoo.models import MODELS
+from examples.zoo.train import WEIGHTS
+from normfuse.bench.environment import default_threads, describe_environment
+from normfuse.cli import render
+from normfuse.errors import NormfuseError
+from normfuse.export.placement import onnx_placement
+from normfuse.graph import Graph
+from normfuse.loading import load_model
+from normfuse.quant.bits import Bits
+from normfuse.recipe import Recipe
+
+CHOSEN: Final = ("glyphs_vit_ln", "glyphs_vit_un", "glyphs_vit_prepbn", "glyphs_resnet_bn", "scenes_segmenter_ln")
+
+MAPS: Final = "inputs and weights of linear maps and convolutions; outputs and sums of convolutions"
+OPERANDS: Final = "inputs and weights of linear maps and convolutions, all operands of products of activations"
+OURS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "8": {MAPS: {}},
+    "w4a4": {
+        f"{OPERANDS}, the image too": {
+            "attention_operands": True,
+            "convolution_outputs": False,
+            "model_input": None,
+        },
+        f"{OPERANDS}, image at 8 bits": {"attention_operands": True, "convolution_outputs": False},
+    },
+}
+"""By bits and by what has codes: how the placement differs from the deployable one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way of one tool: points lost and seconds by seed, or why there are none."""
+
+    tool: str
+    bits: str
+    setting: str
+    tensors: str = ""
+    lost: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    missing: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as text."""
+        name = f"{self.tool}, {self.setting}"
+        if self.missing:
+            return (name, self.bits, f"skipped: {self.missing}", "", "")
+        spread = f" ± {pstdev(self.lost):.2f}" if len(self.lost) > 1 else ""
+        return (name, self.bits, self.tensors, f"{mean(self.lost):.2f}{spread}", f"{mean(self.seconds):.0f}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What all tools get: one model, its samples by seed, its test images, and how well it does in float."""
+
+    model: str
+    graph: Graph
+    folder: Path
+    seeds: int
+    samples: tuple[Tensor, ...]
+    images: Tensor
+    labels: Tensor
+    exact: float
+
+
+def main() -> None:
+    """Quantize every model with every tool, print a table per model."""
+    given = _arguments()
+    torch.set_num_threads(default_threads())
+    found: dict[str, Any] = {"environment": describe_environment().as_dict(), "samples": given.samples}
+    for name in given.models:
+        with tempfile.TemporaryDirectory(prefix="normfuse-peers-") as folder:
+            trial = prepare(name, Path(folder), samples=given.samples, seeds=given.seeds, test=given.test)
+            rows = list[Row]()
+            for row in measure(trial, given.bits, given.peers, given.efforts):
+                rows.append(row)
+                render.talk("  ".join(cell for cell in row.cells() if cell))
+        title = f"{name}: {trial.exact:.2f} % in float, {given.samples} samples, {len(trial.images)} test images"
+        render.table(title, ("tool", "bits", "codes for", "points lost", "s"), [row.cells() for row in rows])
+        found[name] = {"float": trial.exact, "rows": [asdict(row) for row in rows]}
+        if given.output:
+            given.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(CHOSEN))
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--bits", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--efforts", nargs="*", type=int, choices=(0, 1, 2), default=[1, 2], help="of normfuse")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--test", type=int, default=4000)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
+    return parser.parse_args()
+
+
+def prepare(name: str, folder: Path, *, samples: int, seeds: int, test: int) -> Trial:
+    """Return the trial of a zoo model, with the files that peers read in ``folder``."""
+    task, graph = MODELS[name].task, folded(name)
+    images, labels = held_out(task, test)
+    parts = tuple(make(task, "calib", samples, seed)[0] for seed in range(seeds))
+    np.savez(folder / "test.npz", image=images.numpy())
+    for seed, some in enumerate(parts):
+        np.savez(folder / f"samples{seed}.npz", image=some.numpy())
+    _export(name, parts[0][:2], folder / "float.onnx")
+    exact = percent_of_graph(graph, images, labels)
+    return Trial(
+        model=name,
+        graph=graph,
+        folder=folder,
+        seeds=seeds,
+        samples=parts,
+        images=images,
+        labels=labels,
+        exact=exact,
+    )
+
+
+def _export(name: str, example: Tensor, path: Path) -> None:
+    """Write what a user gets from ``torch.onnx.export`` alone: nothing is folded for the peers."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model = load_model(WEIGHTS / f"{name}.pt2").model
+    assert isinstance(model, torch.export.ExportedProgram)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=["image"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path)
+
+
+def measure(trial: Trial, bits: list[str], peers: list[str], efforts: list[int]) -> Iterator[Row]:
+    """Yield a row for each way of each tool, ours first."""
+    for width in bits:
+        for tensors, change in OURS[width].items():
+            for effort in efforts:
+                yield ours(trial, width, effort, tensors, change)
+        for name in peers:
+            for setting in PEERS[name].settings.get(width, ()):
+                yield theirs(trial, name, PEERS[name], width, setting)
+
+
+def ours(trial: Trial, bits: str, effort: int, tensors: str, change: dict[str, Any]) -> Row:
+    """Return what normfuse loses."""
+
+    def lose(seed: int) -> tuple[float, float, str]:
+        recipe = Recipe(bits=bits, effort=effort, seed=seed)
+        placement = replace(onnx_placement("avx512_vnni", recipe.precision), **change)
+        started = time.perf_counter()
+        simulation = quantized(trial.graph, trial.samples[seed], recipe, placement)
+        seconds = time.perf_counter() - started
+        return trial.exact - percent_of_graph(simulation, trial.images, trial.labels), seconds, tensors
+
+    return _over_seeds(Row(tool="normfuse", bits=bits, setting=f"effort {effort}"), trial.seeds, lose)
+
+
+def theirs(trial: Trial, name: str, peer: Peer, bits: str, setting: str) -> Row:
+    """Return what a peer loses, scored here, or why it could not be asked."""
+    width = Bits.parse(bits)
+
+    def lose(seed: int) -> tuple[float, float, str]:
+        with tempfile.TemporaryDirectory(dir=trial.folder) as output:
+            order = Order(
+                model=trial.model,
+                archive=str(WEIGHTS / f"{trial.model}.pt2"),
+                onnx=str(trial.folder / "float.onnx"),
+                weight_bits=width.weight,
+                activation_bits=width.activation,
+                setting=setting,
+                samples=str(trial.folder / f"samples{seed}.npz"),
+                test=str(trial.folder / "test.npz"),
+                output=output,
+                seed=seed,
+            )
+            logits, answer = ask(name, peer, order)
+        parts = (logits[at : at + BATCH] for at in range(0, len(logits), BATCH))
+        return trial.exact - percent(parts, trial.labels), answer.seconds, answer.tensors
+
+    return _over_seeds(Row(tool=name, bits=bits, setting=setting), trial.seeds, lose)
+
+
+def _over_seeds(row: Row, seeds: int, lose: Callable[[int], tuple[float, float, str]]) -> Row:
+    try:
+        lost, seconds, tensors = zip(*(lose(seed) for seed in range(seeds)), strict=True)
+    except (PeerMissing, NormfuseError) as problem:
+        return replace(row, missing=str(problem).splitlines()[0])
+    return replace(row, lost=lost, seconds=seconds, tensors=tensors[0])
+
+
+if __name__ == "__main__":
+    main()
