@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-minilm bench-peers fold-table clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-minilm bench-peers bench-calibration fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -61,6 +61,9 @@ bench-minilm: install  ## a sentence encoder with its published weights: vectors
 
 bench-peers: install  ## the accuracy of NNCF, onnxruntime, torchao and Brevitas on the zoo, beside normfuse's
 	$(BIN)/python -m benchmarks.peers
+
+bench-calibration: install  ## time and memory of calibrating to 8 bits: normfuse, onnxruntime, NNCF
+	$(BIN)/python -m benchmarks.calibration
 
 fold-table: install  ## what folding does to the architectures of transformers
 	$(BIN)/python -m benchmarks.fold_table

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.build import FOLDING, build_quantized, quantize_graph
+from normfuse.build import FOLDING, check_quantized, write_quantized
 from normfuse.errors import BadInput
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph, capture
+from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
 from normfuse.recipe import Recipe
 from normfuse.testing import randomized, seeded
@@ -75,7 +76,7 @@ BOUNDS = {"8": 0.05, "w4a8": 0.3, "w4a4": 0.6, "w2a8": 1.0, "w3a16": 0.5}
 
 def quantized(model: nn.Module, x: Tensor, bits: str, effort: int) -> tuple[Graph, Graph]:
     graph = _folded(model)
-    found = quantize_graph(
+    plan = plan_quantization(
         graph,
         lambda: ([sample[None]] for sample in x),
         recipe=Recipe(bits=bits, effort=effort),
@@ -83,7 +84,7 @@ def quantized(model: nn.Module, x: Tensor, bits: str, effort: int) -> tuple[Grap
         total=len(x),
         progress=Silent(),
     )
-    return graph, found.graph
+    return graph, plan.simulated()[0]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -115,16 +116,16 @@ def test_the_engine_computes_degenerate_models_as_simulated(change: Change, tmp_
     model, x = network(), samples(24)
     with torch.no_grad():
         change(model, x)
-    engine = build_quantized(
-        _folded(model),
-        lambda: iter([[sample[None]] for sample in x]),
-        tmp_path / "model.onnx",
-        recipe=Recipe(bits=8),
-        placement=onnx_placement("avx512_vnni"),
-        total=len(x),
-        threads=1,
-        progress=Silent(),
+    placement = onnx_placement("avx512_vnni")
+
+    def rows() -> Iterator[list[Tensor]]:
+        return iter([[sample[None]] for sample in x])
+
+    plan = plan_quantization(
+        _folded(model), rows, recipe=Recipe(bits=8), placement=placement, total=len(x), progress=Silent()
     )
+    engine = write_quantized(plan, tmp_path / "model.onnx", placement=placement)
+    engine = check_quantized(engine, rows, threads=1)
     assert [check.name for check in engine.checks if not check.holds] == []
 
 
