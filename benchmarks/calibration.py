@@ -101,7 +101,7 @@ def _run(tool: str, given: argparse.Namespace, model: Path) -> list[dict[str, fl
 
 
 def _ours(given: argparse.Namespace) -> dict[str, float]:
-    """Capture and fold, then measure ``plan_quantization`` and writing the quantizers; memory counts the folded weights too.
+    """Capture and fold, then measure what plans and writes the quantizers; memory counts the folded weights too.
 
     What is counted is the highest resident size less that of the process after all imports and a small model quantized
     before; samples are made one by one, as they are read from files.
