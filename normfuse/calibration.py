@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph, ops, query
 from normfuse.graph.quantization import QuantizationRequest, requests
 from normfuse.output_error import OutputError
 from normfuse.progress import Progress, Silent
@@ -84,7 +85,8 @@ def calibrate(
     how samples were batched nor on their order; memory does not grow with their number. With
     ``AUTO`` the candidates (min-max, percentiles, MSE, entropy) compete by the squared error that they leave
     at the outputs of the linear maps and convolutions reading the codes (at 8 bits, of wide maps by a sketch); any
-    other reader adds the error of the tensor itself (``OutputError``).
+    other reader adds the error of the tensor itself (``OutputError``). From fewer than eight samples it takes what
+    they saw and widens it, where there are 8 bits.
 
     Args:
         graph: a float graph with requests (``place-quantizers``).
@@ -101,7 +103,7 @@ def calibrate(
     histograms = {node: DyadicHistogram() for node in wanted}
     count = _observe(graph, source, histograms, shown, total)
     seen = [request for node, request in wanted.items() if histograms[node].total]
-    offered = {request.node: _offer(histograms[request.node], request, method) for request in seen}
+    offered = {request.node: _offer(histograms[request.node], request, method, count) for request in seen}
     errors: dict[fx.Node, dict[str, float]] = {}
     if any(len(ranges) > 1 for ranges in offered.values()):
         errors = _compete(graph, source, offered, wanted, shown, total)
@@ -135,6 +137,12 @@ def _observe(
     return count
 
 
+FEW: Final = 8
+"""Samples below which ``AUTO`` widens what it saw instead of trusting it."""
+
+WIDEST: Final = 5.0
+"""How many times wider the range of one sample is made; from there to ``FEW`` samples it falls to 1."""
+
 ALONE: Final = {
     CalibrationMethod.MIN_MAX: (RangeMethod.MIN_MAX, "min-max"),
     CalibrationMethod.PERCENTILE: (RangeMethod.PERCENTILE, "percentile-99.99"),
@@ -144,11 +152,27 @@ ALONE: Final = {
 """The range that each method gives when it is asked for alone."""
 
 
-def _offer(histogram: DyadicHistogram, request: QuantizationRequest, method: CalibrationMethod) -> dict[str, Range]:
+def _offer(
+    histogram: DyadicHistogram, request: QuantizationRequest, method: CalibrationMethod, samples: int
+) -> dict[str, Range]:
+    if method is CalibrationMethod.AUTO and samples < FEW and request.type.bits >= MOST:
+        return {"min-max, widened": _widened(histogram, request, samples)}
     if method is CalibrationMethod.AUTO:
         return candidates(histogram, request.type)
     kind, label = ALONE[method]
     return {label: candidates(histogram, request.type, methods=[kind])[label]}
+
+
+def _widened(histogram: DyadicHistogram, request: QuantizationRequest, samples: int) -> Range:
+    """Return the range seen, as many times wider as so few samples ask for (ours); what has bounds keeps them.
+
+    One sample says little about the largest values of others, and 8 bits have room: five times wider costs little more
+    than two of them, and what is clipped costs more.
+    """
+    (seen,) = candidates(histogram, request.type, methods=[RangeMethod.MIN_MAX]).values()
+    factor = WIDEST ** (1 - math.log2(samples) / math.log2(FEW))
+    maximum = seen.maximum if query.is_call(request.source, ops.SOFTMAX) else factor * seen.maximum
+    return Range(factor * seen.minimum, maximum)
 
 
 def _compete(

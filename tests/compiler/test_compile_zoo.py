@@ -173,3 +173,16 @@ def test_a_frozen_norm_that_is_left_would_be_found(tmp_path: Path) -> None:
     graph = normfuse.capture(Small(lambda self, x: self.norm(x) + x, norm=norm), torch.randn(2, 5))
     write_float(graph, tmp_path / "float.onnx")
     assert frozen_norms(tmp_path / "float.onnx") != []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glyphs_vit_ln", "glyphs_vit_un"])
+def test_one_image_calibrates_eight_bits(name: str) -> None:
+    built = normfuse.compile(
+        WEIGHTS / f"{name}.pt2",
+        calibration=of_the_zoo(name, "calib", 1),
+        evaluation=of_the_zoo(name, "test", 2000),
+        recipe=Recipe(benchmark=False, threads=1, max_drop=0.7),
+    )
+    assert built.report["accuracy_control"]["put_back"] == []
+    assert built.holds
