@@ -31,9 +31,9 @@ class OutputError:
 
     Unless ``is_exact``, a map of more than ``SKETCHED`` outputs is sketched: for orthonormal random ``S``,
     [m, outputs], times ``sqrt(outputs / m)``, ``||S A d||^2`` has the mean ``||A d||^2`` (Johnson and Lindenstrauss
-    1984). The columns of ``S A`` get the lengths of those of ``A``, so that errors of single channels, and errors that
-    are independent of each other, are not misjudged at all. A common direction of all errors, such as the lobe of a
-    GELU that few bits round to zero, can be misjudged by a tenth. Grouped and transposed convolutions are not sketched.
+    1984). The columns of ``S A`` get the lengths of those of ``A``, so that errors of single channels are exact, and
+    errors that are independent of each other nearly so. A common direction of all errors, such as the lobe of a GELU
+    that few bits round to zero, can be misjudged by a tenth. Grouped and transposed convolutions are not sketched.
 
     Linear maps that read the same tensor are one map with the outputs of all. (Ours.)
     """
