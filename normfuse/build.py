@@ -16,11 +16,20 @@ from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
 from normfuse.graph.quantization import requests
+from normfuse.passes.equalize_channels import EqualizeChannels
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import BlockReport, Effort, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision import (
+    BlockReport,
+    Effort,
+    choose_equalizations,
+    chunked,
+    refine_blockwise,
+    refinements,
+    round_all_to_nearest,
+)
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
@@ -30,6 +39,9 @@ __all__ = ["Engine", "Quantized", "build_float", "build_quantized", "quantize_gr
 
 CHECKED_BATCHES: Final = 8
 """What every check runs (single samples, where the model fixes no batch): it meets each operator many times."""
+
+EQUALIZED_SAMPLES: Final = 64
+"""How many samples choose scales and shifts of channels, the last quarter of them held out."""
 
 CHUNK: Final = 16
 """Samples of one update while a block learns."""
@@ -102,7 +114,8 @@ def quantize_graph(
     """
     graph = folded.copy()
     place = Phase("precision", (PlaceQuantizers(placement=placement),))
-    reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
+    reports = _equalize(graph, samples, place, progress) if recipe.equalize else []
+    reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     batch = fixed_batch(graph) or 1
     ranges = Ranges({}, 0)
     if requests(graph):
@@ -119,6 +132,17 @@ def quantize_graph(
     return Quantized(
         graph=graph, passes=tuple(reports), ranges=ranges, weights=len(decided.weights), blocks=tuple(blocks)
     )
+
+
+def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -> list[PassReport]:
+    """Make the channels of what will be quantized alike where that helps; some samples are enough to tell."""
+    placed = graph.copy()
+    Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(placed)
+    size = CHUNK if graph.has_dynamic_batch else 1
+    chunks = chunked(islice(samples(), EQUALIZED_SAMPLES // (fixed_batch(graph) or 1)), size)
+    chosen = choose_equalizations(graph, placed, chunks, progress=progress)
+    phase = Phase("equalization", (EqualizeChannels(chosen=chosen), *LOWER.passes))
+    return Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(graph)
 
 
 def build_quantized(  # noqa: PLR0913 - what a build needs; a bundle of them would be read nowhere else
