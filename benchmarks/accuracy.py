@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all"])
+    parser.add_argument("--equalize", action="store_true")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
@@ -101,7 +102,7 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
     drops = []
     for seed in range(given.seeds):
         samples, _ = make(task, "calib", given.samples, seed)
-        recipe = Recipe(bits=bits, effort=effort, seed=seed)
+        recipe = Recipe(bits=bits, effort=effort, seed=seed, equalize=given.equalize)
         placement = replace(onnx_placement("avx512_vnni", recipe.precision), **OPERANDS[operands])
         drops.append(exact - percent_of_graph(quantized(graph, samples, recipe, placement), *test))
     return drops

@@ -21,6 +21,9 @@ __all__ = ["command"]
 @click.option("--target", help="Where it runs: onnx.")
 @click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w6a6, w4a16 ...; 32: float, folded only.")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
+@click.option(
+    "--equalize/--no-equalize", default=None, help="Scale channels, exactly, where quantized blocks gain (default: no)."
+)
 @click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")
 @click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")

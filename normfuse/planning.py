@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -12,14 +13,17 @@ from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requests
 from normfuse.heap import give_back_memory
+from normfuse.passes.equalize_channels import EqualizeChannels
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.passes.presets import LOWER
 from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision import (
     BlockReport,
     Effort,
     Quantization,
+    choose_equalizations,
     chunked,
     foresight,
     refine_blockwise,
@@ -36,6 +40,10 @@ __all__ = ["Plan", "plan_quantization"]
 
 CHUNK: Final = 16
 """Samples of one update while a block learns."""
+
+
+EQUALIZED_SAMPLES: Final = 64
+"""How many samples choose scales and shifts of channels, the last quarter of them held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +98,8 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     graph = folded.copy()
     give_back_memory()  # folding computes in float64
     place = Phase("precision", (QuantizeTables(), PlaceQuantizers(placement=placement)))
-    reports = Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
+    reports = _equalize(graph, samples, place, progress) if recipe.equalize else []
+    reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
     ranges = {name: chosen.range for name, chosen in found.chosen.items()}
     with progress.task("quantizing"):
@@ -104,6 +113,17 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
         blocks=tuple(blocks),
         notes=tuple(checkpoint.notes) if checkpoint else (),
     )
+
+
+def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -> list[PassReport]:
+    """Make the channels of what will be quantized alike where that helps; some samples are enough to tell."""
+    placed = graph.copy()
+    Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(placed)
+    size = CHUNK if graph.has_dynamic_batch else 1
+    chunks = chunked(islice(samples(), EQUALIZED_SAMPLES // (fixed_batch(graph) or 1)), size)
+    chosen = choose_equalizations(graph, placed, chunks, progress=progress)
+    phase = Phase("equalization", (EqualizeChannels(chosen=chosen), *LOWER.passes))
+    return Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(graph)
 
 
 def _ranges(
@@ -152,6 +172,7 @@ def _checkpoint(
         "effort": recipe.effort,
         "calibration": recipe.calibration.value,
         "seed": recipe.seed,
+        "equalize": recipe.equalize,
         "placement": placement,
     }
     with progress.task("looking for a calibration to go on with"):

@@ -30,7 +30,8 @@ class Recipe:
 
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects biases below eight bits, 2 also
-    learns block by block. ``samples`` limits the calibration samples (0: all).
+    learns block by block. ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
+    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all).
     ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy,
     or mean IoU where pixels are labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up
     over float.
@@ -39,6 +40,7 @@ class Recipe:
     target: Target = Target.ONNX
     bits: int | str = 8
     effort: int = 1
+    equalize: bool = False
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
     seed: int = 0

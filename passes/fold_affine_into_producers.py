@@ -28,11 +28,12 @@ class FoldAffineIntoProducers(Pass):
 
     Exact in real arithmetic, for any padding, groups and transposition; rounding differs. Goes back through views,
     selections, means, pooling, interpolation, sums (``a (x + y) + c = (a x + c) + a y``) and concatenations, and also
-    into embedding tables, constants and other affines. Applies where
+    into embedding tables, constants and other affines; scales without shifts go through products of two tensors, those
+    that are positive through ReLU. Applies where
     1. nobody else reads what the affine goes through, or reads only channels that it leaves alone,
     2. the channels arrive whole at each linear map's output axis,
     3. weights and biases are constants,
-    4. no maximum is taken behind a negative scale, no zeros are padded behind a shift,
+    4. no maximum (ReLU is one) is taken behind a negative scale, no zeros are padded behind a shift,
     5. the new constants fit into their type (float16 ends at 65504).
 
     An affine that stays is the consumers' pass's matter, which reports it.

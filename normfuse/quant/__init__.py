@@ -1,6 +1,7 @@
 """Quantization as values and pure functions: types, parameters, rounding, histograms, ranges, exact sums, weights."""
 
 from normfuse.quant.bias_correction import corrected_bias
+from normfuse.quant.channel_scales import ChannelScales, SeenChannels, channel_scales
 from normfuse.quant.coordinate_descent import round_by_coordinate_descent
 from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.exact_sum import ExactSum
@@ -29,6 +30,7 @@ __all__ = [
     "UINT4",
     "UINT8",
     "ActivationParams",
+    "ChannelScales",
     "DyadicHistogram",
     "ExactSum",
     "Granularity",
@@ -42,10 +44,12 @@ __all__ = [
     "Range",
     "RangeMethod",
     "RoundedWeight",
+    "SeenChannels",
     "WeightClip",
     "added_error",
     "asymmetric",
     "candidates",
+    "channel_scales",
     "corrected_bias",
     "dequantize",
     "logarithmic_params",

@@ -1,8 +1,8 @@
 """How a per-channel affine goes through one operator, from its input to its output and back.
 
-Every operator here puts input positions at output positions, or mixes positions of other axes with weights that
-sum to one (methods 13.2). One table, ``_WIRINGS``, says which channel of the input each channel of the output is;
-both directions follow from it.
+Every operator here puts input positions at output positions, mixes positions of other axes with weights that sum to
+one (methods 13.2), or takes a maximum (of a window, or with zero: ReLU), which a positive scale passes. One table,
+``_WIRINGS``, says which channel of the input each channel of the output is; both directions follow from it.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def backward(graph: Graph, node: fx.Node, wanted: Affine) -> Affine | Reason:
     for axis, wiring in found.items():
         if (placed := _placed(wanted, wiring, axis, _size(node, axis))) is not None:
             return placed
+    if query.is_call(node, ops.RESHAPE) and (joined := _rearranged(query.shape(node), _shape(node), wanted.axis)):
+        wide = wanted.spread()  # what a reshape cuts apart another one joins: of each head's channels to all of them
+        return Affine(wide.scale[joined.index], wide.shift[joined.index], joined.axis)
     return Reason.AXIS
 
 
@@ -110,6 +113,8 @@ def _refused(node: fx.Node, found: Affine) -> Reason | None:
     """Return why these constants do not pass the operator, whatever their axis."""
     if node.target in ops.MAXIMUM_POOLS and bool((found.scale < 0).any()):
         return Reason.NEGATIVE_SCALE
+    if node.target is ops.RELU and bool((found.scale < 0).any() or found.shift.any()):
+        return Reason.NONLINEAR_READER
     if node.target is ops.PAD and query.argument(node, 3, "value"):
         return Reason.PADDED_VALUE
     if _adds_zeros(node) and bool(found.shift.any()):
@@ -138,6 +143,10 @@ def _whole(node: fx.Node, axis: int, target: int) -> Wiring:
     return Wiring(target, torch.arange(_size(node, axis)))
 
 
+def _relu(graph: Graph, node: fx.Node, axis: int) -> Wiring:
+    return _whole(node, axis, axis)
+
+
 def _size(node: fx.Node, axis: int) -> int:
     return int(_shape(node)[axis])
 
@@ -154,13 +163,18 @@ def _permute(graph: Graph, node: fx.Node, axis: int) -> Wiring:
 
 
 def _reshape(graph: Graph, node: fx.Node, axis: int) -> Wiring | None:
+    return _rearranged(_shape(node), query.shape(node), axis)
+
+
+def _rearranged(source: Any, target: Any, axis: int) -> Wiring | None:
     """Find the output axis that holds the channel axis whole, alone or together with axes next to it.
 
     An element stands at channel ``(i // behind) % size`` if ``i`` counts elements; an output axis that steps
     through ``covered`` of them, ``own`` at a time, knows the channel if it covers the channel axis.
     """
-    source, target = _shape(node), query.shape(node)
-    size, behind = int(source[axis]), prod(source[axis + 1 :])
+    if not isinstance(source[axis], int):
+        return None
+    size, behind = source[axis], prod(source[axis + 1 :])
     for candidate, count in enumerate(target):
         own = prod(target[candidate + 1 :])
         if statically_known_true(count == size) and statically_known_true(own == behind):
@@ -272,5 +286,6 @@ _WIRINGS: Final[dict[Any, Callable[[Graph, fx.Node, int], Wiring | None]]] = {
     ops.EXPAND: _expand,
     ops.REPEAT: _repeat,
     ops.PAD: _pad,
+    ops.RELU: _relu,
     **dict.fromkeys(SPATIAL, _spatial),
 }

@@ -39,6 +39,8 @@ def push(graph: Graph, node: fx.Node, wanted: Affine, reader: fx.Node, changes: 
         return _into_sum(graph, node, wanted, changes)
     if query.is_call(node, ops.CAT):
         return _into_concatenation(graph, node, wanted, changes)
+    if query.is_call(node, ops.MATMUL):
+        return _into_product(graph, node, wanted, changes)
     return _through(graph, node, wanted, changes)
 
 
@@ -127,6 +129,19 @@ def _into_concatenation(graph: Graph, node: fx.Node, wanted: Affine, changes: Ch
         if (blocked := push(graph, operand, part, node, changes)) is not None:
             return blocked
     return None
+
+
+def _into_product(graph: Graph, node: fx.Node, wanted: Affine, changes: Changes) -> Blocked | None:
+    """(x y) diag(a) = x (y diag(a)), diag(a) (x y) = (diag(a) x) y: a scale per channel of either factor."""
+    left, right = node.args[:2]
+    ranks = query.rank(left), query.rank(right)  # type: ignore[arg-type]
+    if wanted.is_uniform or bool(wanted.shift.any()) or min(ranks) < 2:
+        return Blocked(node, Reason.NO_LINEAR)
+    behind = query.rank(node) - wanted.axis
+    if behind > 2:  # heads: a factor may be broadcast along them
+        return Blocked(node, Reason.AXIS)
+    factor, rank = (right, ranks[1]) if behind == 1 else (left, ranks[0])
+    return push(graph, factor, Affine(wanted.scale, wanted.shift, rank - behind), node, changes)  # type: ignore[arg-type]
 
 
 def _through(graph: Graph, node: fx.Node, wanted: Affine, changes: Changes) -> Blocked | None:

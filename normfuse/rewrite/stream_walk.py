@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -23,6 +23,9 @@ from normfuse.rewrite.linear_map import LINEAR_MAPS, read_linear_map
 from normfuse.rewrite.streams import caller, pads_with_number
 
 __all__ = ["Stream", "follow"]
+
+MAXIMA: Final = (*ops.MAXIMUM_POOLS, ops.RELU)
+"""What commutes with positive scales and with no rotation."""
 
 
 @dataclass(slots=True)
@@ -188,7 +191,7 @@ class _Walk:
 
     def _view(self, node: fx.Node, axis: int) -> None:
         source = source_of(node) if node.op == "call_function" else None
-        if source is None or query.is_call(node, *ops.MAXIMUM_POOLS):
+        if source is None or query.is_call(node, *MAXIMA):
             self._end(node, Reason.MODEL_INPUT if node.op == "placeholder" else Reason.NO_LINEAR)
             return
         before = [own for own, after in self._kept_axes(node).items() if after == axis]
@@ -212,7 +215,7 @@ class _Walk:
             self.join(reader, axis + query.rank(reader) - query.rank(node), reader)
         elif query.is_call(reader, ops.MATMUL) and self._has_products:
             self._multiply(node, reader, axis - query.rank(node))
-        elif source_of(reader) is not node or query.is_call(reader, *ops.MAXIMUM_POOLS):
+        elif source_of(reader) is not node or query.is_call(reader, *MAXIMA):
             self._end(reader, Reason.NONLINEAR_READER)
         elif (after := self._kept_axes(reader).get(axis)) is None:
             self._end(reader, Reason.APART)

@@ -74,11 +74,13 @@ LEFT = [
     ),
     pytest.param(lambda m, x: m.n(m.f(x.reshape(-1, 1, 5) * m.t)), {"t": torch.ones(3, 5)}, id="another axis (2)"),
     pytest.param(lambda m, x: m.p(m.f(x).mT.reshape(-1, 4)), {"p": UnifiedNorm(4)}, id="rows as channels (2)"),
-    pytest.param(lambda m, x: m.p(m.h(x).reshape(-1, 2)), {"h": nn.Linear(5, 6), "p": RepBN(2)}, id="a period"),
     pytest.param(lambda m, x: m.n(nn.functional.linear(x, x[:3])), {}, id="variable weight (3)"),
     pytest.param(lambda m, x: m.n(nn.functional.linear(x, m.w, x[0, :3])), {"w": torch.ones(3, 5)}, id="bias (3)"),
     pytest.param(lambda m, x: m.n(m.f(x).relu()), {}, id="no linear"),
     pytest.param(lambda m, x: m.n(m.f(x) + x[:, :3]), {}, id="a model input in the sum"),
+    pytest.param(lambda m, x: m.f(x).relu() * m.s, {"s": -torch.ones(3)}, id="relu in front of a negative scale (4)"),
+    pytest.param(lambda m, x: m.n((x @ x.mT) @ m.f(x)), {}, id="a product in front of a shift"),
+    pytest.param(lambda m, x: (m.f(x) @ m.f(x).mT) * m.s, {"s": torch.arange(1.0, 5)}, id="a product of two"),
     pytest.param(lambda m, x: m.n(m.f(x) + m.f(x).relu()), {}, id="a nonlinearity in the sum"),
     pytest.param(lambda m, x: m.n(torch.add(m.f(x), m.f(x), alpha=2)), {}, id="a sum with alpha"),
     pytest.param(
@@ -163,6 +165,12 @@ THROUGH: list[Any] = [
         {"c": nn.Conv1d(1, 3, 2), "n": nn.Identity()},
         id="a maximum behind a positive scale",
     ),
+    pytest.param(lambda m, x: m.f(x).relu() * m.s, {"s": sample(3).abs()}, id="relu in front of positive scales"),
+    pytest.param(lambda m, x: m.p(m.h(x).reshape(-1, 2)), {"h": nn.Linear(5, 6), "p": RepBN(2)}, id="a period"),
+    pytest.param(
+        lambda m, x: (x @ x.mT).softmax(-1) @ m.f(x) * m.s, {"s": sample(3)}, id="the right factor's channels"
+    ),
+    pytest.param(lambda m, x: m.f(x).mT @ m.g(x).exp() * m.s, {"s": sample(3, 1)}, id="the left factor's channels"),
     pytest.param(
         lambda m, x: m.n(torch.cat([m.k.expand(x.shape[0], -1, -1), m.f(x)[:, None]], 1).mT),
         {"k": sample(1, 1, 3)},

@@ -80,6 +80,7 @@ CASES = [
     case("avg_pool2d, unbatched", AVERAGE[1], (3, 5, 7), [2, 2]),
     *(case(f"adaptive_avg_pool{n}d", ADAPTIVE[n - 1], (2, 3, 5, 4, 7)[: n + 2], [2] * n) for n in (1, 2, 3)),
     *(case(f"max_pool{n}d", MAXIMUM[n - 1], (2, 3, 5, 4, 6)[: n + 2], [2] * n, [1] * n, [1] * n) for n in (1, 2, 3)),
+    case("relu", ops.RELU, (2, 3, 5)),
     case("nearest 1d", ATEN.upsample_nearest1d.vec, (2, 3, 5), [7], None, refused_axes=(2,)),
     case("nearest 2d", ATEN.upsample_nearest2d.vec, (2, 3, 5, 4), None, [2.0, 1.5], refused_axes=(2, 3)),
     case("nearest 3d", ATEN.upsample_nearest3d.vec, (2, 3, 2, 4, 5), [3, 4, 7], None, refused_axes=(2, 3, 4)),
@@ -115,8 +116,10 @@ def sample(shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
 def drawn(size: int, axis: int, node: fx.Node, *, seed: int = 1) -> Affine:
     """Return an affine that the operator's own conditions on its numbers let through."""
     scale, shift = sample((2, size), seed=seed)
-    if node.target in ops.MAXIMUM_POOLS:
+    if node.target in (*ops.MAXIMUM_POOLS, ops.RELU):
         scale = scale.abs()
+    if node.target is ops.RELU:
+        shift = torch.zeros_like(shift)
     if node.target is ops.PAD and query.argument(node, 2, "mode", "constant") == "constant":
         shift = torch.zeros_like(shift)
     return Affine(scale, shift, axis)
@@ -213,8 +216,14 @@ REFUSALS = [
     ),
     case("avg_pool2d with its own divisor", AVERAGE[1], (2, 3, 5, 4), [2, 2], [1, 1], [0, 0], False, True, 3),
     case("avg_pool3d with its own divisor", AVERAGE[2], (2, 3, 5, 4, 6), [2] * 3, [1] * 3, [0] * 3, False, True, 3),
+    case("relu", ops.RELU, (2, 3, 5)),
 ]
-REASONS = [Reason.ZERO_PADDING, Reason.PADDED_VALUE, *3 * [Reason.NEGATIVE_SCALE], *5 * [Reason.ZERO_PADDING]]
+REASONS = [
+    *(Reason.ZERO_PADDING, Reason.PADDED_VALUE),
+    *3 * [Reason.NEGATIVE_SCALE],
+    *5 * [Reason.ZERO_PADDING],
+    Reason.NONLINEAR_READER,
+]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +239,22 @@ def test_refusals(case: Case, reason: Reason) -> None:
     x = sample(case.shape)
     (ours,), (true,) = graph.run(apply(wanted, x)), graph.run(x)
     assert float((ours - apply(wanted, true)).abs().max()) > WRONG
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(-1.0, 0.0), (2.0, 0.5), (2.0, -0.5)])
+def test_relu_passes_neither_a_negative_scale_nor_a_shift(scale: float, shift: float) -> None:
+    graph, node = built(Case(ops.RELU, (2, 3, 5)))
+    found = Affine(torch.tensor([1.0, scale, 1.0]).double(), torch.tensor([0.0, shift, 0.0]).double(), 1)
+    assert forward(graph, node, found) is backward(graph, node, found) is Reason.NONLINEAR_READER
+
+
+def test_the_channels_of_every_head_are_channels_in_front_of_the_cut() -> None:
+    graph, node = built(Case(ops.RESHAPE, (2, 5, 6), ([2, 5, 3, 2],)))
+    wanted = Affine(torch.tensor([2.0, 3.0]).double(), torch.tensor([0.0, 1.0]).double(), 3)
+    found = backward(graph, node, wanted)
+    assert isinstance(found, Affine)
+    assert (found.scale.tolist(), found.shift.tolist(), found.axis) == ([2, 3] * 3, [0, 1] * 3, 2)
+    assert commutes(graph, found, wanted, (2, 5, 6))
 
 
 def test_what_a_conflict_makes_impossible_is_refused() -> None:
@@ -261,9 +286,9 @@ def test_positions_that_are_computed_are_not_followed() -> None:
     assert forward(graph, node, drawn(3, 1, node)) is Reason.AXIS
 
 
-@pytest.mark.parametrize("target", [ops.RELU, ops.SOFTMAX, ops.MATMUL, ops.ADD, ops.CAT, ops.LINEAR])
+@pytest.mark.parametrize("target", [ops.GELU, ops.SOFTMAX, ops.MATMUL, ops.ADD, ops.CAT, ops.LINEAR])
 def test_operators_outside_the_table_move_nothing(target: Any) -> None:
-    args: dict[Any, tuple[Any, ...]] = {ops.RELU: (), ops.SOFTMAX: (-1,)}
+    args: dict[Any, tuple[Any, ...]] = {ops.GELU: (), ops.SOFTMAX: (-1,)}
     trace = fx.Graph()
     x = trace.placeholder("x")
     assert source_of(trace.create_node("call_function", target, (x, *args.get(target, (x,))))) is None

@@ -1,0 +1,271 @@
+"""Chooses scales and shifts per channel that make a quantized block's output error smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.graph import Graph, query
+from normfuse.graph.affine import Affine, along
+from normfuse.graph.edit import editing
+from normfuse.graph.quantization import is_requested, requested_weights, requests
+from normfuse.graph.segments import Compute, Segment, plainly, run_segment, segments
+from normfuse.precision.block import Values, relative_error, tensors_of
+from normfuse.precision.simulation import call_with
+from normfuse.progress import Progress, Silent
+from normfuse.quant import (
+    ChannelScales,
+    DyadicHistogram,
+    IntegerType,
+    QuantParams,
+    RangeMethod,
+    SeenChannels,
+    candidates,
+    channel_scales,
+    quantize_dequantize,
+    round_to_nearest,
+)
+from normfuse.rewrite.changes import Blocked
+from normfuse.rewrite.equalization import Equalization, Site, groupings, read_by_maps
+from normfuse.rewrite.linear_map import LinearMap, read_linear_map
+
+__all__ = ["choose_equalizations"]
+
+HELD_OUT: Final = 4
+"""One of so many chunks judges what the others have chosen."""
+
+
+@dataclass(slots=True)
+class _Offer:
+    """An equalization that may be taken: the affine of each reader's input, and the errors it has left so far."""
+
+    affine: Affine
+    carried: dict[str, Affine]
+    teaching: float = 0.0
+    judging: float = 0.0
+
+
+@dataclass(slots=True)
+class _Found:
+    """A site, the maps that read it, and what was tried there; ``""`` is what stands there now."""
+
+    name: str
+    axis: int
+    groups: Tensor
+    readers: list[str]
+    offers: dict[str, _Offer] = field(default_factory=dict)
+
+
+def choose_equalizations(
+    graph: Graph, placed: Graph, chunks: Sequence[Sequence[Tensor]], *, progress: Progress | None = None
+) -> dict[str, Equalization]:
+    """Return, by the name of a tensor's node, the affine that lowers the error of the blocks that read it most (ours).
+
+    A block is a segment of the network; its exits are compared with those in float while only the linear maps that
+    read the site are quantized, from float entries. The error is summed over the blocks. What is chosen on some chunks
+    is kept if it is better on others.
+
+    Args:
+        graph: a folded float graph; it is not changed.
+        placed: a copy of it with requests, whose nodes have the same names.
+        chunks: batches of samples, one tensor per input.
+        progress: shows the blocks.
+    """
+    weights = {node.name: request.type for node, request in requested_weights(placed).items()}
+    types = {request.source.name: request.type for request in requests(placed)}
+    found = [site for site in _sites(graph) if any(reader in weights for reader in site.readers)]
+    _offer(graph, found, _observed(graph, found, chunks))
+    judge = _Judge(placed, types, weights)
+    judge.run(found, chunks, progress or Silent())
+    chosen = {site.name: _chosen(site) for site in found}
+    return {name: each for name, each in chosen.items() if each is not None}
+
+
+def _sites(graph: Graph) -> list[_Found]:
+    """Return the tensors that can be scaled; each linear map reads one of them at most."""
+    scratch, found = graph.copy(), list[_Found]()
+    with editing(scratch) as edit:
+        for node, axis in read_by_maps(scratch).items():
+            channels = query.shape(node)[axis]
+            if not isinstance(channels, int):
+                continue
+            site = Site(edit, node)
+            groups = groupings(site, axis, channels)
+            if isinstance(groups, Tensor):
+                scale = 1 + groups.double() / channels
+                plan = site.plan(Affine(scale, torch.zeros_like(scale), axis))
+                assert not isinstance(plan, Blocked)
+                readers = [reader.name for reader in plan.carried]
+                if not any(reader in each.readers for each in found for reader in readers):
+                    found.append(_Found(node.name, axis, groups, readers))
+            site.leave()
+    return found
+
+
+def _observed(graph: Graph, found: list[_Found], chunks: Sequence[Sequence[Tensor]]) -> dict[str, SeenChannels]:
+    """Return what the maps read at every site, on all chunks."""
+    seen = {site.name: SeenChannels.of(site.groups.numel()) for site in found}
+    readers = {name: site for site in found for name in site.readers}
+    sources = dict[str, list[tuple[LinearMap, SeenChannels]]]()
+    for node in graph.nodes:
+        linear = read_linear_map(graph, node) if node.name in readers else None
+        channels = None if linear is None else seen[readers[node.name].name]
+        if linear is None or channels is None or linear.inputs != channels.low.numel():
+            continue
+        sources.setdefault(_source(node).name, []).append((linear, channels))
+        channels.weight = torch.maximum(channels.weight, _largest_per_input(linear))
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        for linear, channels in sources.get(node.name, ()):
+            channels.see(value, linear.input_axis)
+        return value
+
+    for chunk in chunks:
+        graph.run_watched(chunk, watch)
+    return seen
+
+
+def _offer(graph: Graph, found: list[_Found], seen: Mapping[str, SeenChannels]) -> None:
+    """Fill in what can be taken at every site."""
+    scratch = graph.copy()
+    nodes = {node.name: node for node in scratch.nodes}
+    with editing(scratch) as edit:
+        for each in found:
+            site = Site(edit, nodes[each.name])
+            none = torch.ones(each.groups.numel(), dtype=torch.float64)
+            for tried in (ChannelScales("", none, none - 1), *channel_scales(seen[each.name], each.groups)):
+                affine = Affine(tried.scale, tried.shift, each.axis)
+                plan = site.plan(affine)
+                if not isinstance(plan, Blocked):
+                    carried = {reader.name: before for reader, before in plan.carried.items()}
+                    each.offers[tried.label] = _Offer(affine, carried)
+            site.leave()
+
+
+def _largest_per_input(linear: LinearMap) -> Tensor:
+    """Return the largest magnitude of the weights of every input channel, float64 [inputs]."""
+    size = linear.weight.abs().double()
+    if linear.is_transposed:
+        return size.flatten(1).amax(1)
+    return size.movedim(1, -1).reshape(linear.groups, -1, size.shape[1]).amax(1).reshape(-1)
+
+
+class _Judge:
+    """Adds up what every offer leaves as error at the exits of the blocks."""
+
+    def __init__(self, placed: Graph, types: Mapping[str, IntegerType], weights: Mapping[str, IntegerType]) -> None:
+        self._placed, self._types, self._weights = placed, types, weights
+
+    def run(self, found: Sequence[_Found], chunks: Sequence[Sequence[Tensor]], progress: Progress) -> None:
+        """Go through the blocks, in float."""
+        placed = self._placed
+        parts = segments(placed, wanted=lambda node: node.name in self._weights)
+        values = [dict(zip(placed.inputs, chunk, strict=True)) for chunk in chunks]
+        with progress.task("equalizing channels", len(parts)) as advance, torch.no_grad():
+            for index, segment in enumerate(parts):
+                later = {node for part in parts[index + 1 :] for node in part.entries} | set(placed.outputs)
+                inside = {node.name: node for node in segment.nodes}
+                before = [dict(each) for each in values]
+                inputs = _run(placed, segment, values, {reader for site in found for reader in site.readers})
+                targets = [tensors_of(segment.exits, each) for each in values]
+                for site in found:
+                    readers = [inside[name] for name in site.readers if name in inside and name in self._weights]
+                    for offer in site.offers.values() if readers else ():
+                        compute = self._simulated(offer, readers, inputs)
+                        self._add(offer, segment, before, targets, compute)
+                for each in values:
+                    for node in [node for node in each if node not in later]:
+                        del each[node]
+                advance(1)
+
+    def _add(
+        self, offer: _Offer, segment: Segment, entries: list[Values], targets: list[list[Tensor]], compute: Compute
+    ) -> None:
+        taught = _teaching(len(entries))
+        for index, (entry, wanted) in enumerate(zip(entries, targets, strict=True)):
+            local = dict(entry)
+            run_segment(self._placed, segment, local, compute)
+            pairs = zip(tensors_of(segment.exits, local), wanted, strict=True)
+            error = sum(float(relative_error(ours, theirs)) for ours, theirs in pairs)
+            if index < taught:
+                offer.teaching += error / taught
+            if index >= taught or taught == len(entries):
+                offer.judging += error / max(len(entries) - taught, 1)
+
+    def _simulated(self, offer: _Offer, readers: list[fx.Node], inputs: Mapping[str, list[Tensor]]) -> Compute:
+        """Return what computes a block with the readers of a site quantized, as the offer has them."""
+        quantized = dict[fx.Node, tuple[LinearMap, Tensor, Callable[[Tensor], Tensor]]]()
+        shared = dict[str, Callable[[Tensor], Tensor]]()
+        for node in readers:
+            linear, carried = read_linear_map(self._placed, node), offer.carried[node.name]
+            assert linear is not None
+            linear = linear.before(carried)
+            rounded = round_to_nearest(linear.weight, linear.bias, self._weights[node.name], input_scale=None)
+            source = _source(node)
+            if source.name not in shared:
+                shared[source.name] = self._read(source.name, carried, inputs[node.name])
+            quantized[node] = linear, rounded.values, shared[source.name]
+
+        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node not in quantized:
+                return plainly(node, args, kwargs)
+            linear, weight, read = quantized[node]
+            return call_with(node, (read(args[0]), *args[1:]), kwargs, weight, linear.bias)
+
+        return compute
+
+    def _read(self, source: str, carried: Affine, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return what makes of a reader's input the values of the codes that it will read."""
+        now = carried.inverse()
+        params: QuantParams | None = None
+        if (type_ := self._types.get(source)) is not None:
+            histogram = DyadicHistogram()
+            for x in inputs[: _teaching(len(inputs))]:
+                histogram.update(_applied(now, x))
+            (range_,) = candidates(histogram, type_, methods=(RangeMethod.MSE,)).values()
+            params = range_.quantizer(type_)
+        return lambda x: _applied(now, x) if params is None else quantize_dequantize(_applied(now, x), params)
+
+
+def _run(placed: Graph, segment: Segment, values: list[Values], names: set[str]) -> dict[str, list[Tensor]]:
+    """Compute a block on every chunk; return what the named maps read."""
+    inputs = dict[str, list[Tensor]]()
+
+    def watch(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.name in names:
+            inputs.setdefault(node.name, []).append(args[0])
+        return plainly(node, args, kwargs)
+
+    for each in values:
+        run_segment(placed, segment, each, watch)
+    return inputs
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """Return what a map reads, in front of the request."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source.args[0] if is_requested(source) else source  # type: ignore[return-value]
+
+
+def _applied(found: Affine, x: Tensor) -> Tensor:
+    wide = x.double() * along(found.scale, found.axis, x.ndim) + along(found.shift, found.axis, x.ndim)
+    return wide.to(x.dtype)
+
+
+def _teaching(count: int) -> int:
+    """Return how many chunks choose; all, if there are too few to hold some out."""
+    return max(count - max(count // HELD_OUT, 1), 1)
+
+
+def _chosen(site: _Found) -> Equalization | None:
+    """Return the offer that is best where it is chosen, if it is better where it is judged, too."""
+    label = min(site.offers, key=lambda name: site.offers[name].teaching)
+    best, now = site.offers[label], site.offers[""]
+    if not label or best.judging >= now.judging:
+        return None
+    return Equalization(affine=best.affine, how=label, before=now.judging, after=best.judging)
