@@ -56,6 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", nargs="+", default=["8", "w4a8", "w4a16"])
     parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--equalize", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
     fetch()
@@ -63,7 +65,8 @@ def main() -> None:
     exact = float_vectors(model, tokenizer)
     found: dict[str, Any] = {"environment": describe_environment().as_dict()}
     for bits in given.bits:
-        found[bits] = measure(model, tokenizer, exact, Recipe(bits=bits, effort=given.effort, min_speedup=0.0))
+        choices = {"effort": given.effort, "equalize": given.equalize, "benchmark": given.benchmark}
+        found[bits] = measure(model, tokenizer, exact, Recipe(bits=bits, min_speedup=0.0, **choices))
     rows = [(bits, *_cells(found[bits])) for bits in given.bits]
     columns = ("bits", "cosine, mean", "cosine, least", "rank correlation", "file MB", "of float", "speed")
     render.table(f"MiniLM-L6, effort {given.effort}, {len(exact)} sentences, against float", columns, rows)
@@ -139,7 +142,8 @@ def _cells(figures: dict[str, Any]) -> tuple[str, ...]:
     vectors = (f"{figures[name]:.4f}" for name in ("cosine", "least", "spearman"))
     size = row["file_bytes"] / 1e6
     share = row["file_bytes"] / base["file_bytes"]
-    return (*vectors, f"{size:.1f}", f"{share:.2f}", f"{row['speedup']:.2f}x")
+    speed = "–" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+    return (*vectors, f"{size:.1f}", f"{share:.2f}", speed)
 
 
 if __name__ == "__main__":

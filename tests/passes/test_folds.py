@@ -286,7 +286,7 @@ CASES = {
         lambda m, x: (m.f(x).unflatten(-1, (2, 3)) * m.s).flatten(-2),
         (2, 7, 5),
         lambda: {"f": nn.Linear(5, 6), "s": vector(3)},
-        left=1,
+        after=1,
     ),
     "conv, flatten, transpose, norm": Case(
         lambda m, x: m.n(m.f(x).flatten(2).transpose(1, 2)),
