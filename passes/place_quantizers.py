@@ -14,6 +14,7 @@ from normfuse.graph.edit import editing
 from normfuse.graph.metadata import value_of
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.graph.text import operator_name
+from normfuse.kernels.ops import DEQUANTIZE, UNPACK
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant import IntegerType
 from normfuse.quant.placement import Placement
@@ -180,6 +181,8 @@ def _behind_relu(node: fx.Node) -> fx.Node:
 def _unknown(node: fx.Node) -> Refusal | None:
     """Return a refusal for a call that computes floats in a way that normfuse has no integer form for (5)."""
     if node.op != "call_function" or node.target in ops.KNOWN or is_requested(node) or not _makes_floats(node):
+        return None
+    if query.is_call(node, DEQUANTIZE, UNPACK):  # a table, which is held as codes already
         return None
     return Refusal(node.name, Reason.UNKNOWN_OPERATOR, operator_name(node.target), query.layer_of(node))
 

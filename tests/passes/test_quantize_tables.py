@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.export.onnx import export_onnx
+from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, query
+from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.runtime.onnx_session import open_onnx
 from normfuse.testing import Golden, Small, check_pass_contract, picture, randomized, seeded
@@ -117,3 +119,8 @@ def test_a_table_of_zeros_stays_zeros() -> None:
     )
     assert report.changed
     assert not graph.run(ids(2))[0].any()
+
+
+def test_what_comes_of_tables_is_no_unknown_operator() -> None:
+    graph, _ = quantized(model(), ids(2))
+    assert PlaceQuantizers(placement=X86_VNNI).run(graph).refused == ()
