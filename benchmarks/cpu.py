@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.deit import NORMS, deit_small, images
 from benchmarks.peers.onnxruntime_static import quantize_u8s8
+from benchmarks.plain_export import export_plainly
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.bench.timing import EngineSpec, Schedule, Timing, measure_memory, time_engines
 from normfuse.build import check_quantized, write_float, write_quantized
@@ -69,7 +68,7 @@ def build(norm: str, layers: int, folder: Path, threads: int) -> list[EngineSpec
     label = norm.lower()
     graph = capture(deit_small(norm, layers=layers), [images(2)])
     torch.export.save(to_program(graph), folder / f"{label}.pt2")
-    _plain_export(deit_small(norm, layers=layers), folder / f"{label}_plain.onnx")
+    export_plainly(deit_small(norm, layers=layers), images(2), folder / f"{label}_plain.onnx")
     quantize_u8s8(
         folder / f"{label}_plain.onnx",
         folder / f"{label}_own.onnx",
@@ -98,23 +97,6 @@ def build(norm: str, layers: int, folder: Path, threads: int) -> list[EngineSpec
         )
         for name, end in files.items()
     ]
-
-
-def _plain_export(model: torch.nn.Module, path: Path) -> None:
-    """Write what a user gets from torch.onnx.export alone."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (images(2),),
-            dynamo=True,
-            input_names=["image"],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)
 
 
 def _show(

@@ -54,7 +54,7 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
         evaluation=opened_samples(evaluation, preprocess, other=calib, progress=shown),
         recipe=recipe,
         progress=shown,
-        resume=output.with_name(f"{output.name}.resume"),
+        resume=Path(f"{output.absolute()}.resume"),
     )
     built.save(output)
     render.as_json(built.report) if as_json else render.report(built.report, output)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
 from torch import Tensor
 
+from normfuse.bench.accuracy import Score
 from normfuse.build import Engine
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.planning import Plan
 from normfuse.precision import chunked
-from normfuse.precision.put_back import QuantizedBlock, float_outputs, output_error, put_back, quantized_blocks
+from normfuse.precision.put_back import QuantizedBlock, output_error, put_back, quantized_blocks
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 
@@ -60,11 +61,15 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Control:
-    """The trials in order, the one that was chosen, and the drop that was allowed."""
+    """The trials in order, the one that was chosen, and the drop that was allowed.
+
+    ``scores`` are what the drop was measured by: the baseline's and the chosen engine's, by label.
+    """
 
     trials: tuple[Trial, ...]
     chosen: Trial
     allowed: float
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the control for JSON."""
@@ -78,7 +83,7 @@ class Control:
             "trials": [
                 {
                     "put_back": len(trial.backs),
-                    "level": trial.backs[-1].level if trial.backs else "",
+                    "level": trial.last_level,
                     "drop": trial.drop,
                 }
                 for trial in self.trials
@@ -116,8 +121,7 @@ class AccuracyControl:
             size = 1 if fixed_batch(plan.graph) else RANKED_ON
             chunks = chunked(islice(samples(), RANKED_ON), size)
             for level, placement in self.levels.items():
-                start = trials[-1] if trials[-1].backs else trials[0]
-                found = self._search(start, level, placement, chunks)
+                found = self._search(trials[-1], level, placement, chunks)
                 trials += found
                 if any(trial.drop <= self.allowed for trial in found):
                     break
@@ -147,14 +151,13 @@ class AccuracyControl:
 
         if most < 1:
             return []
-        last = trial(most)
-        found = [last]
-        low, high = 0, most if last.drop <= self.allowed else 0
+        found = [trial(most)]
+        low, high = 0, most if found[0].drop <= self.allowed else 0
         while high - low > 1:
             middle = (low + high) // 2
             found.append(trial(middle))
             low, high = (low, middle) if found[-1].drop <= self.allowed else (middle, high)
-        return found if high else [last]
+        return found
 
     def _trial(self, plan: Plan, backs: tuple[PutBack, ...]) -> Trial:
         engine = self.build(plan)
@@ -165,7 +168,7 @@ class AccuracyControl:
     ) -> list[tuple[QuantizedBlock, float]]:
         """Return the blocks with what putting one alone back mends, the most first."""
         blocks, found = quantized_blocks(plan.graph), []
-        targets = [float_outputs(plan.graph, chunk) for chunk in chunks]
+        targets = [plan.graph.run(*chunk) for chunk in chunks]
         before = output_error(plan.decided, chunks, targets)
         with self.progress.task("ranking blocks", len(blocks)) as advance:
             for block in blocks:

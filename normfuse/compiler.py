@@ -75,36 +75,30 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     folder = Workspace()
     floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
     engines, control = {FLOAT: floating}, None
+    measured = Measured(engines=[floating.spec(FLOAT)], evaluation=judged, fixed_batch=fixed_batch(original))
     if not recipe.precision.is_float:
         resuming = None if resume is None else Path(resume)
         quantizing = Quantizing(
             recipe=recipe, samples=source, folder=folder, threads=threads, progress=shown, resume=resuming
         )
-        what = Measured(
-            engines=[engine.spec(label) for label, engine in engines.items()],
-            evaluation=judged,
-            fixed_batch=fixed_batch(original),
-        )
         total = min(len(seen), recipe.samples or len(seen))
-        engine, control = quantizing.run(floating.graph, what, total)
+        engine, control = quantizing.run(floating.graph, measured, total)
         engines[recipe.precision.label] = engine
         warnings += engine.notes
-    what = Measured(
-        engines=[engine.spec(label) for label, engine in engines.items()],
-        evaluation=judged,
-        fixed_batch=fixed_batch(original),
-    )
     comparison = compare_engines(
-        what,
+        replace(
+            measured,
+            engines=[engine.spec(label) for label, engine in engines.items()],
+            scores=control.scores if control else {},
+        ),
         batch=recipe.batch,
         threads=threads,
         speed=recipe.benchmark,
         progress=shown,
         min_speedup=recipe.min_speedup,
     )
-    return conclude(
-        model, original, engines, comparison, recipe, folder, warnings=warnings, control=control, resume=resume
-    )
+    built = conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
+    return replace(built, resume=resume)
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:

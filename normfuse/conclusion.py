@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from normfuse.accuracy_control import Control
@@ -38,7 +37,6 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
     *,
     warnings: Sequence[str] = (),
     control: Control | None = None,
-    resume: str | Path | None = None,
 ) -> Built:
     """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
@@ -60,7 +58,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
         "verdict": {**judgement.as_dict(), "ships": ships},
         "environment": describe_environment().as_dict(),
     }
-    return Built(recipe=recipe, report=report, engine=engines[ships], holds=kept, folder=folder, resume=resume)
+    return Built(recipe=recipe, report=report, engine=engines[ships], holds=kept, folder=folder)
 
 
 def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Control | None) -> Judgement:

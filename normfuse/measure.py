@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from normfuse.bench.accuracy import Array, Closeness, Engine, Score, compare_outputs, score
@@ -27,12 +27,14 @@ LIMIT_WITHOUT_LABELS = 256
 class Measured:
     """What to measure: engines by label (the first is the baseline), and on which samples.
 
+    ``scores`` are those that have been measured already, by label.
     Without samples the engines run on random arrays in which every axis of any size, but the batch, is of size 1.
     """
 
     engines: Sequence[EngineSpec]
     evaluation: Samples | None
     fixed_batch: int | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
 
 def compare_engines(
@@ -61,7 +63,8 @@ def compare_engines(
     rows = []
     with progress.task("measuring accuracy", len(what.engines)) as advance:
         for engine in what.engines:
-            found, near = accuracy(what, engine, threads=threads)
+            known = what.scores.get(engine.label)
+            found, near = (known, None) if known else accuracy(what, engine, threads=threads)
             rows.append(
                 Row(
                     label=engine.label,

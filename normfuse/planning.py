@@ -41,7 +41,6 @@ __all__ = ["Plan", "plan_quantization"]
 CHUNK: Final = 16
 """Samples of one update while a block learns."""
 
-
 EQUALIZED_SAMPLES: Final = 64
 """How many samples choose scales and shifts of channels, the last quarter of them held out."""
 

@@ -56,13 +56,7 @@ class Quantizing:
         if base is None:
             engine = self._write(plan)
         else:
-            control = AccuracyControl(
-                levels=self._levels(),
-                allowed=self.recipe.max_drop,
-                build=self._write,
-                drop_of=lambda engine: self._drop(what, base, engine),
-                progress=self.progress,
-            ).run(plan, self.samples)
+            control = self._control(plan, what, base)
             engine = control.chosen.engine
         with self.progress.task("comparing engine and simulation"):
             return check_quantized(engine, self.samples, threads=self.threads), control
@@ -72,10 +66,23 @@ class Quantizing:
             path = self.folder.model(self.recipe.precision.label)
             return write_quantized(plan, path, placement=self._placement(self.recipe.precision))
 
-    def _drop(self, what: Measured, base: Score, engine: Engine) -> float:
-        found, _ = accuracy(what, engine.spec(self.recipe.precision.label), threads=self.threads)
-        assert found is not None
-        return base.drop(found)
+    def _control(self, plan: Plan, what: Measured, base: Score) -> Control:
+        scores, label = dict[Path, Score](), self.recipe.precision.label
+
+        def drop_of(engine: Engine) -> float:
+            found, _ = accuracy(what, engine.spec(label), threads=self.threads)
+            assert found is not None
+            scores[engine.path] = found
+            return base.drop(found)
+
+        control = AccuracyControl(
+            levels=self._levels(),
+            allowed=self.recipe.max_drop,
+            build=self._write,
+            drop_of=drop_of,
+            progress=self.progress,
+        ).run(plan, self.samples)
+        return replace(control, scores={what.engines[0].label: base, label: scores[control.chosen.engine.path]})
 
     def _levels(self) -> Levels:
         asked = self.recipe.precision

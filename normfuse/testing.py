@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from normfuse.errors import CheckFailed
 from normfuse.graph import Graph, ops, query, verify
 from normfuse.graph.graph import TensorSpec
+from normfuse.graph.quantization import requests
 from normfuse.pipeline import Pass
+from normfuse.quant import Range
 from normfuse.report import PassReport
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "check_pass_contract",
     "distance",
     "fold_tolerance",
+    "observed_ranges",
     "outputs",
     "picture",
     "randomized",
@@ -97,6 +100,20 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return what a model makes of one input as a list."""
     found = model(x)
     return list(found) if isinstance(found, tuple) else [found]
+
+
+def observed_ranges(graph: Graph, *inputs: Tensor) -> dict[str, Range]:
+    """Return from where to where every tensor goes that a graph has requests for, by the name of its node."""
+    found: dict[str, Range] = {}
+    sources = {request.node: request.source.name for request in requests(graph)}
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        if node in sources:
+            found[sources[node]] = Range(float(value.min()), float(value.max()))
+        return value
+
+    graph.run_watched(inputs, watch)
+    return found
 
 
 def fold_tolerance(graph: Graph, *inputs: Tensor) -> float:

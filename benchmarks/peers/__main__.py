@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from benchmarks.accuracy import BATCH, folded, held_out, percent, percent_of_graph, quantized
 from benchmarks.peers.calling import PEERS, Peer, PeerMissing, ask
 from benchmarks.peers.order import Order
+from benchmarks.plain_export import export_plainly
 from examples.zoo.data import make
 from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
@@ -126,7 +125,9 @@ def prepare(name: str, folder: Path, *, samples: int, seeds: int, test: int) -> 
     np.savez(folder / "test.npz", image=images.numpy())
     for seed, some in enumerate(parts):
         np.savez(folder / f"samples{seed}.npz", image=some.numpy())
-    _export(name, parts[0][:2], folder / "float.onnx")
+    model = load_model(WEIGHTS / f"{name}.pt2").model
+    assert isinstance(model, torch.export.ExportedProgram)
+    export_plainly(model, parts[0][:2], folder / "float.onnx")
     exact = percent_of_graph(graph, images, labels)
     return Trial(
         model=name,
@@ -138,25 +139,6 @@ def prepare(name: str, folder: Path, *, samples: int, seeds: int, test: int) -> 
         labels=labels,
         exact=exact,
     )
-
-
-def _export(name: str, example: Tensor, path: Path) -> None:
-    """Write what a user gets from ``torch.onnx.export`` alone: nothing is folded for the peers."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    model = load_model(WEIGHTS / f"{name}.pt2").model
-    assert isinstance(model, torch.export.ExportedProgram)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            input_names=["image"],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)
 
 
 def measure(trial: Trial, bits: list[str], peers: list[str], efforts: list[int]) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import metadata, query
 from normfuse.graph.graph import Graph
 
-__all__ = ["Compute", "Segment", "joined", "plainly", "run_segment", "segments"]
+__all__ = ["Compute", "Segment", "joined", "plainly", "read_after", "run_segment", "segments"]
 
 Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a call, its arguments and its keyword arguments to its value."""
@@ -58,6 +58,11 @@ def segments(graph: Graph, *, wanted: Callable[[fx.Node], bool]) -> list[Segment
 def joined(parts: Sequence[Segment]) -> Segment:
     """Return consecutive segments as one."""
     return _segment([node for part in parts for node in part.nodes])
+
+
+def read_after(graph: Graph, parts: Sequence[Segment]) -> set[fx.Node]:
+    """Return what the rest of a graph reads of what stands before it, its outputs with it."""
+    return {node for part in parts for node in part.entries} | set(graph.outputs)
 
 
 def run_segment(graph: Graph, segment: Segment, values: dict[fx.Node, Any], compute: Compute) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,11 @@ class Block:
         """
         values = dict(self.entries[chunk])
         run_segment(self.graph, self.segment, values, compute)
-        near = _summed(tensors_of(self.segment.exits, values), self.targets[chunk])
+        near = summed_error(tensors_of(self.segment.exits, values), self.targets[chunk])
         if not (self.foresight and self.rest.nodes):
             return near
         run_segment(self.graph, self.rest, values, in_float)
-        return near + self.foresight * _summed(tensors_of(self.graph.outputs, values), self.answers[chunk])
+        return near + self.foresight * summed_error(tensors_of(self.graph.outputs, values), self.answers[chunk])
 
     def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
         """Return the mean loss of a decision over chunks."""
@@ -96,7 +96,14 @@ def tensors_of(nodes: Iterable[fx.Node], values: Values) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
 
 
-def _summed(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def forget(values: Values, later: Collection[fx.Node]) -> None:
+    """Let go of the values that nobody reads later."""
+    for node in [node for node in values if node not in later]:
+        del values[node]
+
+
+def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the tensors' relative errors."""
     return torch.stack([relative_error(*pair) for pair in zip(found, wanted, strict=True)]).sum()
 
 

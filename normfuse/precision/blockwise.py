@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from normfuse.errors import BadInput
 from normfuse.graph import Graph, query
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import Compute, Segment, joined, plainly, run_segment, segments
+from normfuse.graph.segments import Compute, Segment, joined, plainly, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
-from normfuse.precision.block import Block, Values, tensors_of
+from normfuse.precision.block import Block, Values, forget, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress, Silent
@@ -97,7 +97,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
-            later = {node for part in parts[index + 1 :] for node in part.entries} | set(graph.outputs)
+            later = read_after(graph, parts[index + 1 :])
             before = [dict(values) for values in exact]
             _advance(graph, segment, exact, plainly, set())
             _refuse_nan(segment, exact)
@@ -124,7 +124,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 reports.append(report)
             _advance(graph, segment, quantized, Simulation(decided), later)
             for values in exact:
-                _forget(values, later)
+                forget(values, later)
             del block, before
             give_back_memory()
             advance(1)
@@ -174,7 +174,7 @@ def _advance(graph: Graph, segment: Segment, chunks: Sequence[Values], compute: 
     for values in chunks:
         run_segment(graph, segment, values, compute)
         if later:
-            _forget(values, later)
+            forget(values, later)
 
 
 def _refuse_nan(segment: Segment, chunks: Sequence[Values]) -> None:
@@ -188,8 +188,3 @@ def _refuse_nan(segment: Segment, chunks: Sequence[Values]) -> None:
                     expected="finite values everywhere",
                     hint="check the model on these samples, or leave them out",
                 )
-
-
-def _forget(values: dict[fx.Node, Any], later: set[fx.Node]) -> None:
-    for node in [node for node in values if node not in later]:
-        del values[node]

@@ -13,8 +13,8 @@ from normfuse.graph import Graph, query
 from normfuse.graph.affine import Affine, along
 from normfuse.graph.edit import editing
 from normfuse.graph.quantization import is_requested, requested_weights, requests
-from normfuse.graph.segments import Compute, Segment, plainly, run_segment, segments
-from normfuse.precision.block import Values, relative_error, tensors_of
+from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
+from normfuse.precision.block import Values, forget, summed_error, tensors_of
 from normfuse.precision.simulation import call_with
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
@@ -167,7 +167,7 @@ class _Judge:
         values = [dict(zip(placed.inputs, chunk, strict=True)) for chunk in chunks]
         with progress.task("equalizing channels", len(parts)) as advance, torch.no_grad():
             for index, segment in enumerate(parts):
-                later = {node for part in parts[index + 1 :] for node in part.entries} | set(placed.outputs)
+                later = read_after(placed, parts[index + 1 :])
                 inside = {node.name: node for node in segment.nodes}
                 before = [dict(each) for each in values]
                 inputs = _run(placed, segment, values, {reader for site in found for reader in site.readers})
@@ -178,8 +178,7 @@ class _Judge:
                         compute = self._simulated(offer, readers, inputs)
                         self._add(offer, segment, before, targets, compute)
                 for each in values:
-                    for node in [node for node in each if node not in later]:
-                        del each[node]
+                    forget(each, later)
                 advance(1)
 
     def _add(
@@ -189,8 +188,7 @@ class _Judge:
         for index, (entry, wanted) in enumerate(zip(entries, targets, strict=True)):
             local = dict(entry)
             run_segment(self._placed, segment, local, compute)
-            pairs = zip(tensors_of(segment.exits, local), wanted, strict=True)
-            error = sum(float(relative_error(ours, theirs)) for ours, theirs in pairs)
+            error = float(summed_error(tensors_of(segment.exits, local), wanted))
             if index < taught:
                 offer.teaching += error / taught
             if index >= taught or taught == len(entries):

@@ -19,8 +19,8 @@ from normfuse.graph.quantization import (
     withdraw,
     withdraw_weight,
 )
-from normfuse.graph.segments import plainly, segments
-from normfuse.precision.block import relative_error
+from normfuse.graph.segments import segments
+from normfuse.precision.block import summed_error
 from normfuse.precision.decision import Quantization, decide_again
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import Range
@@ -100,12 +100,9 @@ def output_error(decided: Decided, chunks: Sequence[Sequence[Tensor]], targets: 
     simulation, total = Simulation(decided.quantization), 0.0
     for chunk, wanted in zip(chunks, targets, strict=True):
         found = decided.graph.run_as(chunk, simulation)
-        pairs = [pair for pair in zip(found, wanted, strict=True) if pair[1].is_floating_point()]
-        total += sum(float(relative_error(*pair)) for pair in pairs)
+        total += float(summed_error(_floats(found), _floats(wanted)))
     return total / len(chunks)
 
 
-@torch.no_grad()
-def float_outputs(graph: Graph, chunk: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return what the network computes without any quantizer."""
-    return graph.run_as(chunk, plainly)
+def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

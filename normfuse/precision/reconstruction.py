@@ -17,7 +17,7 @@ from normfuse.graph.segments import plainly
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, scale_for_maps
 from normfuse.precision.learned_activation import learned_activation
-from normfuse.precision.learned_weight import LearnedWeight
+from normfuse.precision.learned_weight import LearnedWeight, MovedWeight
 from normfuse.precision.simulation import call_with, params_of_request, source_of_request
 from normfuse.precision.soft_rounding import SoftlyRounded
 
@@ -98,8 +98,8 @@ class _Student:
             for node in block.segment.nodes
             if is_requested(node) and (params := params_of_request(node, decided)) is not None
         }
-        kind = LearnedWeight if chosen.rounding is Rounding.STRAIGHT_THROUGH else SoftlyRounded
-        self._weights: Mapping[fx.Node, LearnedWeight | SoftlyRounded] = {
+        kind = MovedWeight if chosen.rounding is Rounding.STRAIGHT_THROUGH else SoftlyRounded
+        self._weights: Mapping[fx.Node, LearnedWeight] = {
             node: kind(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
             for node in block.segment.nodes
             if node in maps and (weight := decided.weights.get(node.name)) is not None

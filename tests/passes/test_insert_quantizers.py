@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, export
 
 from normfuse.export.placement import X86_VNNI
@@ -19,24 +19,21 @@ from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import round_all_to_nearest
 from normfuse.quant import IntegerType, QuantParams, Range, WeightClip, asymmetric, quantize_dequantize, weight_params
 from normfuse.report import Reason
-from normfuse.testing import Golden, Small, check_pass_contract, distance, fold_tolerance, picture, randomized, seeded
+from normfuse.testing import (
+    Golden,
+    Small,
+    check_pass_contract,
+    distance,
+    fold_tolerance,
+    observed_ranges,
+    picture,
+    randomized,
+    seeded,
+)
 
 
 def sample(*shape: int) -> Tensor:
     return torch.randn(shape, generator=seeded(9))
-
-
-def observed(graph: Graph, x: Tensor) -> dict[str, Range]:
-    ranges: dict[str, Range] = {}
-    sources = {request.node: request.source.name for request in requests(graph)}
-
-    def watch(node: fx.Node, value: Any) -> Any:
-        if node in sources:
-            ranges[sources[node]] = Range(float(value.min()), float(value.max()))
-        return value
-
-    graph.run_watched((x,), watch)
-    return ranges
 
 
 def placed(model: Any, x: Tensor) -> tuple[Graph, InsertQuantizers]:
@@ -44,7 +41,7 @@ def placed(model: Any, x: Tensor) -> tuple[Graph, InsertQuantizers]:
     graph = capture(model, (x,))
     Canonicalize().run(graph)
     PlaceQuantizers(placement=X86_VNNI).run(graph)
-    return graph, decided(graph, observed(graph, x))
+    return graph, decided(graph, observed_ranges(graph, x))
 
 
 def decided(graph: Graph, ranges: dict[str, Range]) -> InsertQuantizers:
@@ -99,7 +96,7 @@ def test_two_dynamic_axes() -> None:
     sizes = {"x": {0: Dim("batch"), 1: Dim("tokens")}}
     graph = capture(export(model, (sample(3, 5, 9),), dynamic_shapes=sizes))
     PlaceQuantizers(placement=X86_VNNI).run(graph)
-    step = decided(graph, observed(graph, sample(3, 5, 9)))
+    step = decided(graph, observed_ranges(graph, sample(3, 5, 9)))
     check_pass_contract(step, graph, (sample(3, 5, 9),))
     assert step.run(graph).applied == {"activation": 2, "weight": 2}
     verify(graph)

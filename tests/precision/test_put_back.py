@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normfuse.export.placement import X86_VNNI, onnx_placement
 from normfuse.graph import Graph, capture
@@ -15,10 +15,10 @@ from normfuse.graph.quantization import requested_weights, requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import round_all_to_nearest
-from normfuse.precision.put_back import Decided, float_outputs, output_error, put_back, quantized_blocks
+from normfuse.precision.put_back import Decided, output_error, put_back, quantized_blocks
 from normfuse.quant import IntegerType, Range
 from normfuse.quant.bits import Bits
-from normfuse.testing import Small, distance, randomized, seeded
+from normfuse.testing import Small, distance, observed_ranges, randomized, seeded
 
 W8A8, W8A16 = onnx_placement("avx512_vnni"), onnx_placement("avx512_vnni", Bits.parse("w8a16"))
 
@@ -40,15 +40,7 @@ def decided(bits: str, *, operands: bool = False) -> Decided:
     graph = capture(randomized(Small(network, **parts)), (samples(2, 0),))
     placement = onnx_placement("avx512_vnni", Bits.parse(bits))
     PlaceQuantizers(placement=replace(placement, attention_operands=operands)).run(graph)
-    sources = {request.node: request.source.name for request in requests(graph)}
-    ranges: dict[str, Range] = {}
-
-    def watch(node: fx.Node, value: Any) -> Any:
-        if node in sources:
-            ranges[sources[node]] = Range(float(value.min()), float(value.max()))
-        return value
-
-    graph.run_watched((samples(64, 1),), watch)
+    ranges = observed_ranges(graph, samples(64, 1))
     return Decided(graph=graph, ranges=ranges, quantization=round_all_to_nearest(graph, ranges))
 
 
@@ -64,7 +56,7 @@ def simulated(found: Decided) -> Graph:
 
 def error(found: Decided) -> float:
     x = samples(32, 2)
-    return output_error(found, [[x]], [float_outputs(found.graph, [x])])
+    return output_error(found, [[x]], [found.graph.run(x)])
 
 
 def test_blocks_are_named_by_their_layers() -> None:

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture
-from normfuse.graph.quantization import requests
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
 from normfuse.precision.block import Block
 from normfuse.precision.reconstruction import Reconstruction, Rounding, reconstruct
 from normfuse.precision.simulation import Simulation
-from normfuse.quant import IntegerType, Range
+from normfuse.quant import IntegerType
 from normfuse.quant.bits import Bits
-from normfuse.testing import Small, distance, randomized, seeded
+from normfuse.testing import Small, distance, observed_ranges, randomized, seeded
 
 
 def network(m: Any, x: Tensor) -> Tensor:
@@ -55,15 +54,7 @@ def decided(bits: str) -> tuple[Graph, Quantization]:
     activation = None if precision.is_weight_only else IntegerType(precision.activation, signed=False)
     weight = IntegerType(precision.weight, signed=True)
     PlaceQuantizers(placement=replace(X86_VNNI, activation=activation, weight=weight)).run(graph)
-    ranges: dict[str, Range] = {}
-    sources = {request.node: request.source.name for request in requests(graph)}
-
-    def watch(node: fx.Node, value: Any) -> Any:
-        if node in sources:
-            ranges[sources[node]] = Range(float(value.min()), float(value.max()))
-        return value
-
-    graph.run_watched((images(64, 1),), watch)
+    ranges = observed_ranges(graph, images(64, 1))
     return graph, round_all_to_nearest(graph, ranges)
 
 
