@@ -21,6 +21,7 @@ __all__ = ["command"]
 @click.option("--target", help="Where it runs: onnx.")
 @click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w6a6, w4a16 ...; 32: float, folded only.")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
+@click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
 @click.option(
     "--equalize/--no-equalize", default=None, help="Scale channels, exactly, where quantized blocks gain (default: no)."
 )

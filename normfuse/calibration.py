@@ -17,12 +17,9 @@ from normfuse.progress import Progress, Silent
 from normfuse.quant import (
     DyadicHistogram,
     ExactSum,
-    IntegerType,
     QuantParams,
     Range,
     RangeMethod,
-    asymmetric,
-    candidates,
     quantize_dequantize,
 )
 from normfuse.quant.bits import MOST
@@ -158,9 +155,9 @@ def _offer(
     if method is CalibrationMethod.AUTO and samples < FEW and request.type.bits >= MOST:
         return {"min-max, widened": _widened(histogram, request, samples)}
     if method is CalibrationMethod.AUTO:
-        return candidates(histogram, request.type)
+        return request.candidates(histogram)
     kind, label = ALONE[method]
-    return {label: candidates(histogram, request.type, methods=[kind])[label]}
+    return {label: request.candidates(histogram, [kind])[label]}
 
 
 def _widened(histogram: DyadicHistogram, request: QuantizationRequest, samples: int) -> Range:
@@ -169,7 +166,7 @@ def _widened(histogram: DyadicHistogram, request: QuantizationRequest, samples: 
     One sample says little about the largest values of others, and 8 bits have room: five times wider costs little more
     than two of them, and what is clipped costs more.
     """
-    (seen,) = candidates(histogram, request.type, methods=[RangeMethod.MIN_MAX]).values()
+    (seen,) = request.candidates(histogram, [RangeMethod.MIN_MAX]).values()
     factor = WIDEST ** (1 - math.log2(samples) / math.log2(FEW))
     maximum = seen.maximum if query.is_call(request.source, ops.SOFTMAX) else factor * seen.maximum
     return Range(factor * seen.minimum, maximum)
@@ -185,7 +182,7 @@ def _compete(
 ) -> dict[fx.Node, dict[str, float]]:
     """Return, for every tensor and candidate, the squared error at the outputs of the tensor's readers."""
     contests = {
-        node: _Contest(ranges, wanted[node].type, _output_error(graph, wanted[node]))
+        node: _Contest(ranges, wanted[node], _output_error(graph, wanted[node]))
         for node, ranges in offered.items()
         if len(ranges) > 1
     }
@@ -210,12 +207,12 @@ def _output_error(graph: Graph, request: QuantizationRequest) -> OutputError:
 class _Contest:
     """The candidates of one tensor and their errors so far; those that make the same quantizer share one."""
 
-    def __init__(self, offered: Mapping[str, Range], type_: IntegerType, error: OutputError) -> None:
+    def __init__(self, offered: Mapping[str, Range], request: QuantizationRequest, error: OutputError) -> None:
         self._error = error
         self._key_of: dict[str, tuple[float, int]] = {}
         self._params: dict[tuple[float, int], QuantParams] = {}
         for label, each in offered.items():
-            params = asymmetric(each.minimum, each.maximum, type_)
+            params = request.quantizer(each)
             self._key_of[label] = key = (float(params.scale), int(params.zero_point))
             self._params[key] = params
         self._sums = {key: ExactSum() for key in self._params}

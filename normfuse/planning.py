@@ -21,13 +21,12 @@ from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision import (
     BlockReport,
-    Effort,
     Quantization,
     choose_equalizations,
     chunked,
-    foresight,
     refine_blockwise,
     refinements,
+    refinements_at_once,
     round_all_to_nearest,
 )
 from normfuse.precision.put_back import Decided
@@ -40,6 +39,9 @@ __all__ = ["Plan", "plan_quantization"]
 
 CHUNK: Final = 16
 """Samples of one update while a block learns."""
+
+FORESIGHT: Final = 1.0
+"""The weight of the error at the network's outputs beside that at a block's."""
 
 EQUALIZED_SAMPLES: Final = 64
 """How many samples choose scales and shifts of channels, the last quarter of them held out."""
@@ -147,9 +149,10 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> tuple[Quantization, list[BlockReport]]:
-    effort = Effort(recipe.effort)
-    tried = refinements(recipe.precision, effort, seed=recipe.seed, placement=placement)
-    if not tried:
+    levers = recipe.chosen_levers
+    tried = refinements(levers, seed=recipe.seed, placement=placement)
+    at_once = refinements_at_once(levers, seed=recipe.seed)
+    if not (tried or at_once):
         return nearest, []
     # The chunks have no name here: the first block is the last that needs them.
     return refine_blockwise(
@@ -157,7 +160,8 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
         chunked(samples(), CHUNK if graph.has_dynamic_batch else 1),
         nearest,
         tried,
-        foresight=foresight(effort),
+        at_once=at_once,
+        foresight=FORESIGHT if levers.foresight else 0.0,
         progress=progress,
         keeper=checkpoint,
     )
@@ -168,7 +172,7 @@ def _checkpoint(
 ) -> Checkpoint:
     choices = {
         "bits": recipe.bits,
-        "effort": recipe.effort,
+        "levers": recipe.chosen_levers,
         "calibration": recipe.calibration.value,
         "seed": recipe.seed,
         "equalize": recipe.equalize,

@@ -14,6 +14,7 @@ from typing import Any, Self
 from normfuse.errors import UsageError
 from normfuse.quant.bits import Bits
 from normfuse.quant.calibration_method import CalibrationMethod
+from normfuse.quant.levers import Effort, Levers
 
 __all__ = ["CalibrationMethod", "Recipe", "Target"]
 
@@ -30,16 +31,17 @@ class Recipe:
 
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects biases below eight bits, 2 also
-    learns block by block. ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
-    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all).
-    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy,
-    or mean IoU where pixels are labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up
-    over float.
+    learns block by block; ``levers`` pulls or lets go single parts of that (see ``Levers``). ``equalize`` scales
+    channels, exactly, where that makes quantized blocks better (see ``EqualizeChannels``). ``samples`` limits the
+    calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop
+    of the score (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept;
+    ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
     effort: int = 1
+    levers: str = ""
     equalize: bool = False
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
@@ -58,6 +60,7 @@ class Recipe:
         """
         object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
         _check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
+        self.chosen_levers  # noqa: B018 - refuses words that are none
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
         _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
         _check(self.batch > 0, "batch", self.batch, "a positive number")
@@ -69,6 +72,11 @@ class Recipe:
     def precision(self) -> Bits:
         """``bits`` as numbers."""
         return Bits.parse(self.bits)
+
+    @property
+    def chosen_levers(self) -> Levers:
+        """The levers of ``effort``, changed as ``levers`` says."""
+        return Levers.of(Effort(self.effort), self.precision).changed(self.levers)
 
     def with_options(self, **options: Any) -> Self:
         """Return the recipe with those options changed that are not None (as text, number or enum)."""

@@ -65,10 +65,11 @@ class PlaceQuantizers(Pass):
         if self.placement.convolution_outputs:
             wishes += _outputs(graph, refused)
         if self.placement.activation is not None:
+            symmetric = self.placement.symmetric_activations
             with editing(graph) as edit:
                 for source, readers in _by_source(wishes).items():
                     type_ = self._type(source, source in multiplied) or self.placement.activation
-                    request_quantization(edit, source, type_, readers)
+                    request_quantization(edit, source, type_, readers, is_symmetric=symmetric)
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
         )

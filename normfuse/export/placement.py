@@ -9,7 +9,7 @@ from normfuse.quant import UINT8, IntegerType
 from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
 
-__all__ = ["ARM", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement"]
+__all__ = ["ARM", "TENSORRT", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement", "with_bits"]
 
 EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
@@ -42,9 +42,23 @@ ARM: Final = Placement(
 )
 
 
+TENSORRT: Final = Placement(
+    name="TensorRT",
+    activation=IntegerType(8, signed=True),
+    symmetric_activations=True,
+    weight=SYMMETRIC_8,
+    reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation",
+)
+"""For simulation, until there is an engine."""
+
+
 def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
     """Return the placement for a processor's level (the names of ``InstructionSet``, lower case) and widths."""
-    widest = _of_level(instruction_set)
+    return with_bits(_of_level(instruction_set), bits)
+
+
+def with_bits(widest: Placement, bits: Bits) -> Placement:
+    """Return a placement of eight bits with other widths."""
     assert widest.activation is not None
     activation = None if bits.is_weight_only else replace(widest.activation, bits=bits.activation)
     weight = widest.weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import metadata, query
 from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
-from normfuse.quant import IntegerType
+from normfuse.quant import DyadicHistogram, IntegerType, QuantParams, Range, RangeMethod, candidates
 
 __all__ = [
     "QuantizationRequest",
@@ -29,13 +29,13 @@ __all__ = [
 
 
 @torch.library.custom_op("normfuse::request", mutates_args=())
-def request(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
-    """Return ``x`` (ours); the other arguments are those of the ``IntegerType`` that it shall get."""
+def request(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool) -> Tensor:
+    """Return ``x`` (ours); its codes shall be of the ``IntegerType`` that the others say, ``symmetric`` about 0."""
     return x.clone()  # an operator must not return its input itself
 
 
 @request.register_fake
-def _(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
+def _(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -45,21 +45,42 @@ REQUEST: Final = torch.ops.normfuse.request.default
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRequest:
-    """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself."""
+    """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself.
+
+    With ``is_symmetric`` its zero point is 0.
+    """
 
     node: fx.Node
     source: fx.Node
     type: IntegerType
+    is_symmetric: bool = False
 
     @property
     def readers(self) -> list[fx.Node]:
         """The nodes that shall read codes, in graph order."""
         return query.readers(self.node)
 
+    def candidates(
+        self, seen: DyadicHistogram, methods: Iterable[RangeMethod] = tuple(RangeMethod)
+    ) -> dict[str, Range]:
+        """Return the ranges worth trying for the values that were seen."""
+        return candidates(seen, self.type, is_symmetric=self.is_symmetric, methods=methods)
 
-def request_quantization(edit: Editor, source: fx.Node, type_: IntegerType, readers: Collection[fx.Node]) -> None:
+    def quantizer(self, range_: Range) -> QuantParams:
+        """Return the parameters that cover a range."""
+        return range_.quantizer(self.type, is_symmetric=self.is_symmetric)
+
+
+def request_quantization(
+    edit: Editor,
+    source: fx.Node,
+    type_: IntegerType,
+    readers: Collection[fx.Node],
+    *,
+    is_symmetric: bool = False,
+) -> None:
     """Let these readers of ``source`` read a request for it instead."""
-    wanted = (type_.bits, type_.signed, type_.narrow)
+    wanted = (type_.bits, type_.signed, type_.narrow, is_symmetric)
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
 
@@ -112,6 +133,7 @@ def requests(graph: Graph) -> list[QuantizationRequest]:
 
 
 def _read(node: fx.Node) -> QuantizationRequest:
-    source, bits, signed, narrow = node.args
+    source, bits, signed, narrow, symmetric = node.args
     assert isinstance(source, fx.Node)
-    return QuantizationRequest(node, source, IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow)))  # type: ignore[arg-type]
+    type_ = IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow))  # type: ignore[arg-type]
+    return QuantizationRequest(node, source, type_, bool(symmetric))

@@ -2,17 +2,16 @@
 
 from normfuse.precision.blockwise import BlockReport, refine_blockwise
 from normfuse.precision.decision import Quantization, round_all_to_nearest
-from normfuse.precision.effort import Effort, chunked, foresight, refinements
 from normfuse.precision.equalization import choose_equalizations
+from normfuse.precision.refinements import chunked, refinements, refinements_at_once
 
 __all__ = [
     "BlockReport",
-    "Effort",
     "Quantization",
     "choose_equalizations",
     "chunked",
-    "foresight",
     "refine_blockwise",
     "refinements",
+    "refinements_at_once",
     "round_all_to_nearest",
 ]

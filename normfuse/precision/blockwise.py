@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import torch
@@ -65,6 +66,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     decided: Quantization,
     refinements: Mapping[str, Refinement],
     *,
+    at_once: Mapping[str, Refinement] = MappingProxyType({}),
     foresight: float = 0.0,
     progress: Progress | None = None,
     keeper: Keeper | None = None,
@@ -78,6 +80,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
         chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time.
         decided: the decision to start from.
         refinements: by name, in the order they are tried.
+        at_once: refinements of the whole network as one block, after all others.
         foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
             all of the network behind the block.
         progress: shows the blocks.
@@ -92,6 +95,8 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
     quantized, count = [dict(values) for values in exact], len(chunks)
+    whole = joined(parts)
+    inputs = [dict(values) for values in exact] if at_once else []
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight else [[] for _ in chunks]
     del chunks  # the inputs live as long as a block reads them
@@ -113,14 +118,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
-                if keeper is None or (done := keeper.block(index)) is None:
-                    refined, report = _refine(block, decided, refinements)
-                    if keeper is not None:
-                        keeper.keep_block(index, _changed(decided, refined), report)
-                else:
-                    changes, report = done
-                    refined = _together(decided, changes)
-                decided = refined
+                decided, report = _refined(block, index, decided, refinements, keeper)
                 reports.append(report)
             _advance(graph, segment, quantized, Simulation(decided), later)
             for values in exact:
@@ -128,7 +126,44 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
             del block, before
             give_back_memory()
             advance(1)
+        if at_once:
+            block = _whole(graph, whole, inputs, max(count // HELD_OUT, 1))
+            decided, report = _refined(block, len(parts), decided, at_once, keeper)
+            reports.append(report)
     return decided, reports
+
+
+def _whole(graph: Graph, whole: Segment, inputs: Sequence[Values], held_out: int) -> Block:
+    """Return the network as one block."""
+    targets = []
+    for values in inputs:
+        outputs = dict(values)
+        run_segment(graph, whole, outputs, plainly)
+        targets.append(tensors_of(whole.exits, outputs))
+    return Block(
+        graph=graph,
+        segment=whole,
+        entries=inputs,
+        exact=inputs,
+        targets=targets,
+        rest=joined([]),
+        answers=[[] for _ in inputs],
+        foresight=0.0,
+        held_out=held_out,
+    )
+
+
+def _refined(
+    block: Block, index: int, decided: Quantization, refinements: Mapping[str, Refinement], keeper: Keeper | None
+) -> tuple[Quantization, BlockReport]:
+    """Return the decision after a block was refined, or as an earlier run has left it."""
+    if keeper is not None and (done := keeper.block(index)) is not None:
+        changes, report = done
+        return _together(decided, changes), report
+    refined, report = _refine(block, decided, refinements)
+    if keeper is not None:
+        keeper.keep_block(index, _changed(decided, refined), report)
+    return refined, report
 
 
 def _refine(

@@ -33,7 +33,7 @@ class Quantization:
 def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, QuantParams]:
     """Return the parameters that the requests of a graph get from ranges; what has none stays float."""
     found = ((request, ranges.get(request.source.name)) for request in requests(graph))
-    return {request.source.name: range_.quantizer(request.type) for request, range_ in found if range_ is not None}
+    return {request.source.name: request.quantizer(range_) for request, range_ in found if range_ is not None}
 
 
 def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> dict[fx.Node, float | None]:

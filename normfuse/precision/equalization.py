@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, query
 from normfuse.graph.affine import Affine, along
 from normfuse.graph.edit import editing
-from normfuse.graph.quantization import is_requested, requested_weights, requests
+from normfuse.graph.quantization import QuantizationRequest, is_requested, requested_weights, requests
 from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
 from normfuse.precision.simulation import call_with
@@ -24,7 +24,6 @@ from normfuse.quant import (
     QuantParams,
     RangeMethod,
     SeenChannels,
-    candidates,
     channel_scales,
     quantize_dequantize,
     round_to_nearest,
@@ -76,10 +75,10 @@ def choose_equalizations(
         progress: shows the blocks.
     """
     weights = {node.name: request.type for node, request in requested_weights(placed).items()}
-    types = {request.source.name: request.type for request in requests(placed)}
+    asked = {request.source.name: request for request in requests(placed)}
     found = [site for site in _sites(graph) if any(reader in weights for reader in site.readers)]
     _offer(graph, found, _observed(graph, found, chunks))
-    judge = _Judge(placed, types, weights)
+    judge = _Judge(placed, asked, weights)
     judge.run(found, chunks, progress or Silent())
     chosen = {site.name: _chosen(site) for site in found}
     return {name: each for name, each in chosen.items() if each is not None}
@@ -157,8 +156,10 @@ def _largest_per_input(linear: LinearMap) -> Tensor:
 class _Judge:
     """Adds up what every offer leaves as error at the exits of the blocks."""
 
-    def __init__(self, placed: Graph, types: Mapping[str, IntegerType], weights: Mapping[str, IntegerType]) -> None:
-        self._placed, self._types, self._weights = placed, types, weights
+    def __init__(
+        self, placed: Graph, asked: Mapping[str, QuantizationRequest], weights: Mapping[str, IntegerType]
+    ) -> None:
+        self._placed, self._asked, self._weights = placed, asked, weights
 
     def run(self, found: Sequence[_Found], chunks: Sequence[Sequence[Tensor]], progress: Progress) -> None:
         """Go through the blocks, in float."""
@@ -220,12 +221,12 @@ class _Judge:
         """Return what makes of a reader's input the values of the codes that it will read."""
         now = carried.inverse()
         params: QuantParams | None = None
-        if (type_ := self._types.get(source)) is not None:
+        if (request := self._asked.get(source)) is not None:
             histogram = DyadicHistogram()
             for x in inputs[: _teaching(len(inputs))]:
                 histogram.update(_applied(now, x))
-            (range_,) = candidates(histogram, type_, methods=(RangeMethod.MSE,)).values()
-            params = range_.quantizer(type_)
+            (range_,) = request.candidates(histogram, [RangeMethod.MSE]).values()
+            params = request.quantizer(range_)
         return lambda x: _applied(now, x) if params is None else quantize_dequantize(_applied(now, x), params)
 
 

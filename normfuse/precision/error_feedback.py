@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -18,6 +19,7 @@ from normfuse.quant import (
     InputMoments,
     RoundedWeight,
     corrected_bias,
+    refit_scale,
     round_by_coordinate_descent,
     round_by_gptq,
     shrink_drift,
@@ -25,7 +27,10 @@ from normfuse.quant import (
 )
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
-__all__ = ["ErrorFeedback", "correct_biases", "feed_back_errors"]
+__all__ = ["ErrorFeedback", "correct_biases", "feed_back_errors", "refit_affines"]
+
+
+_Adjust = Callable[[LinearMap, RoundedWeight, InputMoments], RoundedWeight]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +60,40 @@ def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback)
 
 def correct_biases(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with biases that give every map of the block the mean output it has in float."""
+    return _adjusted(block, decided, _corrected)
+
+
+def refit_affines(block: Block, decided: Quantization) -> Quantization:
+    """Return the decision with the scale and bias at which the codes of every output leave the least error.
+
+    That is "QwT-v2" (2025) for every map: a ridge regression of the float outputs on the
+    quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a bias get the
+    factor alone.
+    """
+    return _adjusted(block, decided, _refitted)
+
+
+def _adjusted(block: Block, decided: Quantization, adjust: _Adjust) -> Quantization:
+    """Return the decision with every map of the block adjusted, where its bias still fits beside its codes."""
     scales = input_scales(block.graph, decided.activations)
     for node, linear in _maps(block, decided).items():
-        moments, start = _moments(block, decided, node, linear), decided.weights[node.name]
-        if start.bias is None:
-            continue
-        means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
-        bias = corrected_bias(linear.bias, linear.weight, start.values, **means).float()
-        corrected = replace(start, bias=bias)
-        if corrected.holds_bias(scales[node]):
-            decided = _with(decided, node, corrected)
+        adjusted = adjust(linear, decided.weights[node.name], _moments(block, decided, node, linear))
+        if adjusted.holds_bias(scales[node]):
+            decided = _with(decided, node, adjusted)
     return decided
+
+
+def _corrected(linear: LinearMap, start: RoundedWeight, moments: InputMoments) -> RoundedWeight:
+    if start.bias is None:
+        return start
+    means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
+    return replace(start, bias=corrected_bias(linear.bias, linear.weight, start.values, **means).float())
+
+
+def _refitted(linear: LinearMap, start: RoundedWeight, moments: InputMoments) -> RoundedWeight:
+    varying = shrink_drift(moments if start.bias is None else moments.centred())
+    refitted = replace(start, params=refit_scale(linear.weight, start.codes, start.params, varying))
+    return _corrected(linear, refitted, moments)
 
 
 def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:

@@ -13,34 +13,36 @@ from normfuse.quant.logarithm import nearest_levels
 __all__ = ["LearnedActivation", "LearnedLogarithm", "LearnedUniform", "learned_activation"]
 
 
-def learned_activation(params: ActivationParams) -> LearnedActivation:
-    """Return what learns these parameters."""
-    return LearnedUniform(params) if isinstance(params, QuantParams) else LearnedLogarithm(params)
+def learned_activation(params: ActivationParams, *, is_symmetric: bool = False) -> LearnedActivation:
+    """Return what learns these parameters; the zero point of a symmetric quantizer stays."""
+    if isinstance(params, QuantParams):
+        return LearnedUniform(params, is_symmetric=is_symmetric)
+    return LearnedLogarithm(params)
 
 
 class LearnedUniform:
     """Scales and zero points with gradients; scales are learned as logarithms and stay positive."""
 
-    def __init__(self, params: QuantParams) -> None:
+    def __init__(self, params: QuantParams, *, is_symmetric: bool) -> None:
         self._start = params
         self.log_scale = params.scale.log().requires_grad_()
-        self.zero: Tensor | None = params.zero_point.float().requires_grad_()
+        self.zero: Tensor | None = None if is_symmetric else params.zero_point.float().requires_grad_()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the values that ``x`` moves to."""
         kind, on = self._start.type, self._start.granularity
-        assert self.zero is not None
         scale = on.spread(self.log_scale.exp(), x.shape)
-        zero = on.spread(rounded(self.zero).clamp(kind.minimum, kind.maximum), x.shape)
+        moved = self._start.zero_point.float() if self.zero is None else rounded(self.zero)
+        zero = on.spread(moved.clamp(kind.minimum, kind.maximum), x.shape)
         codes = rounded((x / scale + zero).clamp(kind.minimum, kind.maximum))
         return (codes - zero) * scale
 
     def params(self) -> QuantParams:
         """Return what was learned."""
-        kind = self._start.type
-        assert self.zero is not None
-        zero = self.zero.detach().round().clamp(kind.minimum, kind.maximum).int()
-        return replace(self._start, scale=self.log_scale.detach().exp(), zero_point=zero)
+        kind, found = self._start.type, replace(self._start, scale=self.log_scale.detach().exp())
+        if self.zero is None:
+            return found
+        return replace(found, zero_point=self.zero.detach().round().clamp(kind.minimum, kind.maximum).int())
 
 
 class LearnedLogarithm:

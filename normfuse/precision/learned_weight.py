@@ -10,14 +10,15 @@ from torch import Tensor
 
 from normfuse.precision.straight_through import rounded
 from normfuse.quant import QuantParams, RoundedWeight, quantize, scale_for_bias
+from normfuse.quant.rounding import to_values
 
-__all__ = ["LearnedWeight", "MovedWeight"]
+__all__ = ["KeptCodes", "LearnedWeight", "MovedWeight"]
 
 
 class LearnedWeight(ABC):
-    """Scales and bias that are learned, and an ``offset`` that says which codes the weight gets."""
+    """Scales and bias that are learned, and an ``offset`` that says which codes the weight gets, if they are."""
 
-    offset: Tensor
+    offset: Tensor | None = None
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         self._start, self._shape = start, weight.shape
@@ -51,8 +52,26 @@ class LearnedWeight(ABC):
         return self._start.params.granularity.spread(self.log_scale.exp(), self._shape)
 
 
+class KeptCodes(LearnedWeight):
+    """A weight whose codes stay: what is learned is an affine of every output, in the dequantization."""
+
+    def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
+        super().__init__(start, weight)
+        zero_point = start.params.granularity.spread(start.params.zero_point, weight.shape)
+        self._steps = to_values(start.codes, torch.ones_like(weight), zero_point)
+
+    def values(self) -> Tensor:
+        """Return the values of the codes, with gradients."""
+        return self._steps * self._scale()
+
+    def _codes(self, params: QuantParams) -> Tensor:
+        return self._start.codes
+
+
 class MovedWeight(LearnedWeight):
     """A weight that moves in units of its first steps; rounding it has the gradient of the identity."""
+
+    offset: Tensor
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         super().__init__(start, weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import query
-from normfuse.graph.quantization import is_requested, requested_weights
+from normfuse.graph.quantization import is_requested, requested_weights, requests
 from normfuse.graph.segments import plainly
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, scale_for_maps
 from normfuse.precision.learned_activation import learned_activation
-from normfuse.precision.learned_weight import LearnedWeight, MovedWeight
+from normfuse.precision.learned_weight import KeptCodes, LearnedWeight, MovedWeight
 from normfuse.precision.simulation import call_with, params_of_request, source_of_request
 from normfuse.precision.soft_rounding import SoftlyRounded
+from normfuse.quant import RoundedWeight
 
-__all__ = ["Reconstruction", "Rounding", "reconstruct"]
+__all__ = ["AFFINE_TUNING", "Reconstruction", "Rounding", "reconstruct"]
 
 WARM_UP: Final = 0.2
 """The share of the updates before soft rounding has to decide."""
@@ -35,6 +36,7 @@ class Rounding(Enum):
 
     STRAIGHT_THROUGH = "the weight moves, rounding has the gradient of the identity"
     SOFT = "every weight decides between down and up (AdaRound)"
+    KEPT = "codes stay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,22 @@ class Reconstruction:
     zero_rate: float = 0.01
     bias_rate: float = 0.002
     seed: int = 0
+
+
+KINDS: Final[Mapping[Rounding, Callable[[RoundedWeight, Tensor], LearnedWeight]]] = {
+    Rounding.STRAIGHT_THROUGH: MovedWeight,
+    Rounding.SOFT: SoftlyRounded,
+    Rounding.KEPT: KeptCodes,
+}
+
+AFFINE_TUNING: Final = Reconstruction(
+    steps=300, drop=0.0, rounding=Rounding.KEPT, scale_rate=0.005, zero_rate=0.02, bias_rate=0.01
+)
+"""Codes stay; the affine of every output in its dequantization and the ranges of activations move.
+
+What is left to tune of norms once they are folded ("Beacon", arXiv 2508.20293, and "SandwichQuant", 2026, tune gamma
+and beta). Few numbers learn, so that few samples are enough for a whole network at once.
+"""
 
 
 def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> Quantization:
@@ -92,13 +110,13 @@ class _Student:
     def __init__(self, block: Block, decided: Quantization, chosen: Reconstruction) -> None:
         self._decided, self._chosen = decided, chosen
         self._generator = torch.Generator().manual_seed(chosen.seed)
-        maps = requested_weights(block.graph)
+        maps, asked = requested_weights(block.graph), {request.node: request for request in requests(block.graph)}
         self._activations = {
-            node: learned_activation(params)
+            node: learned_activation(params, is_symmetric=asked[node].is_symmetric)
             for node in block.segment.nodes
-            if is_requested(node) and (params := params_of_request(node, decided)) is not None
+            if node in asked and (params := params_of_request(node, decided)) is not None
         }
-        kind = MovedWeight if chosen.rounding is Rounding.STRAIGHT_THROUGH else SoftlyRounded
+        kind = KINDS[chosen.rounding]
         self._weights: Mapping[fx.Node, LearnedWeight] = {
             node: kind(weight, query.constant(block.graph, node.args[1]))  # type: ignore[arg-type]
             for node in block.segment.nodes
@@ -111,7 +129,7 @@ class _Student:
         weight_rate = chosen.weight_rate if chosen.rounding is Rounding.STRAIGHT_THROUGH else chosen.soft_rate
         scales = [each.log_scale for each in weights] + [each.log_scale for each in activations]
         return [
-            {"params": [each.offset for each in weights], "lr": weight_rate},
+            {"params": [each.offset for each in weights if each.offset is not None], "lr": weight_rate},
             {"params": scales, "lr": chosen.scale_rate},
             {"params": [each.zero for each in activations if each.zero is not None], "lr": chosen.zero_rate},
             {"params": [each.shift for each in weights if each.shift is not None], "lr": chosen.bias_rate},

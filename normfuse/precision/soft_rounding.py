@@ -22,6 +22,8 @@ class SoftlyRounded(LearnedWeight):
     It starts as the float weight itself where that is not clipped. Scales and bias are learned beside it.
     """
 
+    offset: Tensor
+
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         super().__init__(start, weight)
         kind = start.params.type

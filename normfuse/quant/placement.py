@@ -17,6 +17,7 @@ class Placement:
     Attributes:
         name: how reports call it.
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
+        symmetric_activations: whether zero points of activations are 0 (their codes are signed then).
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
         written: codes of what convolutions and sums write and no product reads: kernels need codes there, but low bits
             save nothing; None: those of activations.
@@ -38,6 +39,7 @@ class Placement:
     name: str
     activation: IntegerType | None
     weight: IntegerType
+    symmetric_activations: bool = False
     model_input: IntegerType | None = None
     written: IntegerType | None = None
     weight_group: int | None = None

@@ -15,12 +15,13 @@ from normfuse.graph.quantization import requests
 from normfuse.graph.segments import run_segment, segments
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
-from normfuse.precision import Effort, Quantization, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision import Quantization, refine_blockwise, refinements, round_all_to_nearest
 from normfuse.precision.block import Block
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import LogarithmicParams, PerChannel, QuantParams, Range
 from normfuse.quant.bits import Bits
 from normfuse.quant.granularity import PER_TENSOR
+from normfuse.quant.levers import Effort, Levers
 from normfuse.testing import Small, randomized, seeded
 
 BITS = Bits(8, 3)
@@ -57,7 +58,7 @@ def tokens(count: int, seed: int) -> Tensor:
 
 def refined(placement: Any, effort: Effort) -> tuple[Graph, Quantization, dict[str, float], dict[str, float]]:
     graph, start = decided(placement)
-    tried = refinements(BITS, effort, seed=0, placement=placement)
+    tried = refinements(Levers.of(effort, BITS), seed=0, placement=placement)
     chunks = [(x,) for x in tokens(96, 1).split(16)]
     found, reports = refine_blockwise(graph, chunks, start, tried)
     kept, reverted = dict[str, float](), dict[str, float]()
@@ -100,7 +101,7 @@ def test_what_does_not_help_is_reverted() -> None:
 def everywhere(effort: Effort) -> tuple[Graph, Quantization]:
     """Return a graph whose operands all have the other codes, whether they help or not, learned where asked for."""
     graph, start = decided(placed(head_scales=True, logarithmic_softmax=True))
-    tried = refinements(BITS, effort, seed=0, placement=placed(head_scales=True, logarithmic_softmax=True))
+    tried = refinements(Levers.of(effort, BITS), seed=0, placement=placed(head_scales=True, logarithmic_softmax=True))
     chunks = [(x,) for x in tokens(96, 1).split(16)]
     found = start
 
@@ -129,7 +130,7 @@ def test_maps_and_probabilities_get_what_they_can_read() -> None:
 def test_nothing_is_tried_where_the_placement_has_no_such_codes() -> None:
     names = {"head scales", "log2 codes", "log sqrt 2 codes"}
     for placement in (None, onnx_placement("avx512_vnni", BITS), placed()):
-        assert not names & refinements(BITS, Effort.LEARNED, seed=0, placement=placement).keys()
+        assert not names & refinements(Levers.of(Effort.LEARNED, BITS), seed=0, placement=placement).keys()
 
 
 @pytest.mark.parametrize("effort", [Effort.CLOSED_FORM, Effort.LEARNED])

@@ -14,12 +14,21 @@ from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
-from normfuse.precision import Effort, Quantization, chunked, refine_blockwise, refinements, round_all_to_nearest
+from normfuse.precision import (
+    Quantization,
+    chunked,
+    refine_blockwise,
+    refinements,
+    refinements_at_once,
+    round_all_to_nearest,
+)
 from normfuse.precision.block import Block
+from normfuse.precision.error_feedback import refit_affines
 from normfuse.precision.reconstruction import Reconstruction, Rounding, reconstruct
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import IntegerType
 from normfuse.quant.bits import Bits
+from normfuse.quant.levers import Effort, Levers
 from normfuse.testing import Small, distance, observed_ranges, randomized, seeded
 
 
@@ -91,7 +100,7 @@ def agreeing(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("effort", [Effort.CLOSED_FORM, Effort.LEARNED])
 def test_each_effort_lowers_the_error_on_other_samples(bits: str, effort: Effort) -> None:
     graph, start = decided(bits)
-    tried = refinements(Bits.parse(bits), effort, seed=0)
+    tried = refinements(Levers.of(effort, Bits.parse(bits)), seed=0)
     found, reports = refine_blockwise(graph, chunked(((x[None],) for x in images(128, 1)), 16), start, tried)
     assert error(graph, found, images(64, 2)) < 0.9 * error(graph, start, images(64, 2))
     assert len(reports) == 4
@@ -100,7 +109,7 @@ def test_each_effort_lowers_the_error_on_other_samples(bits: str, effort: Effort
         assert min([report.before, *report.kept.values()]) <= min([report.before, *report.reverted.values()])
 
 
-@pytest.mark.parametrize("rounding", Rounding)
+@pytest.mark.parametrize("rounding", [Rounding.STRAIGHT_THROUGH, Rounding.SOFT])
 def test_blocks_are_reconstructed_under_either_rounding(rounding: Rounding) -> None:
     graph, start = decided("w3a8")
     learned = partial(reconstruct, chosen=Reconstruction(rounding=rounding, steps=100))
@@ -108,6 +117,38 @@ def test_blocks_are_reconstructed_under_either_rounding(rounding: Rounding) -> N
     found, reports = refine_blockwise(graph, chunks, start, {"reconstruction": learned})
     assert error(graph, found, images(64, 2)) < 0.9 * error(graph, start, images(64, 2))
     assert any(report.kept for report in reports)
+
+
+def test_tuning_the_network_at_once_keeps_every_code_and_helps() -> None:
+    graph, start = decided("w3a4")
+    chunks = chunked(((x[None],) for x in images(128, 1)), 16)
+    at_once = refinements_at_once(Levers(affine_tuning=True), seed=0)
+    found, (*_, report) = refine_blockwise(graph, chunks, start, {}, at_once=at_once)
+    assert report.exits == tuple(node.name for node in graph.outputs)
+    assert report.kept["affine tuning"] < 0.9 * report.before
+    assert error(graph, found, images(64, 2)) < 0.9 * error(graph, start, images(64, 2))
+    for name, weight in start.weights.items():
+        assert torch.equal(found.weights[name].codes, weight.codes)
+        assert not torch.equal(found.weights[name].params.scale, weight.params.scale)
+
+
+def test_the_refit_is_the_least_squares_affine_of_every_output() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 4), torch.randn(64, 12)
+    graph = capture(Small(lambda m, x: m.layer(x), layer=layer), (x[:2],))
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=None, weight=IntegerType(3, signed=True))).run(graph)
+    start = round_all_to_nearest(graph, {})
+    found, (report,) = refine_blockwise(graph, [(x,), (x,)], start, {"affine refit": refit_affines})
+    assert report.kept
+    (weight,), (before,) = found.weights.values(), start.weights.values()
+    assert torch.equal(weight.codes, before.codes)
+    products = x.double() @ before.codes.double().T  # [rows, outputs]
+    wanted = layer(x).detach().double()
+    for output in range(4):
+        columns = torch.stack([products[:, output], torch.ones(64, dtype=torch.float64)], dim=1)
+        factor, offset = torch.linalg.lstsq(columns, wanted[:, output]).solution
+        torch.testing.assert_close(weight.params.scale[output].double(), factor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(weight.bias[output].double(), offset, rtol=0, atol=1e-6)
 
 
 def test_what_makes_it_worse_is_reverted() -> None:
@@ -126,7 +167,8 @@ def test_a_run_repeats() -> None:
     graph, start = decided("w3a4")
     chunks = chunked(((x[None],) for x in images(64, 1)), 16)
     first, second = (
-        refine_blockwise(graph, chunks, start, refinements(Bits(3, 4), Effort.LEARNED, seed=7))[0] for _ in range(2)
+        refine_blockwise(graph, chunks, start, refinements(Levers.of(Effort.LEARNED, Bits(3, 4)), seed=7))[0]
+        for _ in range(2)
     )
     assert all(torch.equal(first.weights[name].codes, second.weights[name].codes) for name in first.weights)
     assert all(torch.equal(first.activations[name].scale, second.activations[name].scale) for name in first.activations)
@@ -134,14 +176,16 @@ def test_a_run_repeats() -> None:
 
 def test_one_sample_teaches_and_judges() -> None:
     graph, start = decided("w4a8")
-    found, _ = refine_blockwise(graph, [(images(1, 1),)], start, refinements(Bits(4, 8), Effort.LEARNED, seed=0))
+    found, _ = refine_blockwise(
+        graph, [(images(1, 1),)], start, refinements(Levers.of(Effort.LEARNED, Bits(4, 8)), seed=0)
+    )
     assert error(graph, found, images(16, 2)) <= 2 * error(graph, start, images(16, 2))
 
 
 def test_eight_bits_are_refined_only_where_learning_is_asked_for() -> None:
-    assert refinements(Bits(8, 8), Effort.CLOSED_FORM, seed=0) == {}
-    assert refinements(Bits(4, 8), Effort.NEAREST, seed=0) == {}
-    assert len(refinements(Bits(8, 8), Effort.LEARNED, seed=0)) == 3
+    assert refinements(Levers.of(Effort.CLOSED_FORM, Bits(8, 8)), seed=0) == {}
+    assert refinements(Levers.of(Effort.NEAREST, Bits(4, 8)), seed=0) == {}
+    assert len(refinements(Levers.of(Effort.LEARNED, Bits(8, 8)), seed=0)) == 4
 
 
 def test_chunks_keep_every_sample() -> None:
@@ -154,7 +198,7 @@ def test_chunks_keep_every_sample() -> None:
 def test_foresight_serves_the_output_where_the_blocks_own_error_does_not() -> None:
     graph, start = decided("w3a4")
     chunks = chunked(((x[None],) for x in images(128, 1)), 16)
-    tried = refinements(Bits(3, 4), Effort.LEARNED, seed=0)
+    tried = refinements(Levers.of(Effort.LEARNED, Bits(3, 4)), seed=0)
     near, far = (refine_blockwise(graph, chunks, start, tried, foresight=weight)[0] for weight in (0.0, 1.0))
     assert error(graph, far, images(64, 2)) < 0.95 * error(graph, near, images(64, 2))
 

@@ -1,9 +1,9 @@
-"""How much is tried to keep the accuracy: seconds, minutes, tens of minutes."""
+"""The refinements that levers stand for, in the order in which they are tried."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,41 +11,42 @@ from torch import Tensor
 
 from normfuse.precision.attention_codes import scale_heads, take_logarithms
 from normfuse.precision.blockwise import Refinement
-from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors
-from normfuse.precision.reconstruction import Reconstruction, reconstruct
-from normfuse.quant.bits import MOST, Bits
+from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors, refit_affines
+from normfuse.precision.reconstruction import AFFINE_TUNING, Reconstruction, Rounding, reconstruct
+from normfuse.quant.levers import Levers
 from normfuse.quant.placement import Placement
 
-__all__ = ["Effort", "chunked", "foresight", "refinements"]
+__all__ = ["chunked", "refinements", "refinements_at_once"]
 
 
-class Effort(IntEnum):
-    """The value is what recipes and the command line write."""
-
-    NEAREST = 0  # every weight to its nearest code
-    CLOSED_FORM = 1  # below eight bits: second-order error feedback, bias correction
-    LEARNED = 2  # and weights and steps learned block by block
-
-
-def refinements(bits: Bits, effort: Effort, *, seed: int, placement: Placement | None = None) -> dict[str, Refinement]:
-    """Return what is tried on every block, by name, in order; codes that few targets have only where the placement is.
-
-    At eight bits rounding to nearest is near the float network already, so only ``LEARNED`` tries anything there.
-    """
+def refinements(levers: Levers, *, seed: int, placement: Placement | None = None) -> dict[str, Refinement]:
+    """Return what is tried on every block, by name, in order; other codes only where the placement has them."""
     found: dict[str, Refinement] = {}
-    is_low = bits.weight < MOST or bits.activation < MOST
-    if effort is Effort.LEARNED or (effort is Effort.CLOSED_FORM and is_low):
+    if levers.error_feedback:
         found |= _other_codes(placement)
-        found["error feedback"] = partial(feed_back_errors, chosen=ErrorFeedback())
+        chosen = ErrorFeedback(asymmetric=levers.asymmetric_correction, descends=levers.coordinate_descent)
+        found["error feedback"] = partial(feed_back_errors, chosen=chosen)
+    if levers.bias_correction:
         found["bias correction"] = correct_biases
-    if effort is Effort.LEARNED:
-        found["reconstruction"] = partial(reconstruct, chosen=Reconstruction(seed=seed))
+    if levers.affine_refit:
+        found["affine refit"] = refit_affines
+    if levers.reconstruction:
+        found["reconstruction"] = partial(reconstruct, chosen=_reconstruction(levers, seed))
     return found
 
 
-def foresight(effort: Effort) -> float:
-    """Return the weight of the error at the network's outputs beside that at a block's, for ``refine_blockwise``."""
-    return 1.0 if effort is Effort.LEARNED else 0.0
+def refinements_at_once(levers: Levers, *, seed: int) -> dict[str, Refinement]:
+    """Return what is tried on the whole network after its blocks, by name, in order."""
+    if not levers.affine_tuning:
+        return {}
+    return {"affine tuning": partial(reconstruct, chosen=replace(AFFINE_TUNING, seed=seed))}
+
+
+def _reconstruction(levers: Levers, seed: int) -> Reconstruction:
+    found = Reconstruction(seed=seed)
+    if levers.soft_rounding:
+        found = replace(found, rounding=Rounding.SOFT)
+    return found if levers.drop else replace(found, drop=0.0)
 
 
 def _other_codes(placement: Placement | None) -> dict[str, Refinement]:
