@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any, Final
@@ -21,93 +24,164 @@ from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.build import FOLDING
 from normfuse.capturing import capture_model
 from normfuse.cli import render
-from normfuse.export.placement import onnx_placement
+from normfuse.export.placement import TENSORRT, onnx_placement, with_bits
 from normfuse.graph import Graph
 from normfuse.loading import load_model
 from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
+from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 
 __all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized"]
 
-BITS: Final = ("8", "w6a6", "w4a8", "w4a4", "w3a3", "w4a16", "w3a16")
 BATCH: Final = 250
+SAMPLES: Final = 128
+USUAL: Final = ["glyphs_vit_ln", "glyphs_vit_un", "glyphs_vit_prepbn", "glyphs_resnet_bn", "scenes_segmenter_ln"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row: how a model is quantized, and the points that it may lose by our own aim."""
+
+    bits: str
+    effort: int
+    wanted: float | None = None
+    samples: int = SAMPLES
+
+
+SETTINGS: Final = (
+    Setting("8", 1, 0.2),
+    Setting("8", 0, 0.7, samples=1),
+    Setting("w6a6", 1, 0.4),
+    Setting("w4a8", 1, 0.7),
+    Setting("w4a16", 1, 0.4),
+    Setting("w3a16", 1, 1.2),
+    Setting("w4a4", 2, 2.5),
+    Setting("w3a3", 2, 8.0),
+)
+
 ATTENTION: Final = {"attention_operands": True}
 OPERANDS: Final[dict[str, dict[str, bool]]] = {
     "maps": {},
     "all": ATTENTION,
+    "tensorrt": {},
     "all-by-head": {**ATTENTION, "head_scales": True},
     "all-logarithmic": {**ATTENTION, "logarithmic_softmax": True},
     "all-by-head-logarithmic": {**ATTENTION, "head_scales": True, "logarithmic_softmax": True},
 }
-"""Codes for what linear maps read (the deployable subset), or for the operands of attention's products too.
+"""Codes for what linear maps read (what onnxruntime deploys), or for the operands of attention's products too.
 
-The last three are for simulation: no engine has such codes.
+With ``tensorrt`` it is what TensorRT deploys: eight bits about a zero point of 0, or few-bit weights behind floats. The
+last three are for simulation: no engine has such codes.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One figure of a table."""
+
+    model: str
+    setting: Setting
+    operands: str
+    seed: int
+    test: int
+    equalize: bool
+    levers: str
+
+
 def main() -> None:
-    """Quantize every model at every width and effort, print a table per model."""
+    """Quantize every model in every way, print a table per model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--bits", nargs="+", default=list(BITS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=USUAL)
+    parser.add_argument("--bits", nargs="+", help="these widths, at all --efforts, in place of the usual rows")
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all"])
+    parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all", "tensorrt"])
     parser.add_argument("--equalize", action="store_true")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--levers", default="", help="as `normfuse compile --levers`")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
+    parser.add_argument("--jobs", type=int, default=default_threads(), help="figures made at once, one thread each")
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
-    torch.set_num_threads(default_threads())
-    found: dict[str, Any] = {"environment": describe_environment().as_dict(), "samples": given.samples}
-    for name in given.models:
-        found[name] = measure(name, given)
-        if given.output:
-            given.output.write_text(json.dumps(found, indent=1) + "\n")
+    settings = SETTINGS
+    if given.bits:
+        settings = tuple(
+            Setting(bits, effort, samples=given.samples) for bits in given.bits for effort in given.efforts
+        )
+    found: dict[str, Any] = {"environment": describe_environment().as_dict()}
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        started = {name: _start(pool, name, settings, given) for name in given.models}
+        for name, cells in started.items():
+            found[name] = _show(name, {cell: future.result() for cell, future in cells.items()}, settings, given)
+            if given.output:
+                given.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Return the score in float and the drop of every setting, in points."""
-    graph, task = folded(name), MODELS[name].task
-    images, labels = held_out(task, given.test)
-    exact = percent_of_graph(graph, images, labels)
+def _start(
+    pool: ProcessPoolExecutor, name: str, settings: Iterable[Setting], given: argparse.Namespace
+) -> dict[Cell, Future[float]]:
+    cells = (
+        Cell(name, setting, operands, seed, given.test, given.equalize, given.levers)
+        for setting in settings
+        for operands in given.operands
+        if _differs(setting, operands, given.operands)
+        for seed in range(given.seeds)
+    )
+    return {cell: pool.submit(points_lost, cell) for cell in cells}
+
+
+def _differs(setting: Setting, operands: str, beside: list[str]) -> bool:
+    """Return whether the column has a figure of its own: weights alone are the same in all, TensorRT has 8 bits."""
+    if Bits.parse(setting.bits).is_weight_only:
+        return operands == beside[0]
+    return operands != "tensorrt" or setting.bits == "8"
+
+
+def _show(
+    name: str, drops: dict[Cell, float], settings: Iterable[Setting], given: argparse.Namespace
+) -> dict[str, Any]:
     rows, figures = list[tuple[str, ...]](), dict[str, Any]()
-    for operands in given.operands:
-        for bits in given.bits:
-            drops = {
-                effort: _drops(graph, exact, (images, labels), task, bits, effort, operands, given)
-                for effort in given.efforts
-            }
-            figures[f"{bits}, {operands}"] = drops
-            cells = [f"{mean(drop):.2f} ± {pstdev(drop):.2f}" for drop in drops.values()]
-            rows.append((bits, operands, *cells))
-    columns = ("bits", "codes for", *(f"drop, effort {effort}" for effort in given.efforts))
-    render.table(f"{name}: {exact:.2f} % in float, {given.samples} samples, {given.seeds} seeds", columns, rows)
-    return {"float": exact, "drops": figures}
+    for setting in settings:
+        columns = []
+        for operands in given.operands:
+            lost = [drop for cell, drop in drops.items() if (cell.setting, cell.operands) == (setting, operands)]
+            columns.append(f"{mean(lost):.2f} ± {pstdev(lost):.2f}" if lost else "")
+            if lost:
+                figures[f"{setting.bits}, effort {setting.effort}, {setting.samples} samples, {operands}"] = lost
+        wanted = "" if setting.wanted is None else f"{setting.wanted}"
+        rows.append((setting.bits, str(setting.effort), str(setting.samples), *columns, wanted))
+    exact = exact_percent(name, given.test)
+    head = ("bits", "effort", "samples", *(f"lost, {operands}" for operands in given.operands), "at most")
+    render.table(f"{name}: {exact:.2f} % in float, mean and deviation of {given.seeds} seeds", head, rows)
+    return {"float": exact, "lost": figures}
 
 
-def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
-    graph: Graph,
-    exact: float,
-    test: tuple[Tensor, Tensor],
-    task: str,
-    bits: str,
-    effort: int,
-    operands: str,
-    given: argparse.Namespace,
-) -> list[float]:
-    """Return the points lost, one figure per seed of samples and learning."""
-    drops = []
-    for seed in range(given.seeds):
-        samples, _ = make(task, "calib", given.samples, seed)
-        recipe = Recipe(bits=bits, effort=effort, seed=seed, equalize=given.equalize)
-        placement = replace(onnx_placement("avx512_vnni", recipe.precision), **OPERANDS[operands])
-        drops.append(exact - percent_of_graph(quantized(graph, samples, recipe, placement), *test))
-    return drops
+def points_lost(cell: Cell) -> float:
+    """Return what one way of quantizing loses against float, in points."""
+    torch.set_num_threads(1)
+    task, setting = MODELS[cell.model].task, cell.setting
+    samples, _ = make(task, "calib", setting.samples, cell.seed)
+    recipe = Recipe(
+        bits=setting.bits, effort=setting.effort, seed=cell.seed, equalize=cell.equalize, levers=cell.levers
+    )
+    graph = quantized(folded(cell.model), samples, recipe, _placement(cell.operands, recipe.precision))
+    return exact_percent(cell.model, cell.test) - percent_of_graph(graph, *held_out(task, cell.test))
 
 
+def _placement(operands: str, bits: Bits) -> Placement:
+    target = with_bits(TENSORRT, bits) if operands == "tensorrt" else onnx_placement("avx512_vnni", bits)
+    return replace(target, **OPERANDS[operands])
+
+
+@cache
+def exact_percent(name: str, test: int) -> float:
+    """Return the score of the zoo's model in float."""
+    return percent_of_graph(folded(name), *held_out(MODELS[name].task, test))
+
+
+@cache
 def folded(name: str) -> Graph:
     """Return the zoo's model, folded, in float."""
     graph = capture_model(load_model(WEIGHTS / f"{name}.pt2"), None, None)
@@ -115,6 +189,7 @@ def folded(name: str) -> Graph:
     return graph
 
 
+@cache
 def held_out(task: str, count: int) -> tuple[Tensor, Tensor]:
     """Return ``count`` test images, or as many as there are, and their labels."""
     return make(task, "test", min(count, 360 if task == "digits" else count), 0)

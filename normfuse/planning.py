@@ -162,6 +162,7 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
         tried,
         at_once=at_once,
         foresight=FORESIGHT if levers.foresight else 0.0,
+        curvature=levers.curvature,
         progress=progress,
         keeper=checkpoint,
     )

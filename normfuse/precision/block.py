@@ -33,6 +33,7 @@ class Block:
         answers: per chunk the floating-point outputs of the float network.
         foresight: the weight of their error in the loss.
         held_out: how many chunks at the end judge and do not teach.
+        weights: what an error at each element of the floating-point exits counts; None: all alike.
     """
 
     graph: Graph
@@ -44,6 +45,7 @@ class Block:
     answers: Sequence[Sequence[Tensor]]
     foresight: float
     held_out: int
+    weights: Sequence[Tensor] | None = None
 
     @property
     def teaching(self) -> range:
@@ -76,7 +78,7 @@ class Block:
         """
         values = dict(self.entries[chunk])
         run_segment(self.graph, self.segment, values, compute)
-        near = summed_error(tensors_of(self.segment.exits, values), self.targets[chunk])
+        near = summed_error(tensors_of(self.segment.exits, values), self.targets[chunk], self.weights)
         if not (self.foresight and self.rest.nodes):
             return near
         run_segment(self.graph, self.rest, values, in_float)
@@ -102,11 +104,13 @@ def forget(values: Values, later: Collection[fx.Node]) -> None:
         del values[node]
 
 
-def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
     """Return the sum of the tensors' relative errors."""
-    return torch.stack([relative_error(*pair) for pair in zip(found, wanted, strict=True)]).sum()
+    weights = [torch.ones(()) for _ in wanted] if weights is None else weights
+    return torch.stack([relative_error(*each) for each in zip(found, wanted, weights, strict=True)]).sum()
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return ``sum (found - wanted)^2 / sum wanted^2``."""
-    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)
+def relative_error(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Return ``sum weight (found - wanted)^2 / sum weight wanted^2``."""
+    size = (weight * wanted.square()).sum().clamp(min=torch.finfo(wanted.dtype).tiny)
+    return (weight * (found - wanted).square()).sum() / size

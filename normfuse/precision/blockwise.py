@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -16,6 +16,7 @@ from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import Compute, Segment, joined, plainly, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, forget, tensors_of
+from normfuse.precision.curvature import exit_weights
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress, Silent
@@ -68,6 +69,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     *,
     at_once: Mapping[str, Refinement] = MappingProxyType({}),
     foresight: float = 0.0,
+    curvature: bool = False,
     progress: Progress | None = None,
     keeper: Keeper | None = None,
 ) -> tuple[Quantization, list[BlockReport]]:
@@ -83,6 +85,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
         at_once: refinements of the whole network as one block, after all others.
         foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
             all of the network behind the block.
+        curvature: errors at a block's exits count by what they do to the outputs (``exit_weights``).
         progress: shows the blocks.
         keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
 
@@ -98,7 +101,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     whole = joined(parts)
     inputs = [dict(values) for values in exact] if at_once else []
     with torch.no_grad():
-        answers = [_answers(graph, chunk) for chunk in chunks] if foresight else [[] for _ in chunks]
+        answers = [_answers(graph, chunk) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
@@ -118,6 +121,8 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
+                if curvature and block.rest.nodes:
+                    block = replace(block, weights=exit_weights(block, decided))
                 decided, report = _refined(block, index, decided, refinements, keeper)
                 reports.append(report)
             _advance(graph, segment, quantized, Simulation(decided), later)

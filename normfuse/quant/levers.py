@@ -35,8 +35,8 @@ class Levers:
         soft_rounding: in place of straight-through gradients (AdaRound).
         drop: a quarter of the activations stays float while a block learns (QDrop).
         foresight: the error at the network's outputs counts beside the block's.
-        curvature: the error at a block's exits counts by what it does to the outputs, by least squares; in place of
-            foresight where that is off.
+        curvature: the error at a block's exits counts by what it does to the outputs, by least squares: a cheaper
+            foresight.
         affine_tuning: scales, zero points and biases of the whole network learned together, after its blocks.
     """
 
