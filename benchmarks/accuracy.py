@@ -48,6 +48,7 @@ class Setting:
     effort: int
     wanted: float | None = None
     samples: int = SAMPLES
+    levers: str = ""
 
 
 SETTINGS: Final = (
@@ -87,7 +88,6 @@ class Cell:
     seed: int
     test: int
     equalize: bool
-    levers: str
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all", "tensorrt"])
     parser.add_argument("--equalize", action="store_true")
-    parser.add_argument("--levers", default="", help="as `normfuse compile --levers`")
+    parser.add_argument("--levers", action="append", help="a row for each, as `normfuse compile --levers`")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
@@ -108,7 +108,10 @@ def main() -> None:
     settings = SETTINGS
     if given.bits:
         settings = tuple(
-            Setting(bits, effort, samples=given.samples) for bits in given.bits for effort in given.efforts
+            Setting(bits, effort, samples=given.samples, levers=levers)
+            for bits in given.bits
+            for effort in given.efforts
+            for levers in given.levers or [""]
         )
     found: dict[str, Any] = {"environment": describe_environment().as_dict()}
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
@@ -123,7 +126,7 @@ def _start(
     pool: ProcessPoolExecutor, name: str, settings: Iterable[Setting], given: argparse.Namespace
 ) -> dict[Cell, Future[float]]:
     cells = (
-        Cell(name, setting, operands, seed, given.test, given.equalize, given.levers)
+        Cell(name, setting, operands, seed, given.test, given.equalize)
         for setting in settings
         for operands in given.operands
         if _differs(setting, operands, given.operands)
@@ -149,13 +152,18 @@ def _show(
             lost = [drop for cell, drop in drops.items() if (cell.setting, cell.operands) == (setting, operands)]
             columns.append(f"{mean(lost):.2f} ± {pstdev(lost):.2f}" if lost else "")
             if lost:
-                figures[f"{setting.bits}, effort {setting.effort}, {setting.samples} samples, {operands}"] = lost
+                figures[f"{_described(setting)}, {operands}"] = lost
         wanted = "" if setting.wanted is None else f"{setting.wanted}"
-        rows.append((setting.bits, str(setting.effort), str(setting.samples), *columns, wanted))
+        rows.append((_described(setting), *columns, wanted))
     exact = exact_percent(name, given.test)
-    head = ("bits", "effort", "samples", *(f"lost, {operands}" for operands in given.operands), "at most")
+    head = ("quantized", *(f"lost, {operands}" for operands in given.operands), "at most")
     render.table(f"{name}: {exact:.2f} % in float, mean and deviation of {given.seeds} seeds", head, rows)
     return {"float": exact, "lost": figures}
+
+
+def _described(setting: Setting) -> str:
+    samples = "one sample" if setting.samples == 1 else f"{setting.samples} samples"
+    return ", ".join((setting.bits, f"effort {setting.effort}", samples, *filter(None, [setting.levers])))
 
 
 def points_lost(cell: Cell) -> float:
@@ -164,7 +172,11 @@ def points_lost(cell: Cell) -> float:
     task, setting = MODELS[cell.model].task, cell.setting
     samples, _ = make(task, "calib", setting.samples, cell.seed)
     recipe = Recipe(
-        bits=setting.bits, effort=setting.effort, seed=cell.seed, equalize=cell.equalize, levers=cell.levers
+        bits=setting.bits,
+        effort=setting.effort,
+        levers=setting.levers,
+        seed=cell.seed,
+        equalize=cell.equalize,
     )
     graph = quantized(folded(cell.model), samples, recipe, _placement(cell.operands, recipe.precision))
     return exact_percent(cell.model, cell.test) - percent_of_graph(graph, *held_out(task, cell.test))
