@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cpu import _plain_export
 from benchmarks.deit import Logits
+from benchmarks.plain_export import export_plainly
 from benchmarks.random_weights import randomized_norms
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.cli import render
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
         model = Path(folder) / "model.onnx"
         if any(tool not in OURS for tool in given.tools):
-            _plain_export(_model(SHAPES[given.shape], 12), model)
+            export_plainly(_model(SHAPES[given.shape], 12), torch.randn(2, 3, 224, 224), model)
         runs = dict[str, list[dict[str, float]]]()
         for _ in range(given.runs):  # in turns: drift of the machine falls on all
             for tool in given.tools:

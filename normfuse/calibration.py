@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Final
 
+import torch
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.quantization import QuantizationRequest, requests
+from normfuse.graph.quickly import quickly
 from normfuse.output_error import OutputError
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
@@ -82,8 +85,9 @@ def calibrate(
     how samples were batched nor on their order; memory does not grow with their number. With
     ``AUTO`` the candidates (min-max, percentiles, MSE, entropy) compete by the squared error that they leave
     at the outputs of the linear maps and convolutions reading the codes (at 8 bits, of wide maps by a sketch); any
-    other reader adds the error of the tensor itself (``OutputError``). From fewer than eight samples it takes what
-    they saw and widens it, where there are 8 bits.
+    other reader adds the error of the tensor itself (``OutputError``). Ranges to choose from come from all samples, the
+    errors that choose from at most 32, drawn by what is in them. From fewer than eight samples it takes what they saw
+    and widens it, where there are 8 bits.
 
     Args:
         graph: a float graph with requests (``place-quantizers``).
@@ -98,12 +102,13 @@ def calibrate(
     shown = progress or Silent()
     wanted = {request.node: request for request in requests(graph)}
     histograms = {node: DyadicHistogram() for node in wanted}
-    count = _observe(graph, source, histograms, shown, total)
+    digests = _observe(graph, source, histograms, shown, total)
+    count = len(digests)
     seen = [request for node, request in wanted.items() if histograms[node].total]
     offered = {request.node: _offer(histograms[request.node], request, method, count) for request in seen}
     errors: dict[fx.Node, dict[str, float]] = {}
     if any(len(ranges) > 1 for ranges in offered.values()):
-        errors = _compete(graph, source, offered, wanted, shown, total)
+        errors = _compete(graph, source, _drawn(digests), offered, wanted, shown)
     chosen = {
         request.source.name: _choose(
             request, offered[request.node], errors.get(request.node, {}), histograms[request.node]
@@ -115,23 +120,49 @@ def calibrate(
 
 def _observe(
     graph: Graph, source: Source, histograms: Mapping[fx.Node, DyadicHistogram], progress: Progress, total: int | None
-) -> int:
-    count = 0
+) -> list[bytes]:
+    """Fill the histograms, return a digest of every sample."""
+    digests = list[bytes]()
 
-    def watch(node: fx.Node, value: Any) -> Any:
+    def watch(node: fx.Node, value: Tensor) -> None:
         if (histogram := histograms.get(node)) is not None:
             layer = query.layer_of(node) or node.all_input_nodes[0].name
-            histogram.update(value, where=f"{layer}, calibration sample {count}")
-        return value
+            histogram.update(value, where=f"{layer}, calibration sample {len(digests)}")
 
     with progress.task("observing ranges", total) as advance:
         for sample in source():
-            graph.run_watched(sample, watch)
-            count += 1
+            _run(graph, sample, watch)
+            digests.append(_digest(sample))
             advance(1)
-    if count == 0:
+    if not digests:
         raise BadInput("there are no calibration samples", expected="at least one sample")
-    return count
+    return digests
+
+
+def _run(graph: Graph, sample: Sequence[Tensor], watch: Callable[[fx.Node, Any], None]) -> None:
+    def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = quickly(node, args, kwargs)
+        watch(node, value)
+        return value
+
+    with torch.no_grad():
+        graph.run_as(sample, compute)
+
+
+def _digest(sample: Sequence[Tensor]) -> bytes:
+    digest = sha256()
+    for tensor in sample:
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+COMPETED: Final = 32
+"""Samples that candidates compete on; a run of them costs some two of the run that observes."""
+
+
+def _drawn(digests: Sequence[bytes]) -> set[int]:
+    """Return the places of the samples with the smallest digests: a draw that neither order nor batches show in."""
+    return set(sorted(range(len(digests)), key=lambda place: digests[place])[:COMPETED])
 
 
 FEW: Final = 8
@@ -175,10 +206,10 @@ def _widened(histogram: DyadicHistogram, request: QuantizationRequest, samples: 
 def _compete(
     graph: Graph,
     source: Source,
+    drawn: Collection[int],
     offered: Mapping[fx.Node, Mapping[str, Range]],
     wanted: Mapping[fx.Node, QuantizationRequest],
     progress: Progress,
-    total: int | None,
 ) -> dict[fx.Node, dict[str, float]]:
     """Return, for every tensor and candidate, the squared error at the outputs of the tensor's readers."""
     contests = {
@@ -187,15 +218,15 @@ def _compete(
         if len(ranges) > 1
     }
 
-    def watch(node: fx.Node, value: Any) -> Any:
+    def watch(node: fx.Node, value: Tensor) -> None:
         if (contest := contests.get(node)) is not None:
             contest.update(value)
-        return value
 
-    with progress.task("choosing ranges", total) as advance:
-        for sample in source():
-            graph.run_watched(sample, watch)
-            advance(1)
+    with progress.task("choosing ranges", len(drawn)) as advance:
+        for place, sample in enumerate(source()):
+            if place in drawn:
+                _run(graph, sample, watch)
+                advance(1)
     return {node: contest.errors() for node, contest in contests.items()}
 
 

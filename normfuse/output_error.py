@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops
+from normfuse.graph.quickly import linear as linear_map
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
 __all__ = ["OutputError"]
@@ -44,7 +45,7 @@ class OutputError:
         self._maps: list[Callable[[Tensor], Tensor]] = []
         if linear:
             weight = _sketched(torch.cat(linear), is_exact)
-            self._maps.append(lambda d: torch.nn.functional.linear(d, weight))
+            self._maps.append(lambda d: linear_map(d, weight))
         for reader, each in found:
             if each is not None and reader.target is not ops.LINEAR:
                 self._maps.append(_convolution(reader, each, is_exact))

@@ -21,8 +21,8 @@ DEFAULT_BINS: Final = 1 << 14
 SMALLEST_EXPONENT: Final = -120
 """Bins are at least ``2 ** -120`` wide, so that scaling by the width's reciprocal stays finite in float32."""
 
-CHUNK: Final = 1 << 20
-"""Values binned at once: the temporary indices then take 4 MiB whatever the tensor's size."""
+CHUNK: Final = 1 << 16
+"""Values binned at once: the temporaries then stay in a core's cache whatever the tensor's size."""
 
 
 class DyadicHistogram:
@@ -127,10 +127,11 @@ class DyadicHistogram:
 
     def _count(self, values: Tensor) -> NDArray[np.int64]:
         # A power of two only moves the exponent, so the quotient is exact unless it underflows (widths above 1 alone).
-        bins = torch.floor(values * math.ldexp(1.0, -self.exponent)).to(torch.int32)
+        narrowest = torch.int16 if self.bins <= 1 << 15 else torch.int32
+        bins = (values * math.ldexp(1.0, -self.exponent)).floor_().to(narrowest)
         if self.exponent > 0:
-            bins -= ((values < 0) & (bins == 0)).to(torch.int32)  # what has underflowed still has its sign
-        counts = torch.bincount(bins + self.bins // 2, minlength=self.bins)
+            bins -= ((values < 0) & (bins == 0)).to(narrowest)  # what has underflowed still has its sign
+        counts = torch.bincount(bins.add_(self.bins // 2), minlength=self.bins)
         return np.asarray(counts.cpu().numpy(), dtype=np.int64)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.calibration import calibrate
+from normfuse.calibration import COMPETED, _Contest, calibrate
 from normfuse.errors import BadInput
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, query
@@ -19,6 +19,7 @@ from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
 from normfuse.quant import UINT8, DyadicHistogram, asymmetric, candidates, quantize_dequantize
 from normfuse.recipe import CalibrationMethod
+from normfuse.testing import seeded
 
 
 def placed(model: nn.Module, example: Tensor) -> Graph:
@@ -43,6 +44,36 @@ def test_the_order_of_samples_does_not_matter(method: CalibrationMethod) -> None
     graph = placed(two_layers(), samples[:2])
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1))
     assert calibrate(graph, source(samples), method=method) == calibrate(graph, source(samples[order]), method=method)
+
+
+def test_more_samples_than_compete_give_the_same_ranges_in_any_order() -> None:
+    samples = torch.randn(150, 11, generator=seeded(0)) * torch.linspace(0.1, 9, 150)[:, None]
+    graph = placed(two_layers(), samples[:2])
+    order = torch.randperm(150, generator=seeded(1))
+    found = calibrate(graph, source(samples))
+    assert any(chosen.errors for chosen in found.chosen.values())
+    assert found == calibrate(graph, source(samples[order]))
+
+
+def test_ranges_to_choose_from_come_from_all_samples_and_the_choice_from_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
+    samples = torch.randn(150, 11, generator=seeded(0))
+    samples[:, 0] = torch.arange(150) / 10
+    graph = placed(two_layers(), samples[:2])
+    update = _Contest.update
+
+    def count(contest: _Contest, value: Tensor) -> None:
+        seen.extend([round(float(value[0, 0]) * 10)] if value.shape == (1, 11) else [])
+        update(contest, value)
+
+    monkeypatch.setattr(_Contest, "update", count)
+    found = calibrate(graph, source(samples))
+    assert len(seen) == len(set(seen)) == COMPETED
+    assert min(seen) < 40  # drawn from all over them
+    assert max(seen) >= 110
+    (image,) = [node.name for node in graph.inputs]
+    assert found.chosen[image].observed.maximum == float(samples.max())
+    assert found.samples == 150
 
 
 def test_min_max_is_what_was_observed() -> None:
@@ -133,7 +164,7 @@ CASES: list[Any] = [
 
 @pytest.mark.parametrize(("readers", "errors_of"), CASES)
 def test_every_reader_counts(readers: Any, errors_of: Any) -> None:
-    samples = torch.randn(40, 8, 9, generator=torch.Generator().manual_seed(5))
+    samples = torch.randn(COMPETED, 8, 9, generator=torch.Generator().manual_seed(5))
     samples[7, 0, 4] = 400.0  # in the channel that the convolution ignores
     model = Readers(readers)
     graph = placed(model, samples[:2])

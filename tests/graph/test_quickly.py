@@ -1,0 +1,67 @@
+"""Linear maps by another kernel are the same maps, whatever the sizes and strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normfuse.graph import capture, ops
+from normfuse.graph.quickly import linear, quickly
+from normfuse.testing import seeded
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("leading", "inputs", "outputs"),
+    [((), 7, 3), ((1,), 1, 1), ((7,), 129, 1), ((2, 197), 64, 1823), ((3, 1, 5), 1823, 7), ((0,), 5, 2)],
+)
+def test_it_is_the_linear_map(leading: tuple[int, ...], inputs: int, outputs: int, has_bias: bool) -> None:
+    x, weight = (torch.randn(*shape, inputs, generator=seeded(0)) for shape in (leading, (outputs,)))
+    bias = torch.randn(outputs, generator=seeded(1)) if has_bias else None
+    found = linear(x, weight, bias)
+    wanted = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * inputs**0.5)
+
+
+def test_strides_do_not_matter() -> None:
+    x, weight = torch.randn(9, 5, 3, generator=seeded(0)), torch.randn(9, 4, generator=seeded(1))
+    found = linear(x.permute(2, 1, 0), weight.mT)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, nn.functional.linear(x.permute(2, 1, 0).contiguous(), weight.mT.contiguous()))
+    sliced = torch.randn(4, 10, generator=seeded(2))[:, ::2]
+    torch.testing.assert_close(linear(sliced, weight.mT[:, :5]), sliced @ weight[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_computed_as_ever(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(3, 5, dtype=dtype), torch.randn(2, 5, dtype=dtype)
+    assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    weight = torch.ones(2, 3)
+    found = linear(torch.tensor([[1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0], [1.0, 1.0, 1.0]]), weight)
+    assert found[0].isnan().all()
+    assert found[1].isinf().all()
+    assert found[2].tolist() == [3.0, 3.0]
+
+
+def test_a_network_is_what_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(11, 17), nn.GELU(), nn.LayerNorm(17), nn.Linear(17, 5, bias=False)).eval()
+    x, called = torch.randn(6, 11, generator=seeded(1)), list[Any]()
+    graph = capture(model, [x])
+
+    def compute(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called.append(node.target)
+        return quickly(node, args, kwargs)
+
+    with torch.no_grad():
+        (found,) = graph.run_as([x], compute)
+        wanted: Tensor = model(x)
+    assert called.count(ops.LINEAR) == 2
+    torch.testing.assert_close(found, wanted)
