@@ -6,7 +6,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, pstdev
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import BATCH, folded, held_out, percent, percent_of_graph, quantized
+from benchmarks.accuracy import BATCH, folded, held_out, percent, quantized
 from benchmarks.peers.calling import PEERS, Peer, PeerMissing, ask
 from benchmarks.peers.order import Order
 from benchmarks.plain_export import export_plainly
 from examples.zoo.data import make
 from examples.zoo.models import MODELS
 from examples.zoo.train import WEIGHTS
+from normfuse.bench.accuracy import Array
 from normfuse.bench.environment import default_threads, describe_environment
 from normfuse.cli import render
 from normfuse.errors import NormfuseError
@@ -52,13 +53,18 @@ OURS: Final[dict[str, dict[str, dict[str, Any]]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way of one tool: points lost and seconds by seed, or why there are none."""
+    """One way of one tool: by seed points lost, the logits' error and seconds, or why there are none.
+
+    The error is the squared difference from the float logits over their squares, in per mille: accuracy counts the few
+    images that change sides, the error all of them.
+    """
 
     tool: str
     bits: str
     setting: str
     tensors: str = ""
     lost: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     missing: str = ""
 
@@ -66,9 +72,14 @@ class Row:
         """Return the row as text."""
         name = f"{self.tool}, {self.setting}"
         if self.missing:
-            return (name, self.bits, f"skipped: {self.missing}", "", "")
-        spread = f" ± {pstdev(self.lost):.2f}" if len(self.lost) > 1 else ""
-        return (name, self.bits, self.tensors, f"{mean(self.lost):.2f}{spread}", f"{mean(self.seconds):.0f}")
+            return (name, self.bits, f"skipped: {self.missing}", "", "", "")
+        figures = _spread(self.lost, "{:.2f}"), _spread(self.errors, "{:.3g}"), f"{mean(self.seconds):.0f}"
+        return (name, self.bits, self.tensors, *figures)
+
+
+def _spread(values: Sequence[float], written: str) -> str:
+    shown = [mean(values), pstdev(values)] if len(values) > 1 else list(values)
+    return " ± ".join(written.format(value) for value in shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +93,14 @@ class Trial:
     samples: tuple[Tensor, ...]
     images: Tensor
     labels: Tensor
+    wanted: Array
     exact: float
+
+    def judged(self, logits: Array) -> tuple[float, float]:
+        """Return points lost and the logits' error in per mille."""
+        parts = (logits[at : at + BATCH] for at in range(0, len(logits), BATCH))
+        difference, size = np.square(logits - self.wanted, dtype=np.float64), np.square(self.wanted, dtype=np.float64)
+        return self.exact - percent(parts, self.labels), 1000 * float(difference.sum() / size.sum())
 
 
 def main() -> None:
@@ -98,7 +116,11 @@ def main() -> None:
                 rows.append(row)
                 render.talk("  ".join(cell for cell in row.cells() if cell))
         title = f"{name}: {trial.exact:.2f} % in float, {given.samples} samples, {len(trial.images)} test images"
-        render.table(title, ("tool", "bits", "codes for", "points lost", "s"), [row.cells() for row in rows])
+        render.table(
+            title,
+            ("tool", "bits", "codes for", "points lost", "error of logits, ‰", "s"),
+            [row.cells() for row in rows],
+        )
         found[name] = {"float": trial.exact, "rows": [asdict(row) for row in rows]}
         if given.output:
             given.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -128,7 +150,7 @@ def prepare(name: str, folder: Path, *, samples: int, seeds: int, test: int) -> 
     model = load_model(WEIGHTS / f"{name}.pt2").model
     assert isinstance(model, torch.export.ExportedProgram)
     export_plainly(model, parts[0][:2], folder / "float.onnx")
-    exact = percent_of_graph(graph, images, labels)
+    wanted = logits_of(graph, images)
     return Trial(
         model=name,
         graph=graph,
@@ -137,8 +159,14 @@ def prepare(name: str, folder: Path, *, samples: int, seeds: int, test: int) -> 
         samples=parts,
         images=images,
         labels=labels,
-        exact=exact,
+        wanted=wanted,
+        exact=percent((wanted[at : at + BATCH] for at in range(0, len(wanted), BATCH)), labels),
     )
+
+
+def logits_of(graph: Graph, images: Tensor) -> Array:
+    """Return the logits of a graph for many images."""
+    return np.concatenate([graph.run(some)[0].numpy() for some in torch.split(images, BATCH)])
 
 
 def measure(trial: Trial, bits: list[str], peers: list[str], efforts: list[int]) -> Iterator[Row]:
@@ -155,13 +183,13 @@ def measure(trial: Trial, bits: list[str], peers: list[str], efforts: list[int])
 def ours(trial: Trial, bits: str, effort: int, tensors: str, change: dict[str, Any]) -> Row:
     """Return what normfuse loses."""
 
-    def lose(seed: int) -> tuple[float, float, str]:
+    def lose(seed: int) -> tuple[tuple[float, float], float, str]:
         recipe = Recipe(bits=bits, effort=effort, seed=seed)
         placement = replace(onnx_placement("avx512_vnni", recipe.precision), **change)
         started = time.perf_counter()
         simulation = quantized(trial.graph, trial.samples[seed], recipe, placement)
         seconds = time.perf_counter() - started
-        return trial.exact - percent_of_graph(simulation, trial.images, trial.labels), seconds, tensors
+        return trial.judged(logits_of(simulation, trial.images)), seconds, tensors
 
     return _over_seeds(Row(tool="normfuse", bits=bits, setting=f"effort {effort}"), trial.seeds, lose)
 
@@ -170,7 +198,7 @@ def theirs(trial: Trial, name: str, peer: Peer, bits: str, setting: str) -> Row:
     """Return what a peer loses, scored here, or why it could not be asked."""
     width = Bits.parse(bits)
 
-    def lose(seed: int) -> tuple[float, float, str]:
+    def lose(seed: int) -> tuple[tuple[float, float], float, str]:
         with tempfile.TemporaryDirectory(dir=trial.folder) as output:
             order = Order(
                 model=trial.model,
@@ -185,18 +213,18 @@ def theirs(trial: Trial, name: str, peer: Peer, bits: str, setting: str) -> Row:
                 seed=seed,
             )
             logits, answer = ask(name, peer, order)
-        parts = (logits[at : at + BATCH] for at in range(0, len(logits), BATCH))
-        return trial.exact - percent(parts, trial.labels), answer.seconds, answer.tensors
+        return trial.judged(logits), answer.seconds, answer.tensors
 
     return _over_seeds(Row(tool=name, bits=bits, setting=setting), trial.seeds, lose)
 
 
-def _over_seeds(row: Row, seeds: int, lose: Callable[[int], tuple[float, float, str]]) -> Row:
+def _over_seeds(row: Row, seeds: int, lose: Callable[[int], tuple[tuple[float, float], float, str]]) -> Row:
     try:
-        lost, seconds, tensors = zip(*(lose(seed) for seed in range(seeds)), strict=True)
+        judged, seconds, tensors = zip(*(lose(seed) for seed in range(seeds)), strict=True)
     except (PeerMissing, NormfuseError) as problem:
         return replace(row, missing=str(problem).splitlines()[0])
-    return replace(row, lost=lost, seconds=seconds, tensors=tensors[0])
+    lost, errors = zip(*judged, strict=True)
+    return replace(row, lost=lost, errors=errors, seconds=seconds, tensors=tensors[0])
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def trial(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Trial:
         samples=(images[:5],),
         images=images,
         labels=labels,
+        wanted=1.5 * images.reshape(len(images), 3).numpy(),
         exact=90.0,
     )
 
@@ -120,7 +121,8 @@ def test_scores_are_made_here_and_lost_points_are_against_our_float_model(tmp_pa
 
     assert row.missing == ""
     assert list(row.lost) == pytest.approx([90.0 - 86.3])
-    assert row.cells()[:4] == ("fake, doubled", "8", "nothing", "3.70")
+    assert list(row.errors) == pytest.approx([1000 / 9])  # 2 x against 1.5 x
+    assert row.cells()[:5] == ("fake, doubled", "8", "nothing", "3.70", "111")
 
 
 @pytest.mark.parametrize("source", ["raise SystemExit('not today')", SCALE.replace("2 * images", "images[1:]")])
