@@ -151,12 +151,14 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     tried = refinements(recipe.precision, effort, seed=recipe.seed, placement=placement)
     if not tried:
         return nearest, []
+    numbers = list[list[int]]()
     # The chunks have no name here: the first block is the last that needs them.
     return refine_blockwise(
         graph,
-        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1),
+        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1, numbers=numbers),
         nearest,
         tried,
+        numbers=numbers,
         foresight=foresight(effort),
         progress=progress,
         keeper=checkpoint,

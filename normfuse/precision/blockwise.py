@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import Compute, Segment, joined, plainly, read_after, run_segment, segments
+from normfuse.graph.segments import Segment, joined, plainly, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
-from normfuse.precision.block import Block, Values, forget, tensors_of
+from normfuse.precision.block import Block, Values, forget
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
+from normfuse.precision.whereabouts import not_finite
 from normfuse.progress import Progress, Silent
 
 __all__ = ["BlockReport", "Keeper", "Refinement", "refine_blockwise"]
@@ -65,6 +66,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     decided: Quantization,
     refinements: Mapping[str, Refinement],
     *,
+    numbers: Sequence[Sequence[int]] | None = None,
     foresight: float = 0.0,
     progress: Progress | None = None,
     keeper: Keeper | None = None,
@@ -75,16 +77,18 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
 
     Args:
         graph: a float graph with requests.
-        chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time.
+        chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time, and
+            a third of those chunks whose targets a refinement asks for.
         decided: the decision to start from.
         refinements: by name, in the order they are tried.
+        numbers: of every chunk those of its samples, for messages; None where they are in order.
         foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
             all of the network behind the block.
         progress: shows the blocks.
         keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
 
     Raises:
-        BadInput: there are no chunks, or NaN comes out of a block.
+        BadInput: there are no chunks, or NaN comes out of a block; the message names layer and sample.
     """
     if not chunks:
         raise BadInput("there are no calibration samples", expected="at least one sample")
@@ -92,21 +96,19 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
     quantized, count = [dict(values) for values in exact], len(chunks)
+    numbers = _in_order(chunks) if numbers is None else numbers
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight else [[] for _ in chunks]
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = read_after(graph, parts[index + 1 :])
-            before = [dict(values) for values in exact]
-            _advance(graph, segment, exact, plainly, set())
-            _refuse_nan(segment, exact)
             block = Block(
                 graph=graph,
                 segment=segment,
                 entries=quantized,
-                exact=before,
-                targets=[tensors_of(segment.exits, values) for values in exact],
+                exact=exact,
+                numbers=numbers,
                 rest=joined(parts[index + 1 :]),
                 answers=answers,
                 foresight=foresight,
@@ -122,11 +124,16 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                     refined = _together(decided, changes)
                 decided = refined
                 reports.append(report)
-            _advance(graph, segment, quantized, Simulation(decided), later)
-            for values in exact:
+            del block
+            for values, samples in zip(exact, numbers, strict=True):
+                run_segment(graph, segment, values, plainly)
+                _refuse_nan(graph, segment, values, samples)
                 forget(values, later)
-            del block, before
-            give_back_memory()
+                give_back_memory()
+            for values in quantized:
+                run_segment(graph, segment, values, Simulation(decided))
+                forget(values, later)
+                give_back_memory()
             advance(1)
     return decided, reports
 
@@ -170,21 +177,23 @@ def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:
     return dict(zip(graph.inputs, chunk, strict=True))
 
 
-def _advance(graph: Graph, segment: Segment, chunks: Sequence[Values], compute: Compute, later: set[fx.Node]) -> None:
-    for values in chunks:
-        run_segment(graph, segment, values, compute)
-        if later:
-            forget(values, later)
+def _in_order(chunks: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    sizes = [max((len(tensor) for tensor in chunk if tensor.ndim), default=1) for chunk in chunks]
+    return [list(range(sum(sizes[:at]), sum(sizes[: at + 1]))) for at in range(len(sizes))]
 
 
-def _refuse_nan(segment: Segment, chunks: Sequence[Values]) -> None:
+def _refuse_nan(graph: Graph, segment: Segment, values: Values, samples: Sequence[int]) -> None:
     """Refuse what nothing can be learned from. (Infinity is left alone: attention masks hold it.)"""
-    for index, values in enumerate(chunks):
-        for node in segment.exits:
-            if isinstance(values[node], Tensor) and bool(values[node].isnan().any()):
-                raise BadInput(
-                    "an activation is not finite",
-                    where=f"{query.layer_of(node) or node.name}, calibration chunk {index} of {len(chunks)}",
-                    expected="finite values everywhere",
-                    hint="check the model on these samples, or leave them out",
-                )
+    if not any(_has_nan(values[node]) for node in segment.exits):
+        return
+
+    def locate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _has_nan(value := plainly(node, args, kwargs)):
+            raise not_finite(node, value.isnan(), samples)
+        return value
+
+    run_segment(graph, segment, dict(values), locate)
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isnan().any())

@@ -11,15 +11,19 @@ from torch import Tensor, fx
 from normfuse.graph import ops, query
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import plainly
+from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, input_scales
 from normfuse.precision.simulation import Simulation
+from normfuse.precision.whereabouts import not_finite
 from normfuse.quant import (
+    InputMeans,
     InputMoments,
     RoundedWeight,
+    RoundingProblem,
     corrected_bias,
-    round_by_coordinate_descent,
-    round_by_gptq,
+    descended,
+    gptq_codes,
     shrink_drift,
     unfold_rows,
 )
@@ -42,26 +46,43 @@ class ErrorFeedback:
 def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback) -> Quantization:
     """Return the decision with this block's weights rounded by GPTQ, each behind those before it."""
     for node, linear in _maps(block, decided).items():
-        moments = _moments(block, decided, node, linear)
-        if chosen.asymmetric:
-            moments = shrink_drift(moments)
         start, wide = decided.weights[node.name], linear.weight
-        codes = round_by_gptq(wide, start.params, moments, asymmetric_correction=chosen.asymmetric)
-        if chosen.descends:
-            codes = round_by_coordinate_descent(wide, start.params, moments, start=codes)
+        codes = _rounded(_problem(block, decided, node, linear, chosen), descends=chosen.descends)
+        codes = codes.reshape(wide.shape).to(wide.device)
         decided = _with(decided, node, replace(start, codes=codes))
+        give_back_memory()
     return decided
+
+
+def _problem(
+    block: Block, decided: Quantization, node: fx.Node, linear: LinearMap, chosen: ErrorFeedback
+) -> RoundingProblem:
+    """Return what the codes should solve. The drift, as large as H, is needed no longer then."""
+    moments = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups)
+    _watch_inputs(moments, block, decided, node, linear)
+    give_back_memory()
+    if chosen.asymmetric:
+        moments = shrink_drift(moments)
+    params = decided.weights[node.name].params
+    return RoundingProblem.of(linear.weight, params, moments, asymmetric_correction=chosen.asymmetric)
+
+
+def _rounded(problem: RoundingProblem, *, descends: bool) -> Tensor:
+    codes = gptq_codes(problem)
+    return descended(problem, codes) if descends else codes
 
 
 def correct_biases(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with biases that give every map of the block the mean output it has in float."""
     scales = input_scales(block.graph, decided.activations)
     for node, linear in _maps(block, decided).items():
-        moments, start = _moments(block, decided, node, linear), decided.weights[node.name]
+        start = decided.weights[node.name]
         if start.bias is None:
             continue
-        means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
-        bias = corrected_bias(linear.bias, linear.weight, start.values, **means).float()
+        means = InputMeans(prod(linear.weight.shape[1:]), groups=linear.groups)
+        _watch_inputs(means, block, decided, node, linear)
+        both = {"mean_quantized": means.mean_quantized, "mean_float": means.mean_float}
+        bias = corrected_bias(linear.bias, linear.weight, start.values, **both).float()
         corrected = replace(start, bias=bias)
         if corrected.holds_bias(scales[node]):
             decided = _with(decided, node, corrected)
@@ -76,13 +97,20 @@ def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:
     return {node: linear for node, linear in found if linear is not None and not linear.is_transposed}
 
 
-def _moments(block: Block, decided: Quantization, node: fx.Node, linear: LinearMap) -> InputMoments:
-    moments, simulation = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups), Simulation(decided)
+def _watch_inputs(
+    sums: InputMoments | InputMeans, block: Block, decided: Quantization, node: fx.Node, linear: LinearMap
+) -> None:
+    """Add what the map reads, of all chunks that teach, quantized and in float."""
+    simulation = Simulation(decided)
     for chunk in block.teaching:
         quantized = block.inputs_of(node, chunk, simulation, is_exact=False)
         exact = block.inputs_of(node, chunk, plainly, is_exact=True)
-        moments.update(_rows(node, linear, quantized), _rows(node, linear, exact))
-    return moments
+        for x in (quantized, exact):
+            if not bool(x.isfinite().all()):
+                raise not_finite(node, ~x.isfinite(), block.numbers[chunk])
+        sums.update(_rows(node, linear, quantized), _rows(node, linear, exact))
+        del x, quantized, exact
+        give_back_memory()
 
 
 def _rows(node: fx.Node, linear: LinearMap, x: Tensor) -> Tensor:
