@@ -68,7 +68,9 @@ def _problem(
 
 
 def _rounded(problem: RoundingProblem, *, descends: bool) -> Tensor:
+    give_back_memory()
     codes = gptq_codes(problem)
+    give_back_memory()  # between the two, rows of float64 are left in the heap's gaps
     return descended(problem, codes) if descends else codes
 
 
