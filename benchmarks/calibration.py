@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.deit import Logits
+from benchmarks.peers.environment import PeerMissing, python_of
 from benchmarks.plain_export import export_plainly
 from benchmarks.random_weights import randomized_norms
 from normfuse.bench.environment import default_threads, describe_environment
@@ -32,8 +33,13 @@ OURS: Final = {
     "normfuse, effort 0": {"effort": 0},
     "normfuse, min-max": {"effort": 0, "calibration": "min-max"},
 }
-PEERS: Final = {"onnxruntime, MinMax": "MinMax", "onnxruntime, Entropy": "Entropy"}
+PEERS: Final = {
+    "onnxruntime, MinMax": "MinMax",
+    "onnxruntime, Entropy": "Entropy",
+    "onnxruntime, Percentile": "Percentile",
+}
 NNCF: Final = "NNCF"
+NNCF_WORKER: Final = Path(__file__).with_name("peers") / "nncf_calibration.py"
 
 
 def main() -> None:
@@ -44,7 +50,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--bits", default="8", help="of normfuse alone; peers have 8")
     parser.add_argument("--tools", nargs="+", default=[*OURS, *PEERS, NNCF])
-    parser.add_argument("--nncf-python", type=Path, help="an interpreter that can import nncf and onnx")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -87,11 +92,13 @@ def _run(tool: str, given: argparse.Namespace, model: Path) -> list[dict[str, fl
     common += ["--threads", str(given.threads)]
     command = [sys.executable, "-m", "benchmarks.calibration", "--worker", tool, *common]
     if tool == NNCF:
-        if given.nncf_python is None:
-            render.line("NNCF: skipped, --nncf-python names no interpreter")
+        try:
+            python = python_of("nncf", NNCF_WORKER.with_name("nncf.txt"))
+        except PeerMissing as missing:
+            render.line(f"NNCF: skipped, {missing}")
             return []
-        script = Path(__file__).with_name("peers") / "nncf_calibration.py"
-        command = [str(given.nncf_python), str(script), str(model), str(given.samples), str(given.threads)]
+        # Without -P the script's folder comes first, and nncf.py beside it is taken for NNCF.
+        command = [str(python), "-P", str(NNCF_WORKER), str(model), str(given.samples), str(given.threads)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]

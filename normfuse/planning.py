@@ -154,12 +154,14 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     at_once = refinements_at_once(levers, seed=recipe.seed)
     if not (tried or at_once):
         return nearest, []
+    numbers = list[list[int]]()
     # The chunks have no name here: the first block is the last that needs them.
     return refine_blockwise(
         graph,
-        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1),
+        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1, numbers=numbers),
         nearest,
         tried,
+        numbers=numbers,
         at_once=at_once,
         foresight=FORESIGHT if levers.foresight else 0.0,
         curvature=levers.curvature,

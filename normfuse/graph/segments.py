@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import metadata, query
 from normfuse.graph.graph import Graph
 
-__all__ = ["Compute", "Segment", "joined", "plainly", "read_after", "run_segment", "segments"]
+__all__ = ["Compute", "Segment", "joined", "leading_to", "plainly", "read_after", "run_segment", "segments"]
 
 Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a call, its arguments and its keyword arguments to its value."""
@@ -53,6 +53,16 @@ def segments(graph: Graph, *, wanted: Callable[[fx.Node], bool]) -> list[Segment
             has_wanted = False
     ends = [*starts[1:], len(order)]
     return [_segment(order[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def leading_to(segment: Segment, node: fx.Node) -> Segment:
+    """Return the part of a segment that makes one value of it; no nodes where the value is an entry."""
+    needed, inside = {node}, set(segment.nodes)
+    for each in reversed(segment.nodes):
+        if each in needed:
+            needed.update(each.all_input_nodes)
+    exits = (node,) if node in inside else ()
+    return Segment(tuple(each for each in segment.nodes if each in needed), segment.entries, exits)
 
 
 def joined(parts: Sequence[Segment]) -> Segment:

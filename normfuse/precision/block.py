@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
-from normfuse.graph.segments import Compute, Segment, run_segment
+from normfuse.graph.segments import Compute, Segment, leading_to, plainly, run_segment
+from normfuse.heap import give_back_memory
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation, in_float
 
@@ -28,24 +29,26 @@ class Block:
         segment: what the block computes.
         entries: per chunk what the quantized network before it makes.
         exact: per chunk what the float network before it makes.
-        targets: per chunk the segment's floating-point exits in the float network.
+        numbers: per chunk the numbers of its samples, for messages.
         rest: all that comes after the segment.
         answers: per chunk the floating-point outputs of the float network.
         foresight: the weight of their error in the loss.
         held_out: how many chunks at the end judge and do not teach.
         weights: what an error at each element of the floating-point exits counts; None: all alike.
+        targets: of the chunks that were asked for, see ``target``.
     """
 
     graph: Graph
     segment: Segment
     entries: Sequence[Values]
     exact: Sequence[Values]
-    targets: Sequence[Sequence[Tensor]]
+    numbers: Sequence[Sequence[int]]
     rest: Segment
     answers: Sequence[Sequence[Tensor]]
     foresight: float
     held_out: int
     weights: Sequence[Tensor] | None = None
+    targets: dict[int, Sequence[Tensor]] = field(default_factory=dict)
 
     @property
     def teaching(self) -> range:
@@ -60,15 +63,21 @@ class Block:
 
     def inputs_of(self, node: fx.Node, chunk: int, compute: Compute, *, is_exact: bool) -> Tensor:
         """Return what one linear map of the block reads, behind quantizers or in the float network."""
-        found = list[Tensor]()
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        values = dict((self.exact if is_exact else self.entries)[chunk])
+        run_segment(self.graph, leading_to(self.segment, source), values, compute)
+        found: Tensor = values[source]
+        return found
 
-        def watch(call: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if call is node:
-                found.append(args[0])
-            return compute(call, args, kwargs)
-
-        run_segment(self.graph, self.segment, dict((self.exact if is_exact else self.entries)[chunk]), watch)
-        return found[0]
+    def target(self, chunk: int) -> Sequence[Tensor]:
+        """Return the segment's floating-point exits in the float network; made when first asked for, as few may be."""
+        if (found := self.targets.get(chunk)) is None:
+            values = dict(self.exact[chunk])
+            with torch.no_grad():
+                run_segment(self.graph, self.segment, values, plainly)
+            found = self.targets[chunk] = tensors_of(self.segment.exits, values)
+        return found
 
     def loss(self, chunk: int, compute: Compute) -> Tensor:
         """Return the squared error of the exits over the squares of the targets, summed over the exits.
@@ -78,7 +87,7 @@ class Block:
         """
         values = dict(self.entries[chunk])
         run_segment(self.graph, self.segment, values, compute)
-        near = summed_error(tensors_of(self.segment.exits, values), self.targets[chunk], self.weights)
+        near = summed_error(tensors_of(self.segment.exits, values), self.target(chunk), self.weights)
         if not (self.foresight and self.rest.nodes):
             return near
         run_segment(self.graph, self.rest, values, in_float)
@@ -87,8 +96,11 @@ class Block:
     def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
         """Return the mean loss of a decision over chunks."""
         simulation = Simulation(decided)
-        with torch.no_grad():
-            losses = [float(self.loss(chunk, simulation)) for chunk in chunks]
+        losses = list[float]()
+        for chunk in chunks:
+            with torch.no_grad():
+                losses.append(float(self.loss(chunk, simulation)))
+            give_back_memory()
         return sum(losses) / len(losses)
 
 
@@ -106,11 +118,15 @@ def forget(values: Values, later: Collection[fx.Node]) -> None:
 
 def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
     """Return the sum of the tensors' relative errors."""
-    weights = [torch.ones(()) for _ in wanted] if weights is None else weights
-    return torch.stack([relative_error(*each) for each in zip(found, wanted, weights, strict=True)]).sum()
+    counts = [1.0] * len(wanted) if weights is None else weights
+    return torch.stack([relative_error(*each) for each in zip(found, wanted, counts, strict=True)]).sum()
 
 
-def relative_error(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-    """Return ``sum weight (found - wanted)^2 / sum weight wanted^2``."""
-    size = (weight * wanted.square()).sum().clamp(min=torch.finfo(wanted.dtype).tiny)
-    return (weight * (found - wanted).square()).sum() / size
+def relative_error(found: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Return ``sum weight (found - wanted)^2 / sum weight wanted^2``; infinity where it should be counts for nothing.
+
+    (Attention masks hold it.)
+    """
+    error = torch.where(found == wanted, 0.0, found - wanted).square()
+    size = (weight * wanted.masked_fill(wanted.isinf(), 0.0).square()).sum()
+    return (weight * error).sum() / size.clamp(min=torch.finfo(wanted.dtype).tiny)

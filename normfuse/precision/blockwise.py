@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import BadInput
-from normfuse.graph import Graph, query
+from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import Compute, Segment, joined, plainly, read_after, run_segment, segments
+from normfuse.graph.segments import Segment, joined, plainly, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
-from normfuse.precision.block import Block, Values, forget, tensors_of
+from normfuse.precision.block import Block, Values, forget
 from normfuse.precision.curvature import exit_weights
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
+from normfuse.precision.whereabouts import not_finite
 from normfuse.progress import Progress, Silent
 
 __all__ = ["BlockReport", "Keeper", "Refinement", "refine_blockwise"]
@@ -68,6 +69,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     refinements: Mapping[str, Refinement],
     *,
     at_once: Mapping[str, Refinement] = MappingProxyType({}),
+    numbers: Sequence[Sequence[int]] | None = None,
     foresight: float = 0.0,
     curvature: bool = False,
     progress: Progress | None = None,
@@ -79,10 +81,12 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
 
     Args:
         graph: a float graph with requests.
-        chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time.
+        chunks: batches of samples, one tensor per input; two tensors per chunk and boundary are held at a time, and
+            a third of those chunks whose targets a refinement asks for.
         decided: the decision to start from.
         refinements: by name, in the order they are tried.
         at_once: refinements of the whole network as one block, after all others.
+        numbers: of every chunk those of its samples, for messages; None where they are in order.
         foresight: the weight of the error at the network's outputs beside that at the block's; with it an update runs
             all of the network behind the block.
         curvature: errors at a block's exits count by what they do to the outputs (``exit_weights``).
@@ -90,7 +94,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
         keeper: knows blocks that an earlier run has finished, which are not refined again, and gets those of this one.
 
     Raises:
-        BadInput: there are no chunks, or NaN comes out of a block.
+        BadInput: there are no chunks, or NaN comes out of a block; the message names layer and sample.
     """
     if not chunks:
         raise BadInput("there are no calibration samples", expected="at least one sample")
@@ -98,23 +102,20 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
     quantized, count = [dict(values) for values in exact], len(chunks)
-    whole = joined(parts)
     inputs = [dict(values) for values in exact] if at_once else []
+    numbers = _in_order(chunks) if numbers is None else numbers
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = read_after(graph, parts[index + 1 :])
-            before = [dict(values) for values in exact]
-            _advance(graph, segment, exact, plainly, set())
-            _refuse_nan(segment, exact)
             block = Block(
                 graph=graph,
                 segment=segment,
                 entries=quantized,
-                exact=before,
-                targets=[tensors_of(segment.exits, values) for values in exact],
+                exact=exact,
+                numbers=numbers,
                 rest=joined(parts[index + 1 :]),
                 answers=answers,
                 foresight=foresight,
@@ -125,37 +126,32 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                     block = replace(block, weights=exit_weights(block, decided))
                 decided, report = _refined(block, index, decided, refinements, keeper)
                 reports.append(report)
-            _advance(graph, segment, quantized, Simulation(decided), later)
-            for values in exact:
+            del block
+            for values, samples in zip(exact, numbers, strict=True):
+                run_segment(graph, segment, values, plainly)
+                _refuse_nan(graph, segment, values, samples)
                 forget(values, later)
-            del block, before
-            give_back_memory()
+                give_back_memory()
+            for values in quantized:
+                run_segment(graph, segment, values, Simulation(decided))
+                forget(values, later)
+                give_back_memory()
             advance(1)
         if at_once:
-            block = _whole(graph, whole, inputs, max(count // HELD_OUT, 1))
+            block = Block(
+                graph=graph,
+                segment=joined(parts),
+                entries=inputs,
+                exact=inputs,
+                numbers=numbers,
+                rest=joined([]),
+                answers=answers,
+                foresight=0.0,
+                held_out=max(count // HELD_OUT, 1),
+            )
             decided, report = _refined(block, len(parts), decided, at_once, keeper)
             reports.append(report)
     return decided, reports
-
-
-def _whole(graph: Graph, whole: Segment, inputs: Sequence[Values], held_out: int) -> Block:
-    """Return the network as one block."""
-    targets = []
-    for values in inputs:
-        outputs = dict(values)
-        run_segment(graph, whole, outputs, plainly)
-        targets.append(tensors_of(whole.exits, outputs))
-    return Block(
-        graph=graph,
-        segment=whole,
-        entries=inputs,
-        exact=inputs,
-        targets=targets,
-        rest=joined([]),
-        answers=[[] for _ in inputs],
-        foresight=0.0,
-        held_out=held_out,
-    )
 
 
 def _refined(
@@ -210,21 +206,23 @@ def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:
     return dict(zip(graph.inputs, chunk, strict=True))
 
 
-def _advance(graph: Graph, segment: Segment, chunks: Sequence[Values], compute: Compute, later: set[fx.Node]) -> None:
-    for values in chunks:
-        run_segment(graph, segment, values, compute)
-        if later:
-            forget(values, later)
+def _in_order(chunks: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    sizes = [max((len(tensor) for tensor in chunk if tensor.ndim), default=1) for chunk in chunks]
+    return [list(range(sum(sizes[:at]), sum(sizes[: at + 1]))) for at in range(len(sizes))]
 
 
-def _refuse_nan(segment: Segment, chunks: Sequence[Values]) -> None:
+def _refuse_nan(graph: Graph, segment: Segment, values: Values, samples: Sequence[int]) -> None:
     """Refuse what nothing can be learned from. (Infinity is left alone: attention masks hold it.)"""
-    for index, values in enumerate(chunks):
-        for node in segment.exits:
-            if isinstance(values[node], Tensor) and bool(values[node].isnan().any()):
-                raise BadInput(
-                    "an activation is not finite",
-                    where=f"{query.layer_of(node) or node.name}, calibration chunk {index} of {len(chunks)}",
-                    expected="finite values everywhere",
-                    hint="check the model on these samples, or leave them out",
-                )
+    if not any(_has_nan(values[node]) for node in segment.exits):
+        return
+
+    def locate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _has_nan(value := plainly(node, args, kwargs)):
+            raise not_finite(node, value.isnan(), samples)
+        return value
+
+    run_segment(graph, segment, dict(values), locate)
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isnan().any())

@@ -51,7 +51,7 @@ def _gradients(block: Block, chunk: int, simulation: Compute) -> tuple[tuple[Ten
         run_segment(block.graph, block.rest, values, in_float)
         loss = summed_error(tensors_of(block.graph.outputs, values), block.answers[chunk])
         gradients = torch.autograd.grad(loss, found, materialize_grads=True)
-    wanted = block.targets[chunk]
+    wanted = block.target(chunk)
     return gradients, [(now - then).detach() for now, then in zip(found, wanted, strict=True)]
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
+from normfuse.heap import give_back_memory
 from normfuse.quant import ActivationParams, QuantParams, Range, RoundedWeight, round_to_nearest
 from normfuse.rewrite.linear_map import read_linear_map
 
@@ -72,4 +73,5 @@ def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization)
             weights[node.name] = kept
         else:
             weights[node.name] = round_to_nearest(linear.weight, linear.bias, type_, input_scale=scale, group=group)
+        give_back_memory()
     return Quantization(activations=activations, weights=weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,25 +11,27 @@ from torch import Tensor, fx
 from normfuse.graph import ops, query
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.segments import plainly
+from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, input_scales
-from normfuse.precision.simulation import Simulation
+from normfuse.precision.simulation import Simulation, call_with
+from normfuse.precision.whereabouts import not_finite
 from normfuse.quant import (
+    InputMeans,
     InputMoments,
+    OutputSums,
+    QuantParams,
     RoundedWeight,
+    RoundingProblem,
     corrected_bias,
-    refit_scale,
-    round_by_coordinate_descent,
-    round_by_gptq,
+    descended,
+    gptq_codes,
     shrink_drift,
     unfold_rows,
 )
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
 __all__ = ["ErrorFeedback", "correct_biases", "feed_back_errors", "refit_affines"]
-
-
-_Adjust = Callable[[LinearMap, RoundedWeight, InputMoments], RoundedWeight]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,53 +48,88 @@ class ErrorFeedback:
 def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback) -> Quantization:
     """Return the decision with this block's weights rounded by GPTQ, each behind those before it."""
     for node, linear in _maps(block, decided).items():
-        moments = _moments(block, decided, node, linear)
-        if chosen.asymmetric:
-            moments = shrink_drift(moments)
         start, wide = decided.weights[node.name], linear.weight
-        codes = round_by_gptq(wide, start.params, moments, asymmetric_correction=chosen.asymmetric)
-        if chosen.descends:
-            codes = round_by_coordinate_descent(wide, start.params, moments, start=codes)
+        codes = _rounded(_problem(block, decided, node, linear, chosen), descends=chosen.descends)
+        codes = codes.reshape(wide.shape).to(wide.device)
         decided = _with(decided, node, replace(start, codes=codes))
+        give_back_memory()
     return decided
+
+
+def _problem(
+    block: Block, decided: Quantization, node: fx.Node, linear: LinearMap, chosen: ErrorFeedback
+) -> RoundingProblem:
+    """Return what the codes should solve. The drift, as large as H, is needed no longer then."""
+    moments = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups)
+    _watch_inputs(moments, block, decided, node, linear)
+    give_back_memory()
+    if chosen.asymmetric:
+        moments = shrink_drift(moments)
+    params = decided.weights[node.name].params
+    return RoundingProblem.of(linear.weight, params, moments, asymmetric_correction=chosen.asymmetric)
+
+
+def _rounded(problem: RoundingProblem, *, descends: bool) -> Tensor:
+    give_back_memory()
+    codes = gptq_codes(problem)
+    give_back_memory()  # between the two, rows of float64 are left in the heap's gaps
+    return descended(problem, codes) if descends else codes
 
 
 def correct_biases(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with biases that give every map of the block the mean output it has in float."""
-    return _adjusted(block, decided, _corrected)
+    scales = input_scales(block.graph, decided.activations)
+    for node, linear in _maps(block, decided).items():
+        start = decided.weights[node.name]
+        if start.bias is None:
+            continue
+        means = InputMeans(prod(linear.weight.shape[1:]), groups=linear.groups)
+        _watch_inputs(means, block, decided, node, linear)
+        both = {"mean_quantized": means.mean_quantized, "mean_float": means.mean_float}
+        bias = corrected_bias(linear.bias, linear.weight, start.values, **both).float()
+        corrected = replace(start, bias=bias)
+        if corrected.holds_bias(scales[node]):
+            decided = _with(decided, node, corrected)
+    return decided
 
 
 def refit_affines(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with the scale and bias at which the codes of every output leave the least error.
 
-    That is "QwT-v2" (2025) for every map: a ridge regression of the float outputs on the
-    quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a bias get the
-    factor alone.
+    That is "QwT-v2" (2025) for every map: a regression of the float outputs on the quantized ones, a factor and an
+    offset per channel, taken into the dequantization. Maps without a bias get the factor alone.
     """
-    return _adjusted(block, decided, _refitted)
-
-
-def _adjusted(block: Block, decided: Quantization, adjust: _Adjust) -> Quantization:
-    """Return the decision with every map of the block adjusted, where its bias still fits beside its codes."""
     scales = input_scales(block.graph, decided.activations)
-    for node, linear in _maps(block, decided).items():
-        adjusted = adjust(linear, decided.weights[node.name], _moments(block, decided, node, linear))
-        if adjusted.holds_bias(scales[node]):
-            decided = _with(decided, node, adjusted)
+    for node in _maps(block, decided):
+        start = decided.weights[node.name]
+        factor, offset = _outputs(block, decided, node).regression(through_zero=start.bias is None)
+        params = replace(start.params, scale=_per_output(start.params, factor) * start.params.scale)
+        refitted = replace(start, params=params, bias=None if start.bias is None else offset.float())
+        if refitted.holds_bias(scales[node]):
+            decided = _with(decided, node, refitted)
     return decided
 
 
-def _corrected(linear: LinearMap, start: RoundedWeight, moments: InputMoments) -> RoundedWeight:
-    if start.bias is None:
-        return start
-    means = {"mean_quantized": moments.mean_quantized, "mean_float": moments.mean_float}
-    return replace(start, bias=corrected_bias(linear.bias, linear.weight, start.values, **means).float())
+def _outputs(block: Block, decided: Quantization, node: fx.Node) -> OutputSums:
+    """Return what one map makes of all chunks that teach, quantized (without its bias) and in float."""
+    simulation, weight = Simulation(decided), decided.weights[node.name].values
+    linear = read_linear_map(block.graph, node)
+    assert linear is not None
+    sums, axis = OutputSums(len(linear.weight)), -1 if node.target is ops.LINEAR else -(linear.weight.ndim - 1)
+    rest = (None, None, *node.args[3:])
+    for chunk in block.teaching:
+        x = block.inputs_of(node, chunk, simulation, is_exact=False)
+        exact = block.inputs_of(node, chunk, plainly, is_exact=True)
+        quantized = call_with(node, (x, *rest), node.kwargs, weight, None)
+        wanted = call_with(node, (exact, *rest), node.kwargs, linear.weight, linear.bias)
+        sums.update(quantized.movedim(axis, -1), wanted.movedim(axis, -1))
+    return sums
 
 
-def _refitted(linear: LinearMap, start: RoundedWeight, moments: InputMoments) -> RoundedWeight:
-    varying = shrink_drift(moments if start.bias is None else moments.centred())
-    refitted = replace(start, params=refit_scale(linear.weight, start.codes, start.params, varying))
-    return _corrected(linear, refitted, moments)
+def _per_output(params: QuantParams, factor: Tensor) -> Tensor:
+    """Return a factor for every output beside the scales, in their type."""
+    scale = params.scale
+    return factor.to(scale).reshape(-1, *[1] * (scale.ndim - 1))
 
 
 def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:
@@ -104,13 +140,20 @@ def _maps(block: Block, decided: Quantization) -> dict[fx.Node, LinearMap]:
     return {node: linear for node, linear in found if linear is not None and not linear.is_transposed}
 
 
-def _moments(block: Block, decided: Quantization, node: fx.Node, linear: LinearMap) -> InputMoments:
-    moments, simulation = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups), Simulation(decided)
+def _watch_inputs(
+    sums: InputMoments | InputMeans, block: Block, decided: Quantization, node: fx.Node, linear: LinearMap
+) -> None:
+    """Add what the map reads, of all chunks that teach, quantized and in float."""
+    simulation = Simulation(decided)
     for chunk in block.teaching:
         quantized = block.inputs_of(node, chunk, simulation, is_exact=False)
         exact = block.inputs_of(node, chunk, plainly, is_exact=True)
-        moments.update(_rows(node, linear, quantized), _rows(node, linear, exact))
-    return moments
+        for x in (quantized, exact):
+            if not bool(x.isfinite().all()):
+                raise not_finite(node, ~x.isfinite(), block.numbers[chunk])
+        sums.update(_rows(node, linear, quantized), _rows(node, linear, exact))
+        del x, quantized, exact
+        give_back_memory()
 
 
 def _rows(node: fx.Node, linear: LinearMap, x: Tensor) -> Tensor:

@@ -60,16 +60,24 @@ def _other_codes(placement: Placement | None) -> dict[str, Refinement]:
     return found
 
 
-def chunked(samples: Iterable[Sequence[Tensor]], size: int) -> list[tuple[Tensor, ...]]:
-    """Return single samples joined to chunks of at most ``size`` along their first axis, each of one shape."""
-    growing, chunks = dict[tuple[torch.Size, ...], list[Sequence[Tensor]]](), list[list[Sequence[Tensor]]]()
-    for sample in samples:
+def chunked(
+    samples: Iterable[Sequence[Tensor]], size: int, *, numbers: list[list[int]] | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Return single samples joined to chunks of at most ``size`` along their first axis, each of one shape.
+
+    To ``numbers`` those of every chunk's samples are added, so that the chunks need no name where they are handed on.
+    """
+    growing, chunks = dict[tuple[torch.Size, ...], dict[int, Sequence[Tensor]]](), list[dict[int, Sequence[Tensor]]]()
+    for number, sample in enumerate(samples):
         shape = tuple(tensor.shape for tensor in sample)
-        group = growing.setdefault(shape, [])
-        group.append(sample)
+        group = growing.setdefault(shape, {})
+        group[number] = sample
         if len(group) == size:
             chunks.append(growing.pop(shape))
-    return [_joined(group) for group in (*chunks, *growing.values())]
+    chunks += growing.values()
+    if numbers is not None:
+        numbers += [list(group) for group in chunks]
+    return [_joined(list(group.values())) for group in chunks]
 
 
 def _joined(group: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:

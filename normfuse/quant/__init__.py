@@ -2,20 +2,21 @@
 
 from normfuse.quant.bias_correction import corrected_bias
 from normfuse.quant.channel_scales import ChannelScales, SeenChannels, channel_scales
-from normfuse.quant.coordinate_descent import round_by_coordinate_descent
+from normfuse.quant.coordinate_descent import descended, round_by_coordinate_descent
 from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.exact_sum import ExactSum
-from normfuse.quant.gptq import round_by_gptq
+from normfuse.quant.gptq import gptq_codes, round_by_gptq
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
+from normfuse.quant.input_means import InputMeans
 from normfuse.quant.integer_type import INT4, INT8, INT8_NARROW, INT16, INT32, UINT4, UINT8, IntegerType
 from normfuse.quant.logarithm import LogarithmicParams, logarithmic_params
+from normfuse.quant.output_sums import OutputSums
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
-from normfuse.quant.rounding_problem import added_error
-from normfuse.quant.scale_refit import refit_scale
+from normfuse.quant.rounding_problem import RoundingProblem, added_error
 from normfuse.quant.snapping import ActivationParams, snap
 from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import RoundedWeight, WeightClip, round_to_nearest, scale_for_bias, weight_params
@@ -34,9 +35,11 @@ __all__ = [
     "DyadicHistogram",
     "ExactSum",
     "Granularity",
+    "InputMeans",
     "InputMoments",
     "IntegerType",
     "LogarithmicParams",
+    "OutputSums",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -44,6 +47,7 @@ __all__ = [
     "Range",
     "RangeMethod",
     "RoundedWeight",
+    "RoundingProblem",
     "SeenChannels",
     "WeightClip",
     "added_error",
@@ -52,10 +56,11 @@ __all__ = [
     "channel_scales",
     "corrected_bias",
     "dequantize",
+    "descended",
+    "gptq_codes",
     "logarithmic_params",
     "quantize",
     "quantize_dequantize",
-    "refit_scale",
     "round_by_coordinate_descent",
     "round_by_gptq",
     "round_to_nearest",

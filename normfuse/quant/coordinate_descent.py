@@ -13,7 +13,7 @@ from normfuse.quant.parameters import QuantParams
 from normfuse.quant.rounding import quantize, to_values
 from normfuse.quant.rounding_problem import RoundingProblem
 
-__all__ = ["round_by_coordinate_descent"]
+__all__ = ["descended", "round_by_coordinate_descent"]
 
 BLOCK: Final = 128
 """Columns between two updates of the whole gradient; a matter of speed alone."""
@@ -55,15 +55,21 @@ def round_by_coordinate_descent(
         start = quantize(weight.detach().double(), params)
     if start.shape != weight.shape:
         raise UsageError(f"codes of {list(start.shape)} for a weight of {list(weight.shape)}", expected="one shape")
+    start = start.to(problem.weight.device).reshape(problem.weight.shape)
+    return descended(problem, start, sweeps=sweeps).reshape(weight.shape).to(weight.device)
+
+
+def descended(problem: RoundingProblem, start: Tensor, *, sweeps: int = 4) -> Tensor:
+    """Return codes as ``round_by_coordinate_descent``, [groups, rows, K] like the start, which is not changed."""
     order = (problem.weight.norm(dim=1) * problem.curvature.sqrt()).argsort(dim=1, descending=True, stable=True)
     along = order[:, None].expand_as(problem.weight)
-    codes = start.to(problem.weight.device).reshape(problem.weight.shape).gather(2, along)
+    codes = start.gather(2, along)
     problem = problem.ordered(order)
     gradient = problem.gradient(to_values(codes, problem.scale, problem.zero_point))
     for _ in range(sweeps):
         if not _sweep(problem, codes, gradient):
             break
-    return torch.empty_like(codes).scatter_(2, along, codes).reshape(weight.shape).to(weight.device)
+    return torch.empty_like(codes).scatter_(2, along, codes)
 
 
 def _sweep(problem: RoundingProblem, codes: Tensor, gradient: Tensor) -> bool:

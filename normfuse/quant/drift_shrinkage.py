@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from normfuse.quant.damped_root import damped_root
+from normfuse.quant.damped_root import damped_root, solve_by_root
 from normfuse.quant.hessian import InputMoments
 
 __all__ = ["shrink_drift"]
+
+SLICE: Final = 256
+"""Columns of the drift that are fitted at once: beside H, D and one root little else is held."""
 
 
 def shrink_drift(moments: InputMoments, *, damping: float = 0.01) -> InputMoments:
@@ -40,11 +44,14 @@ def shrink_drift(moments: InputMoments, *, damping: float = 0.01) -> InputMoment
     if moments.drift is None:
         return shrunk
     root, added = damped_root(moments.gram, damping)
+    kept = squares = torch.zeros_like(added)
+    for drift in torch.split(moments.drift, SLICE, dim=2):
+        fitted = solve_by_root(root, drift)
+        kept = kept + (fitted * drift).sum(dim=(1, 2))
+        squares = squares + fitted.square().sum(dim=(1, 2))
+    length = kept - added * squares  # H M D = D - lambda M D
     freedom, squared = _traces(root, added, moments.gram.diagonal(dim1=1, dim2=2) > 0)
-    fitted = torch.cholesky_solve(moments.drift, root)
-    kept = torch.linalg.vecdot(fitted.flatten(1), moments.drift.flatten(1))
-    length = kept - added * fitted.flatten(1).square().sum(dim=1)  # H M D = D - lambda M D
-    del root, fitted
+    del root
     unexplained = (moments.square_drift - 2 * kept + length).clamp(min=0)
     noise = unexplained / (moments.count - 2 * freedom + squared).clamp(min=1)
     share = torch.where(length > 0, (kept - noise * freedom) / length, 0.0).clamp(0, 1)
@@ -53,8 +60,11 @@ def shrink_drift(moments: InputMoments, *, damping: float = 0.01) -> InputMoment
 
 
 def _traces(root: Tensor, added: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``tr S`` and ``tr S^2``, [groups], of ``H M = I - lambda M``; inputs never seen have no part in them."""
-    inverse = torch.cholesky_inverse(root)
+    """Return ``tr S`` and ``tr S^2``, [groups], of ``H M = I - lambda M``; inputs never seen have no part in them.
+
+    The root is overwritten.
+    """
+    inverse = torch.cholesky_inverse(root, out=root)
     diagonal = inverse.diagonal(dim1=1, dim2=2)
     count, trace = is_live.sum(dim=1), (diagonal * is_live).sum(dim=1)
     square = torch.linalg.vector_norm(inverse, dim=(1, 2)).square() - (diagonal * ~is_live).square().sum(dim=1)

@@ -7,12 +7,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from normfuse.quant.damped_root import damped_root
+from normfuse.quant.damped_root import damped_root, solve_by_root
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.parameters import QuantParams
 from normfuse.quant.rounding_problem import RoundingProblem
 
-__all__ = ["round_by_gptq"]
+__all__ = ["gptq_codes", "round_by_gptq"]
 
 BLOCK: Final = 128
 """Columns between two products with all columns that are done; a matter of speed alone."""
@@ -62,13 +62,22 @@ def round_by_gptq(
         BadInput: no damping makes the Hessian positive definite.
     """
     problem = RoundingProblem.of(weight, params, moments, asymmetric_correction=asymmetric_correction)
+    codes = gptq_codes(problem, damping=damping, activation_order=activation_order)
+    return codes.reshape(weight.shape).to(weight.device)
+
+
+def gptq_codes(problem: RoundingProblem, *, damping: float = 0.01, activation_order: bool = True) -> Tensor:
+    """Return the codes of ``round_by_gptq``, [groups, rows, K]; beside H one matrix of its size is made.
+
+    Raises:
+        BadInput: no damping makes the Hessian positive definite.
+    """
     order = _order(problem, activation_order)
-    problem = problem.ordered(order)
-    root, _ = damped_root(problem.gram, damping)
-    target = problem.weight + torch.cholesky_solve(problem.pull.mT, root).mT
+    root, _ = damped_root(problem.gram, damping, order)
+    problem = problem.with_columns(order)
+    target = problem.weight + solve_by_root(root, problem.pull.mT).mT
     codes = _round_columns(problem, target, root.div_(root.diagonal(dim1=1, dim2=2)[:, None].clone()))
-    unordered = torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
-    return unordered.reshape(weight.shape).to(weight.device)
+    return torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
 
 
 def _order(problem: RoundingProblem, by_activation: bool) -> Tensor:

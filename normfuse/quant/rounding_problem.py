@@ -10,6 +10,7 @@ from torch import Tensor
 from normfuse.errors import UsageError
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.parameters import QuantParams
+from normfuse.quant.reordering import reordered
 from normfuse.quant.rounding import dequantize, to_codes, to_values
 
 __all__ = ["RoundingProblem", "added_error"]
@@ -29,7 +30,7 @@ class RoundingProblem:
         weight: w, float64 [groups, rows, K].
         gram: H, float64 [groups, K, K].
         pull: D w, float64 [groups, rows, K]; zeros where the inputs are the float model's.
-        scale: the grid's, float64 [groups, rows, K].
+        scale: the grid's, float64 [groups, rows, K]; expanded where a row has one, as the zero points.
         zero_point: int32 [groups, rows, K].
         minimum: the smallest code.
         maximum: the largest code.
@@ -62,14 +63,14 @@ class RoundingProblem:
         rows = weight.detach().to(device, torch.float64).reshape(shape)
         scale, zero_point = (
             params.granularity.spread(parameter, weight.shape).expand(weight.shape).to(device).reshape(shape)
-            for parameter in (params.scale, params.zero_point)
+            for parameter in (params.scale.double(), params.zero_point)
         )
         drift = moments.drift if asymmetric_correction else None
         return cls(
             weight=rows,
             gram=moments.gram,
             pull=torch.zeros_like(rows) if drift is None else rows @ drift.mT,
-            scale=scale.double(),
+            scale=scale,
             zero_point=zero_point,
             minimum=params.type.minimum,
             maximum=params.type.maximum,
@@ -82,14 +83,21 @@ class RoundingProblem:
 
     def ordered(self, order: Tensor) -> RoundingProblem:
         """Return the problem with its columns in ``order``, [groups, K]."""
+        return replace(self.with_columns(order), gram=reordered(self.gram, order))
+
+    def with_columns(self, order: Tensor) -> RoundingProblem:
+        """Return the problem with everything but H, which is large, in ``order``."""
         along = order[:, None].expand_as(self.weight)
+
+        def taken(rows: Tensor) -> Tensor:
+            return rows if rows.stride(2) == 0 else rows.gather(2, along)
+
         return replace(
             self,
-            weight=self.weight.gather(2, along),
-            gram=torch.stack([gram[rows[:, None], rows] for gram, rows in zip(self.gram, order, strict=True)]),
-            pull=self.pull.gather(2, along),
-            scale=self.scale.gather(2, along),
-            zero_point=self.zero_point.gather(2, along),
+            weight=taken(self.weight),
+            pull=taken(self.pull),
+            scale=taken(self.scale),
+            zero_point=taken(self.zero_point),
         )
 
     def codes_of(self, values: Tensor, column: int) -> Tensor:

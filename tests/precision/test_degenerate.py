@@ -165,7 +165,7 @@ def test_a_sample_that_is_no_number_is_refused_where_only_weights_are_codes(valu
     x[33, 2] = value
     with pytest.raises(BadInput, match="not finite") as caught:
         quantized(network(), x, "w4a16", 1)
-    assert "calibration chunk 2 of 3" in str(caught.value)
+    assert "calibration sample 33" in str(caught.value)
 
 
 @pytest.mark.parametrize(("bits", "effort"), [("8", 0), ("8", 2), ("w4a4", 1), ("w4a16", 1), ("w4a16", 2)])

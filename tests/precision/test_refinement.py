@@ -198,7 +198,7 @@ def test_chunks_keep_every_sample() -> None:
 def test_foresight_serves_the_output_where_the_blocks_own_error_does_not() -> None:
     graph, start = decided("w3a4")
     chunks = chunked(((x[None],) for x in images(128, 1)), 16)
-    tried = refinements(Levers.of(Effort.LEARNED, Bits(3, 4)), seed=0)
+    tried = refinements(Levers(reconstruction=True), seed=0)
     near, far = (refine_blockwise(graph, chunks, start, tried, foresight=weight)[0] for weight in (0.0, 1.0))
     assert error(graph, far, images(64, 2)) < 0.95 * error(graph, near, images(64, 2))
 
