@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from normfuse.quant import (
     round_to_nearest,
 )
 from normfuse.rewrite.changes import Blocked
+from normfuse.rewrite.channel_product import ProductSite, read_by_linears
 from normfuse.rewrite.equalization import Equalization, Site, groupings, read_by_maps
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
@@ -37,6 +38,9 @@ __all__ = ["choose_equalizations"]
 
 HELD_OUT: Final = 4
 """One of so many chunks judges what the others have chosen."""
+
+SMALLEST_GAIN: Final = 0.25
+"""The part of its blocks' error that a product has to take away, as it is computed with every sample."""
 
 
 @dataclass(slots=True)
@@ -51,12 +55,16 @@ class _Offer:
 
 @dataclass(slots=True)
 class _Found:
-    """A site, the maps that read it, and what was tried there; ``""`` is what stands there now."""
+    """A site, the maps that read it, and what was tried there; ``""`` is what stands there now.
+
+    With ``is_product`` nothing that makes it can be scaled, so a product would be computed for its readers.
+    """
 
     name: str
     axis: int
     groups: Tensor
     readers: list[str]
+    is_product: bool = False
     offers: dict[str, _Offer] = field(default_factory=dict)
 
 
@@ -77,7 +85,9 @@ def choose_equalizations(
     """
     weights = {node.name: request.type for node, request in requested_weights(placed).items()}
     types = {request.source.name: request.type for request in requests(placed)}
-    found = [site for site in _sites(graph) if any(reader in weights for reader in site.readers)]
+    free = _sites(graph)
+    found = [site for site in free if any(reader in weights for reader in site.readers)]
+    found += _product_sites(graph, types, {reader for site in free for reader in site.readers})
     _offer(graph, found, _observed(graph, found, chunks))
     judge = _Judge(placed, types, weights)
     judge.run(found, chunks, progress or Silent())
@@ -103,6 +113,24 @@ def _sites(graph: Graph) -> list[_Found]:
                 if not any(reader in each.readers for each in found for reader in readers):
                     found.append(_Found(node.name, axis, groups, readers))
             site.leave()
+    return found
+
+
+def _product_sites(graph: Graph, read_as_codes: Collection[str], taken: Collection[str]) -> list[_Found]:
+    """Return the tensors that linear maps read as codes, if none of these maps reads a site that costs nothing.
+
+    Inputs of the model are none: their codes are chosen for whoever feeds them.
+    """
+    found = list[_Found]()
+    for node in graph.nodes:
+        readers = read_by_linears(node)
+        if node.op == "placeholder" or node.name not in read_as_codes or not readers:
+            continue
+        if not any(reader.name in taken for reader in readers):
+            linear = read_linear_map(graph, readers[0])
+            assert linear is not None
+            names = [reader.name for reader in readers]
+            found.append(_Found(node.name, linear.input_axis, torch.arange(linear.inputs), names, is_product=True))
     return found
 
 
@@ -135,7 +163,7 @@ def _offer(graph: Graph, found: list[_Found], seen: Mapping[str, SeenChannels]) 
     nodes = {node.name: node for node in scratch.nodes}
     with editing(scratch) as edit:
         for each in found:
-            site = Site(edit, nodes[each.name])
+            site = (ProductSite if each.is_product else Site)(edit, nodes[each.name])
             none = torch.ones(each.groups.numel(), dtype=torch.float64)
             for tried in (ChannelScales("", none, none - 1), *channel_scales(seen[each.name], each.groups)):
                 affine = Affine(tried.scale, tried.shift, each.axis)
@@ -261,9 +289,12 @@ def _teaching(count: int) -> int:
 
 
 def _chosen(site: _Found) -> Equalization | None:
-    """Return the offer that is best where it is chosen, if it is better where it is judged, too."""
+    """Return the offer that is best where it is chosen, if it is better where it is judged, too; a product by far."""
     label = min(site.offers, key=lambda name: site.offers[name].teaching)
     best, now = site.offers[label], site.offers[""]
-    if not label or best.judging >= now.judging:
+    gain = SMALLEST_GAIN if site.is_product else 0.0
+    if not label or best.judging >= (1 - gain) * now.judging:
         return None
-    return Equalization(affine=best.affine, how=label, before=now.judging, after=best.judging)
+    return Equalization(
+        affine=best.affine, how=label, before=now.judging, after=best.judging, is_product=site.is_product
+    )
