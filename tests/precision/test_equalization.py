@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+from normfuse.cli import render
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import Affine
+from normfuse.page import render_page
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
@@ -213,7 +216,7 @@ def test_weights_alone_get_no_product() -> None:
     assert choose(norm_read_by_many(100.0), replace(W4A4, activation=None, model_input=None)) == {}
 
 
-def test_the_engine_computes_what_the_simulation_of_a_product_does() -> None:
+def test_the_engine_computes_what_the_simulation_of_a_product_does(capsys: pytest.CaptureFixture[str]) -> None:
     found = normfuse.compile(
         post_norm(100.0),
         samples(2, 0),
@@ -224,6 +227,9 @@ def test_the_engine_computes_what_the_simulation_of_a_product_does() -> None:
     assert report["applied"] == {"product": 1}
     assert all(check["holds"] for check in found.report["checks"])
     assert found.report["verdict"]["ships"] == "int8"
+    render.report(found.report, Path("out"))
+    assert "equalized: 1 tensors" in capsys.readouterr().out
+    assert "a product in front of the quantizer" in render_page(found.report)
 
 
 def offers(before: float, after: float) -> dict[str, Offer]:
