@@ -216,6 +216,7 @@ def test_weights_alone_get_no_product() -> None:
     assert choose(norm_read_by_many(100.0), replace(W4A4, activation=None, model_input=None)) == {}
 
 
+@pytest.mark.slow
 def test_the_engine_computes_what_the_simulation_of_a_product_does(capsys: pytest.CaptureFixture[str]) -> None:
     found = normfuse.compile(
         post_norm(100.0),
