@@ -156,12 +156,11 @@ def _accuracy_control(found: Mapping[str, Any] | None) -> None:
 
 
 def _folds(passes: Sequence[Mapping[str, Any]]) -> None:
-    rows = []
-    for step in passes:
-        if step["sites"]:
-            rows += [(site["affine"], site["into"], site["formula"]) for site in step["sites"]]
-    if rows:
+    sites = [site for step in passes for site in step["sites"]]
+    if rows := [(site["affine"], site["into"], site["formula"]) for site in sites if "affine" in site]:
         table(f"folded: {len(rows)} affines", ("affine", "into", "formula"), rows)
+    if scaled := [(site["node"], site["into"], site["error"], site["stays"]) for site in sites if "stays" in site]:
+        table(f"equalized: {len(scaled)} tensors", ("tensor", "read by", "error of its maps", "what stays"), scaled)
     left = [
         (refusal["layer"] or refusal["node"], refusal["because"], refusal["detail"])
         for step in passes

@@ -151,7 +151,8 @@ def _checks(checks: Sequence[Section]) -> str:
 
 def _passes(passes: Sequence[Section]) -> str:
     sites = [site for step in passes for site in step.get("sites", ())]
-    names = list(dict.fromkeys(name for site in sites for name in site))
+    scaled = [site for site in sites if "stays" in site]
+    folded = [site for site in sites if "stays" not in site]
     refused = [
         [refusal.get("layer") or refusal.get("node"), refusal.get("because"), refusal.get("detail"), step.get("name")]
         for step in passes
@@ -161,16 +162,21 @@ def _passes(passes: Sequence[Section]) -> str:
         [step.get("name"), ", ".join(f"{rule} {count}" for rule, count in step.get("applied", {}).items()) or "nothing"]
         for step in passes
     ]
-    folded = _table(names, ([site.get(name) for name in names] for site in sites)) if sites else ""
     left = _table(["where", "because", "detail", "pass"], refused) if refused else ""
     return (
-        _heading(f"Folded: {len(sites)}")
-        + folded
+        _heading(f"Folded: {len(folded)}")
+        + _sites(folded)
+        + (_heading(f"Equalized: {len(scaled)}") + _sites(scaled) if scaled else "")
         + _heading(f"Left alone: {len(refused)}")
         + left
         + _heading("Passes, in order")
         + _table(["pass", "applied"], steps)
     )
+
+
+def _sites(sites: Sequence[Section]) -> str:
+    names = list(dict.fromkeys(name for site in sites for name in site))
+    return _table(names, ([site.get(name) for name in names] for site in sites)) if sites else ""
 
 
 def _quantization(quantization: Section) -> str:

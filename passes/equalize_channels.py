@@ -11,12 +11,16 @@ from normfuse.graph.edit import editing
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Refusal
 from normfuse.rewrite.changes import Blocked
+from normfuse.rewrite.channel_product import ProductSite
 from normfuse.rewrite.equalization import Equalization, Site
 
 __all__ = ["EqualizeChannels"]
 
 EQUALIZED: Final = "equalized"
 """Noted of a tensor that has become what was chosen for it."""
+
+STAYS: Final = "a product in front of the quantizer"
+"""What a report says of the operator that an equalization leaves in the graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,8 @@ class EqualizeChannels(Pass):
     2. Linear maps alone read it, behind views, pooling, ReLU and sums; what it meets in a sum is scaled where it is
        made, so that a residual stream between frozen norms is scaled as a whole.
     3. No zero padding stands in front of a shift.
+    4. Where 1 or 2 fails and a product was chosen, x stays and x' = diag(s) x is computed beside it, for the linear
+       maps alone that read x: an operator more, which the report names (rule ``product``). No t, no convolutions.
     """
 
     name: ClassVar[str] = "equalize-channels"
@@ -50,7 +56,8 @@ class EqualizeChannels(Pass):
             for node in [node for node in graph.nodes if node.name in self.chosen]:
                 if metadata.noted(node, EQUALIZED):
                     continue
-                wanted, site = self.chosen[node.name], Site(edit, node)
+                wanted = self.chosen[node.name]
+                site = ProductSite(edit, node) if wanted.is_product else Site(edit, node)
                 found = site.plan(wanted.affine)
                 if isinstance(found, Blocked):
                     site.leave()
@@ -58,15 +65,17 @@ class EqualizeChannels(Pass):
                     continue
                 site.take(wanted.affine, found)
                 metadata.note(node, EQUALIZED, True)
-                applied.append("channels")
+                rule = "product" if wanted.is_product else "channels"
+                applied.append(rule)
                 readers = (query.layer_of(reader) or reader.name for reader in found.carried)
                 sites.append(
                     {
-                        "rule": "channels",
+                        "rule": rule,
                         "node": node.name,
                         "into": ", ".join(dict.fromkeys(readers)),
                         "scales": wanted.how,
                         "error": f"{wanted.before:.3g} to {wanted.after:.3g}",
+                        "stays": STAYS if wanted.is_product else "",
                     }
                 )
         return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused), sites=tuple(sites))

@@ -118,7 +118,7 @@ def forget(values: Values, later: Collection[fx.Node]) -> None:
 
 def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
     """Return the sum of the tensors' relative errors."""
-    counts = [1.0] * len(wanted) if weights is None else weights
+    counts: Sequence[Tensor | float] = [1.0] * len(wanted) if weights is None else weights
     return torch.stack([relative_error(*each) for each in zip(found, wanted, counts, strict=True)]).sum()
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from statistics import mean
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, query
-from normfuse.graph.affine import Affine, along
+from normfuse.graph.affine import IDENTITY, Affine, along
 from normfuse.graph.edit import editing
 from normfuse.graph.quantization import QuantizationRequest, is_requested, requested_weights, requests
 from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
+from normfuse.precision.equalization_offers import NOTHING, Candidate, Offer, taken
 from normfuse.precision.simulation import call_with
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
@@ -29,6 +30,7 @@ from normfuse.quant import (
     round_to_nearest,
 )
 from normfuse.rewrite.changes import Blocked
+from normfuse.rewrite.channel_product import ProductSite, read_by_linears
 from normfuse.rewrite.equalization import Equalization, Site, groupings, read_by_maps
 from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 
@@ -36,27 +38,6 @@ __all__ = ["choose_equalizations"]
 
 HELD_OUT: Final = 4
 """One of so many chunks judges what the others have chosen."""
-
-
-@dataclass(slots=True)
-class _Offer:
-    """An equalization that may be taken: the affine of each reader's input, and the errors it has left so far."""
-
-    affine: Affine
-    carried: dict[str, Affine]
-    teaching: float = 0.0
-    judging: float = 0.0
-
-
-@dataclass(slots=True)
-class _Found:
-    """A site, the maps that read it, and what was tried there; ``""`` is what stands there now."""
-
-    name: str
-    axis: int
-    groups: Tensor
-    readers: list[str]
-    offers: dict[str, _Offer] = field(default_factory=dict)
 
 
 def choose_equalizations(
@@ -76,17 +57,16 @@ def choose_equalizations(
     """
     weights = {node.name: request.type for node, request in requested_weights(placed).items()}
     asked = {request.source.name: request for request in requests(placed)}
-    found = [site for site in _sites(graph) if any(reader in weights for reader in site.readers)]
+    free = _sites(graph)
+    found = [site for site in free if any(reader in weights for reader in site.readers)]
+    found += _product_sites(graph, asked, {reader for site in free for reader in site.readers})
     _offer(graph, found, _observed(graph, found, chunks))
-    judge = _Judge(placed, asked, weights)
-    judge.run(found, chunks, progress or Silent())
-    chosen = {site.name: _chosen(site) for site in found}
-    return {name: each for name, each in chosen.items() if each is not None}
+    return taken(found, _Judge(placed, asked, weights).run(found, chunks, progress or Silent()))
 
 
-def _sites(graph: Graph) -> list[_Found]:
+def _sites(graph: Graph) -> list[Candidate]:
     """Return the tensors that can be scaled; each linear map reads one of them at most."""
-    scratch, found = graph.copy(), list[_Found]()
+    scratch, found = graph.copy(), list[Candidate]()
     with editing(scratch) as edit:
         for node, axis in read_by_maps(scratch).items():
             channels = query.shape(node)[axis]
@@ -100,12 +80,30 @@ def _sites(graph: Graph) -> list[_Found]:
                 assert not isinstance(plan, Blocked)
                 readers = [reader.name for reader in plan.carried]
                 if not any(reader in each.readers for each in found for reader in readers):
-                    found.append(_Found(node.name, axis, groups, readers))
+                    found.append(Candidate(node.name, axis, groups, readers))
             site.leave()
     return found
 
 
-def _observed(graph: Graph, found: list[_Found], chunks: Sequence[Sequence[Tensor]]) -> dict[str, SeenChannels]:
+def _product_sites(graph: Graph, read_as_codes: Collection[str], taken: Collection[str]) -> list[Candidate]:
+    """Return the tensors that linear maps read as codes, if none of these maps reads a site that costs nothing.
+
+    Inputs of the model are none: their codes are chosen for whoever feeds them.
+    """
+    found = list[Candidate]()
+    for node in graph.nodes:
+        readers = read_by_linears(node)
+        if node.op == "placeholder" or node.name not in read_as_codes or not readers:
+            continue
+        if not any(reader.name in taken for reader in readers):
+            linear = read_linear_map(graph, readers[0])
+            assert linear is not None
+            names = [reader.name for reader in readers]
+            found.append(Candidate(node.name, linear.input_axis, torch.arange(linear.inputs), names, is_product=True))
+    return found
+
+
+def _observed(graph: Graph, found: list[Candidate], chunks: Sequence[Sequence[Tensor]]) -> dict[str, SeenChannels]:
     """Return what the maps read at every site, on all chunks."""
     seen = {site.name: SeenChannels.of(site.groups.numel()) for site in found}
     readers = {name: site for site in found for name in site.readers}
@@ -128,20 +126,20 @@ def _observed(graph: Graph, found: list[_Found], chunks: Sequence[Sequence[Tenso
     return seen
 
 
-def _offer(graph: Graph, found: list[_Found], seen: Mapping[str, SeenChannels]) -> None:
+def _offer(graph: Graph, found: list[Candidate], seen: Mapping[str, SeenChannels]) -> None:
     """Fill in what can be taken at every site."""
     scratch = graph.copy()
     nodes = {node.name: node for node in scratch.nodes}
     with editing(scratch) as edit:
         for each in found:
-            site = Site(edit, nodes[each.name])
+            site = (ProductSite if each.is_product else Site)(edit, nodes[each.name])
             none = torch.ones(each.groups.numel(), dtype=torch.float64)
-            for tried in (ChannelScales("", none, none - 1), *channel_scales(seen[each.name], each.groups)):
+            for tried in (ChannelScales(NOTHING, none, none - 1), *channel_scales(seen[each.name], each.groups)):
                 affine = Affine(tried.scale, tried.shift, each.axis)
                 plan = site.plan(affine)
                 if not isinstance(plan, Blocked):
                     carried = {reader.name: before for reader, before in plan.carried.items()}
-                    each.offers[tried.label] = _Offer(affine, carried)
+                    each.offers[tried.label] = Offer(affine, carried)
             site.leave()
 
 
@@ -161,9 +159,11 @@ class _Judge:
     ) -> None:
         self._placed, self._asked, self._weights = placed, asked, weights
 
-    def run(self, found: Sequence[_Found], chunks: Sequence[Sequence[Tensor]], progress: Progress) -> None:
-        """Go through the blocks, in float."""
-        placed = self._placed
+    def run(
+        self, found: Sequence[Candidate], chunks: Sequence[Sequence[Tensor]], progress: Progress
+    ) -> dict[int, float]:
+        """Go through the blocks, in float; return what each errs with all its maps quantized, where it is judged."""
+        placed, whole = self._placed, dict[int, float]()
         parts = segments(placed, wanted=lambda node: node.name in self._weights)
         values = [dict(zip(placed.inputs, chunk, strict=True)) for chunk in chunks]
         with progress.task("equalizing channels", len(parts)) as advance, torch.no_grad():
@@ -171,31 +171,36 @@ class _Judge:
                 later = read_after(placed, parts[index + 1 :])
                 inside = {node.name: node for node in segment.nodes}
                 before = [dict(each) for each in values]
-                inputs = _run(placed, segment, values, {reader for site in found for reader in site.readers})
+                inputs = _run(placed, segment, values, self._weights)
                 targets = [tensors_of(segment.exits, each) for each in values]
+                plain = Offer(IDENTITY, dict.fromkeys(self._weights, IDENTITY))
+                tried = [(plain, [node for name, node in inside.items() if name in self._weights])]
                 for site in found:
                     readers = [inside[name] for name in site.readers if name in inside and name in self._weights]
-                    for offer in site.offers.values() if readers else ():
-                        compute = self._simulated(offer, readers, inputs)
-                        self._add(offer, segment, before, targets, compute)
+                    tried += [(offer, readers) for offer in site.offers.values() if readers]
+                for offer, readers in tried:
+                    errors = self._errors(segment, before, targets, self._simulated(offer, readers, inputs))
+                    count = _teaching(len(errors))
+                    offer.teaching += mean(errors[:count])
+                    offer.judging[index] = mean(errors[count:] or errors)
+                whole[index] = plain.judging[index]
                 for each in values:
                     forget(each, later)
                 advance(1)
+        return whole
 
-    def _add(
-        self, offer: _Offer, segment: Segment, entries: list[Values], targets: list[list[Tensor]], compute: Compute
-    ) -> None:
-        taught = _teaching(len(entries))
-        for index, (entry, wanted) in enumerate(zip(entries, targets, strict=True)):
+    def _errors(
+        self, segment: Segment, entries: list[Values], targets: list[list[Tensor]], compute: Compute
+    ) -> list[float]:
+        """Return the squared error at a block's exits, by chunk."""
+        found = list[float]()
+        for entry, wanted in zip(entries, targets, strict=True):
             local = dict(entry)
             run_segment(self._placed, segment, local, compute)
-            error = float(summed_error(tensors_of(segment.exits, local), wanted))
-            if index < taught:
-                offer.teaching += error / taught
-            if index >= taught or taught == len(entries):
-                offer.judging += error / max(len(entries) - taught, 1)
+            found.append(float(summed_error(tensors_of(segment.exits, local), wanted)))
+        return found
 
-    def _simulated(self, offer: _Offer, readers: list[fx.Node], inputs: Mapping[str, list[Tensor]]) -> Compute:
+    def _simulated(self, offer: Offer, readers: list[fx.Node], inputs: Mapping[str, list[Tensor]]) -> Compute:
         """Return what computes a block with the readers of a site quantized, as the offer has them."""
         quantized = dict[fx.Node, tuple[LinearMap, Tensor, Callable[[Tensor], Tensor]]]()
         shared = dict[str, Callable[[Tensor], Tensor]]()
@@ -230,7 +235,7 @@ class _Judge:
         return lambda x: _applied(now, x) if params is None else quantize_dequantize(_applied(now, x), params)
 
 
-def _run(placed: Graph, segment: Segment, values: list[Values], names: set[str]) -> dict[str, list[Tensor]]:
+def _run(placed: Graph, segment: Segment, values: list[Values], names: Collection[str]) -> dict[str, list[Tensor]]:
     """Compute a block on every chunk; return what the named maps read."""
     inputs = dict[str, list[Tensor]]()
 
@@ -259,12 +264,3 @@ def _applied(found: Affine, x: Tensor) -> Tensor:
 def _teaching(count: int) -> int:
     """Return how many chunks choose; all, if there are too few to hold some out."""
     return max(count - max(count // HELD_OUT, 1), 1)
-
-
-def _chosen(site: _Found) -> Equalization | None:
-    """Return the offer that is best where it is chosen, if it is better where it is judged, too."""
-    label = min(site.offers, key=lambda name: site.offers[name].teaching)
-    best, now = site.offers[label], site.offers[""]
-    if not label or best.judging >= now.judging:
-        return None
-    return Equalization(affine=best.affine, how=label, before=now.judging, after=best.judging)

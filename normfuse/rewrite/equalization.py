@@ -23,13 +23,15 @@ __all__ = ["Equalization", "Equalized", "Site", "groupings", "read_by_maps"]
 class Equalization:
     """What a tensor shall become: ``affine`` of itself, with positive scales.
 
-    ``how`` says where the numbers come from, ``before`` and ``after`` are the errors that decided.
+    ``how`` says where the numbers come from, ``before`` and ``after`` are the errors that decided. With ``is_product``
+    the tensor stays, and a product of it is what its linear maps read.
     """
 
     affine: Affine
     how: str
     before: float
     after: float
+    is_product: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from normfuse.graph.edit import editing
 from normfuse.passes.equalize_channels import EqualizeChannels
 from normfuse.passes.lower_affines import LowerAffines
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
-from normfuse.pipeline import Phase, Pipeline
+from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.report import Reason
 from normfuse.rewrite.equalization import Equalization, Site, groupings, read_by_maps
 from normfuse.testing import Golden, Small, check_pass_contract, distance, picture, randomized, sample, seeded
@@ -37,13 +37,17 @@ def loud(count: int) -> Tensor:
     return 10**exponents
 
 
-def chosen(graph: Graph, node: Any, *, is_shifted: bool = False, groups: Tensor | None = None) -> EqualizeChannels:
+def chosen(
+    graph: Graph, node: Any, *, is_shifted: bool = False, groups: Tensor | None = None, is_product: bool = False
+) -> EqualizeChannels:
     """The pass with random scales (and shifts) for one tensor that linear maps read."""
     axis = read_by_maps(graph)[node]
     count = int(query.shape(node)[axis])
     groups = torch.arange(count) if groups is None else groups
     shift = sample(count)[groups] if is_shifted else torch.zeros(count, dtype=torch.float64)
-    found = Equalization(affine=Affine(loud(count)[groups], shift, axis), how="random", before=2.0, after=1.0)
+    found = Equalization(
+        affine=Affine(loud(count)[groups], shift, axis), how="random", before=2.0, after=1.0, is_product=is_product
+    )
     return EqualizeChannels(chosen={node.name: found})
 
 
@@ -277,6 +281,83 @@ def test_picture(golden: Golden) -> None:
     steps = (chosen(graph, norm, is_shifted=True), chosen(graph, relu))
     step = EqualizeChannels(chosen={**steps[0].chosen, **steps[1].chosen})
     assert step.run(graph).applied == {"channels": 2}
+    assert picture(before, graph.text()) == golden
+
+
+def post_norm(m: Any, x: Tensor) -> Tensor:
+    """The norm's output is the residual stream, and GELU's has a nonlinear maker: nothing can be scaled."""
+    y = m.n(x)
+    result: Tensor = m.n2(y + m.o(F.gelu(m.f(y))) + m.o(F.gelu(m.g(y))))
+    return result
+
+
+POST_NORM: dict[str, Any] = {"n": nn.LayerNorm(7), "n2": nn.LayerNorm(7), "o": nn.Linear(6, 7)}
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["the stream, read by two maps and a sum", "gelu"])
+def test_a_product_scales_what_maps_read_and_nothing_else(index: int) -> None:
+    graph, model, x = exactly(TOKENS, post_norm, POST_NORM)
+    node = list(read_by_maps(graph))[index]
+    others = {reader.name for reader in query.readers(node) if not query.is_call(reader, ops.LINEAR)}
+    step = chosen(graph, node, is_product=True)
+    assert check_pass_contract(step, graph, (x,)).changed
+    report = step.run(graph)
+    assert report.applied == {"product": 1}
+    LowerAffines().run(graph)
+    (product,) = [reader for reader in query.readers(node) if query.is_call(reader, ops.MUL)]
+    assert all(query.is_call(reader, ops.LINEAR) for reader in query.readers(product))
+    assert {reader.name for reader in query.readers(node)} - {product.name} == others
+    scale = query.constant(graph, product.args[1])  # type: ignore[arg-type]
+    assert torch.equal(scale.flatten(), step.chosen[node.name].affine.scale)
+    assert distance(graph.run(x), [model(x)]) < EXACT
+    (site,) = report.sites
+    assert (site["rule"], site["stays"]) == ("product", "a product in front of the quantizer")
+
+
+def test_no_pass_that_folds_takes_a_product_away_from_its_readers() -> None:
+    """Folding once more must not go wrong: gelu's product has nowhere to go but back into what reads it."""
+    graph, model, x = exactly(TOKENS, post_norm, POST_NORM)
+    steps = [chosen(graph, node, is_product=True) for node in list(read_by_maps(graph))[:2]]
+    EqualizeChannels(chosen={**steps[0].chosen, **steps[1].chosen}).run(graph)
+    Pipeline(phases=(LOWER,), given=frozenset({Fact.FOLDED, Fact.AFFINES})).run(graph)
+    again = graph.copy()
+    Pipeline(phases=(CANONICAL, FOLD, LOWER)).run(again)
+    assert distance(graph.run(x), [model(x)]) < EXACT
+    assert distance(again.run(x), [model(x)]) < EXACT
+
+
+PRODUCTS_LEFT: list[Any] = [
+    pytest.param(TOKENS, lambda m, x: m.o(F.gelu(m.f(x))), {}, True, Reason.NO_LINEAR, id="a shift (4)"),
+    pytest.param(IMAGE, lambda m, x: m.d(F.gelu(m.c(x))), CONVOLUTIONS, False, Reason.NO_LINEAR, id="convolutions (4)"),
+]
+
+
+@pytest.mark.parametrize(("shape", "function", "parts", "is_shifted", "reason"), PRODUCTS_LEFT)
+def test_products_left_alone(
+    shape: tuple[int, ...], function: Any, parts: dict[str, Any], is_shifted: bool, reason: Reason
+) -> None:
+    graph, model, x = exactly(shape, function, parts)
+    before = graph.text()
+    report = chosen(graph, last_read(graph), is_shifted=is_shifted, is_product=True).run(graph)
+    assert [refusal.reason for refusal in report.refused] == [reason]
+    assert not report.changed
+    assert graph.text() == before
+    assert distance(graph.run(x), [model(x)]) < EXACT
+
+
+def test_a_product_that_does_not_fit_is_refused() -> None:
+    graph = folded(randomized(Small(lambda m, x: m.o(F.gelu(m.f(x))), **LINEARS)).half(), sample(*TOKENS).half())
+    node, vector = last_read(graph), torch.full((6,), 1e6, dtype=torch.float64)
+    affine = Affine(vector, torch.zeros_like(vector), 2)
+    found = Equalization(affine=affine, how="wrong", before=2.0, after=1.0, is_product=True)
+    report = EqualizeChannels(chosen={node.name: found}).run(graph)
+    assert [refusal.reason for refusal in report.refused] == [Reason.OVERFLOW]
+
+
+def test_picture_of_a_product(golden: Golden) -> None:
+    graph, _, _ = exactly(TOKENS, lambda m, x: m.f(y := m.n(x)) + y.tanh().mean(), {"n": nn.LayerNorm(7)})
+    before = graph.text()
+    assert chosen(graph, last_read(graph), is_product=True).run(graph).applied == {"product": 1}
     assert picture(before, graph.text()) == golden
 
 
