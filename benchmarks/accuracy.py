@@ -27,7 +27,7 @@ from normfuse.loading import load_model
 from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
 from normfuse.quant.placement import Placement
-from normfuse.recipe import Recipe
+from normfuse.recipe import ActivationCodes, Recipe, WeightCodes
 
 __all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized"]
 
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all"])
     parser.add_argument("--equalize", action="store_true")
+    parser.add_argument("--activations", type=ActivationCodes, default=ActivationCodes.STATIC)
+    parser.add_argument("--weights", type=WeightCodes, default=WeightCodes.SYMMETRIC)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
@@ -102,8 +104,9 @@ def _drops(  # noqa: PLR0913, PLR0917 - one cell of the table
     drops = []
     for seed in range(given.seeds):
         samples, _ = make(task, "calib", given.samples, seed)
-        recipe = Recipe(bits=bits, effort=effort, seed=seed, equalize=given.equalize)
-        placement = replace(onnx_placement("avx512_vnni", recipe.precision), **OPERANDS[operands])
+        kinds = {"activations": given.activations, "weights": given.weights}
+        recipe = Recipe(bits=bits, effort=effort, seed=seed, equalize=given.equalize, **kinds)
+        placement = replace(onnx_placement("avx512_vnni", recipe.precision, **kinds), **OPERANDS[operands])
         drops.append(exact - percent_of_graph(quantized(graph, samples, recipe, placement), *test))
     return drops
 

@@ -29,13 +29,13 @@ __all__ = [
 
 
 @torch.library.custom_op("normfuse::request", mutates_args=())
-def request(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
-    """Return ``x`` (ours); the other arguments are those of the ``IntegerType`` that it shall get."""
+def request(x: Tensor, bits: int, signed: bool, narrow: bool, group: int = 0) -> Tensor:
+    """Return ``x`` (ours); the other arguments are those of the ``QuantizationRequest``, 0 for no group."""
     return x.clone()  # an operator must not return its input itself
 
 
 @request.register_fake
-def _(x: Tensor, bits: int, signed: bool, narrow: bool) -> Tensor:
+def _(x: Tensor, bits: int, signed: bool, narrow: bool, group: int = 0) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -45,11 +45,16 @@ REQUEST: Final = torch.ops.normfuse.request.default
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRequest:
-    """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself."""
+    """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself.
+
+    Where ``group`` neighbours on the last axis share a scale, it is found for every row while the engine runs; None: it
+    comes from a range.
+    """
 
     node: fx.Node
     source: fx.Node
     type: IntegerType
+    group: int | None = None
 
     @property
     def readers(self) -> list[fx.Node]:
@@ -57,9 +62,11 @@ class QuantizationRequest:
         return query.readers(self.node)
 
 
-def request_quantization(edit: Editor, source: fx.Node, type_: IntegerType, readers: Collection[fx.Node]) -> None:
+def request_quantization(
+    edit: Editor, source: fx.Node, type_: IntegerType, readers: Collection[fx.Node], *, group: int | None = None
+) -> None:
     """Let these readers of ``source`` read a request for it instead."""
-    wanted = (type_.bits, type_.signed, type_.narrow)
+    wanted = (type_.bits, type_.signed, type_.narrow, *([] if group is None else [group]))
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
 
@@ -79,15 +86,19 @@ def withdraw(edit: Editor, request: QuantizationRequest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WeightRequest:
-    """The constant weight of a linear map shall be codes of ``type``; ``group`` inputs share a scale, None: all."""
+    """The constant weight of a linear map shall be codes of ``type``; ``group`` inputs share a scale, None: all.
+
+    Unless it ``is_symmetric`` they share a zero point, too.
+    """
 
     type: IntegerType
     group: int | None = None
+    is_symmetric: bool = True
 
 
-def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None) -> None:
+def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None, is_symmetric: bool = True) -> None:
     """Ask that the constant weight of a linear map is held as codes."""
-    metadata.note(node, WEIGHT, WeightRequest(type_, group))
+    metadata.note(node, WEIGHT, WeightRequest(type_, group, is_symmetric))
 
 
 def withdraw_weight(node: fx.Node) -> None:
@@ -112,6 +123,7 @@ def requests(graph: Graph) -> list[QuantizationRequest]:
 
 
 def _read(node: fx.Node) -> QuantizationRequest:
-    source, bits, signed, narrow = node.args
+    source, bits, signed, narrow, *group = node.args
     assert isinstance(source, fx.Node)
-    return QuantizationRequest(node, source, IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow)))  # type: ignore[arg-type]
+    type_ = IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow))  # type: ignore[arg-type]
+    return QuantizationRequest(node, source, type_, *(int(size) for size in group))  # type: ignore[arg-type]

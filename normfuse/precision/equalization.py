@@ -12,22 +12,22 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, query
 from normfuse.graph.affine import Affine, along
 from normfuse.graph.edit import editing
-from normfuse.graph.quantization import is_requested, requested_weights, requests
+from normfuse.graph.quantization import QuantizationRequest, WeightRequest, is_requested, requested_weights, requests
 from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
 from normfuse.precision.simulation import call_with
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
+    ActivationParams,
     ChannelScales,
     DyadicHistogram,
-    IntegerType,
-    QuantParams,
+    DynamicParams,
     RangeMethod,
     SeenChannels,
     candidates,
     channel_scales,
-    quantize_dequantize,
     round_to_nearest,
+    snap,
 )
 from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.equalization import Equalization, Site, groupings, read_by_maps
@@ -75,11 +75,11 @@ def choose_equalizations(
         chunks: batches of samples, one tensor per input.
         progress: shows the blocks.
     """
-    weights = {node.name: request.type for node, request in requested_weights(placed).items()}
-    types = {request.source.name: request.type for request in requests(placed)}
+    weights = {node.name: request for node, request in requested_weights(placed).items()}
+    asked = {request.source.name: request for request in requests(placed)}
     found = [site for site in _sites(graph) if any(reader in weights for reader in site.readers)]
     _offer(graph, found, _observed(graph, found, chunks))
-    judge = _Judge(placed, types, weights)
+    judge = _Judge(placed, asked, weights)
     judge.run(found, chunks, progress or Silent())
     chosen = {site.name: _chosen(site) for site in found}
     return {name: each for name, each in chosen.items() if each is not None}
@@ -157,8 +157,10 @@ def _largest_per_input(linear: LinearMap) -> Tensor:
 class _Judge:
     """Adds up what every offer leaves as error at the exits of the blocks."""
 
-    def __init__(self, placed: Graph, types: Mapping[str, IntegerType], weights: Mapping[str, IntegerType]) -> None:
-        self._placed, self._types, self._weights = placed, types, weights
+    def __init__(
+        self, placed: Graph, asked: Mapping[str, QuantizationRequest], weights: Mapping[str, WeightRequest]
+    ) -> None:
+        self._placed, self._asked, self._weights = placed, asked, weights
 
     def run(self, found: Sequence[_Found], chunks: Sequence[Sequence[Tensor]], progress: Progress) -> None:
         """Go through the blocks, in float."""
@@ -201,8 +203,15 @@ class _Judge:
         for node in readers:
             linear, carried = read_linear_map(self._placed, node), offer.carried[node.name]
             assert linear is not None
-            linear = linear.before(carried)
-            rounded = round_to_nearest(linear.weight, linear.bias, self._weights[node.name], input_scale=None)
+            linear, asked = linear.before(carried), self._weights[node.name]
+            rounded = round_to_nearest(
+                linear.weight,
+                linear.bias,
+                asked.type,
+                input_scale=None,
+                group=asked.group,
+                is_symmetric=asked.is_symmetric,
+            )
             source = _source(node)
             if source.name not in shared:
                 shared[source.name] = self._read(source.name, carried, inputs[node.name])
@@ -219,14 +228,16 @@ class _Judge:
     def _read(self, source: str, carried: Affine, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
         """Return what makes of a reader's input the values of the codes that it will read."""
         now = carried.inverse()
-        params: QuantParams | None = None
-        if (type_ := self._types.get(source)) is not None:
+        params: ActivationParams | None = None
+        if (asked := self._asked.get(source)) is not None and asked.group is not None:
+            params = DynamicParams(size=asked.group, type=asked.type)
+        elif asked is not None:
             histogram = DyadicHistogram()
             for x in inputs[: _teaching(len(inputs))]:
                 histogram.update(_applied(now, x))
-            (range_,) = candidates(histogram, type_, methods=(RangeMethod.MSE,)).values()
-            params = range_.quantizer(type_)
-        return lambda x: _applied(now, x) if params is None else quantize_dequantize(_applied(now, x), params)
+            (range_,) = candidates(histogram, asked.type, methods=(RangeMethod.MSE,)).values()
+            params = range_.quantizer(asked.type)
+        return lambda x: _applied(now, x) if params is None else snap(_applied(now, x), params)
 
 
 def _run(placed: Graph, segment: Segment, values: list[Values], names: set[str]) -> dict[str, list[Tensor]]:
