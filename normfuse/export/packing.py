@@ -46,7 +46,7 @@ def pack_grouped_codes(model: ir.Model) -> None:
     """
     for node in list(model.graph):
         if node.op_type == "MatMulNBits":
-            held = [value for value in (node.inputs[1], node.inputs[3]) if value is not None]
+            held = [value for value in (*node.inputs[1:2], *node.inputs[3:4]) if value is not None]
             is_small = all(_fits(_constant(value)) for value in held)
             size, bits = node.attributes["block_size"].as_int(), FOUR if is_small else EIGHT
             node.attributes["bits"] = ir.AttrInt64("bits", bits)

@@ -29,6 +29,18 @@ class Quantization:
     activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many activations have static and dynamic scales, how many weights have no zero points and some."""
+        dynamic = sum(isinstance(params, DynamicParams) for params in self.activations.values())
+        shifted = sum(bool(weight.params.zero_point.any()) for weight in self.weights.values())
+        return {
+            "static activations": len(self.activations) - dynamic,
+            "dynamic activations": dynamic,
+            "symmetric weights": len(self.weights) - shifted,
+            "asymmetric weights": shifted,
+        }
+
 
 def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, ActivationParams]:
     """Return the parameters that the requests of a graph get, static ones from ranges; what has none stays float."""
