@@ -16,9 +16,11 @@ from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import Quantization, refine_blockwise, round_all_to_nearest
 from normfuse.precision.decision_record import decision_from_record, decision_record
 from normfuse.precision.error_feedback import ErrorFeedback, correct_biases, feed_back_errors
+from normfuse.precision.learned_weight import LearnedWeight, MovedWeight
 from normfuse.precision.put_back import Decided, put_back, quantized_blocks
-from normfuse.precision.reconstruction import Reconstruction, Rounding, reconstruct
+from normfuse.precision.reconstruction import Reconstruction, reconstruct
 from normfuse.precision.simulation import Simulation
+from normfuse.precision.soft_rounding import SoftlyRounded
 from normfuse.quant import DynamicParams, round_to_nearest
 from normfuse.quant.bits import Bits
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
@@ -36,12 +38,12 @@ def placed(bits: str, activations: ActivationCodes, weights: WeightCodes) -> tup
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight.add_(1.5 * layer.weight.std())
-    x = torch.randn(96, 48, generator=seeded(5))
+    x = torch.randn(512, 48, generator=seeded(5))
     x[:, :5] *= 8  # so that inputs do not count alike
     graph = capture(model, (x[:2],))
     placement = onnx_placement("avx512_vnni", Bits.parse(bits), activations=activations, weights=weights)
     PlaceQuantizers(placement=placement).run(graph)
-    return graph, [(part,) for part in torch.split(x, 12)]
+    return graph, [(part,) for part in torch.split(x, 16)]
 
 
 def error(graph: Graph, decided: Quantization, chunks: list[tuple[Tensor, ...]]) -> float:
@@ -88,12 +90,27 @@ def test_each_method_is_no_worse_with_zero_points(bits: str, activations: Activa
         assert after < 0.7 * before, "weights off centre"
 
 
-@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("kind", [MovedWeight, SoftlyRounded])
+@pytest.mark.parametrize("group", [None, 16])
+def test_learning_starts_at_the_nearest_codes_beside_their_zero_points(
+    kind: type[LearnedWeight], group: int | None
+) -> None:
+    weight = torch.rand(9, 80, generator=seeded(1)) + 0.05
+    start = round_to_nearest(
+        weight, None, IntegerType(3, signed=True), input_scale=None, group=group, is_symmetric=False
+    )
+    learned = kind(start, weight)
+    assert torch.equal(learned.rounded(None).codes, start.codes)
+    ends = [start.params.granularity.spread(end, weight.shape) for end in (start.params.smallest, start.params.largest)]
+    wanted = start.values if kind is MovedWeight else weight.double().clamp(*ends).float()
+    torch.testing.assert_close(learned.values(), wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
-def test_what_is_learned_is_what_the_codes_stand_for(rounding: Rounding, activations: ActivationCodes) -> None:
+def test_what_is_learned_is_what_the_codes_stand_for(activations: ActivationCodes) -> None:
     graph, chunks = placed("w3a8" if activations is DYNAMIC else "w3a16", activations, ASYMMETRIC)
     nearest = round_all_to_nearest(graph, {})
-    learn = partial(reconstruct, chosen=Reconstruction(steps=60, rounding=rounding))
+    learn = partial(reconstruct, chosen=Reconstruction(steps=60))
     refined, reports = refine_blockwise(graph, chunks, nearest, {"reconstruction": learn})
     assert any(report.kept for report in reports), "it helps on samples held out"
     assert error(graph, refined, chunks) < 0.9 * error(graph, nearest, chunks)
