@@ -26,7 +26,7 @@ EXPORT_FLOAT32: Final = 1e-4
 """Float32 against float32 through some hundred operators: eps (6e-8) times depth and width."""
 
 PRODUCT_FLOAT32: Final = 1e-5
-"""Float32 sums over some hundred groups of exact integers: eps (6e-8) times their number; one code more is 1e-4."""
+"""Float32 sums over some hundred groups of exact integers: eps (6e-8) times their number."""
 
 ONE_CODE: Final = 1
 """Kernels may round the last bit of a float differently, which moves a code by one at most."""
