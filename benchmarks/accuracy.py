@@ -31,7 +31,7 @@ from normfuse.planning import plan_quantization
 from normfuse.progress import Silent
 from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
-from normfuse.recipe import Recipe
+from normfuse.recipe import ActivationCodes, Recipe, WeightCodes
 
 __all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized"]
 
@@ -88,6 +88,8 @@ class Cell:
     seed: int
     test: int
     equalize: bool
+    activations: ActivationCodes
+    weights: WeightCodes
 
 
 def main() -> None:
@@ -99,6 +101,8 @@ def main() -> None:
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all", "tensorrt"])
     parser.add_argument("--equalize", action="store_true")
     parser.add_argument("--levers", action="append", help="a row for each, as `normfuse compile --levers`")
+    parser.add_argument("--activations", type=ActivationCodes, default=ActivationCodes.STATIC)
+    parser.add_argument("--weights", type=WeightCodes, default=WeightCodes.SYMMETRIC)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
@@ -126,7 +130,7 @@ def _start(
     pool: ProcessPoolExecutor, name: str, settings: Iterable[Setting], given: argparse.Namespace
 ) -> dict[Cell, Future[float]]:
     cells = (
-        Cell(name, setting, operands, seed, given.test, given.equalize)
+        Cell(name, setting, operands, seed, given.test, given.equalize, given.activations, given.weights)
         for setting in settings
         for operands in given.operands
         if _differs(setting, operands, given.operands)
@@ -177,13 +181,16 @@ def points_lost(cell: Cell) -> float:
         levers=setting.levers,
         seed=cell.seed,
         equalize=cell.equalize,
+        activations=cell.activations,
+        weights=cell.weights,
     )
-    graph = quantized(folded(cell.model), samples, recipe, _placement(cell.operands, recipe.precision))
+    graph = quantized(folded(cell.model), samples, recipe, _placement(cell.operands, recipe))
     return exact_percent(cell.model, cell.test) - percent_of_graph(graph, *held_out(task, cell.test))
 
 
-def _placement(operands: str, bits: Bits) -> Placement:
-    target = with_bits(TENSORRT, bits) if operands == "tensorrt" else onnx_placement("avx512_vnni", bits)
+def _placement(operands: str, recipe: Recipe) -> Placement:
+    bits, kinds = recipe.precision, {"activations": recipe.activations, "weights": recipe.weights}
+    target = with_bits(TENSORRT, bits) if operands == "tensorrt" else onnx_placement("avx512_vnni", bits, **kinds)
     return replace(target, **OPERANDS[operands])
 
 

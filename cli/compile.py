@@ -20,6 +20,10 @@ __all__ = ["command"]
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file; options here override it.")
 @click.option("--target", help="Where it runs: onnx.")
 @click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w6a6, w4a16 ...; 32: float, folded only.")
+@click.option(
+    "--activations", help="Scales of activations: static (from calibration) or dynamic (per row, as it runs)."
+)
+@click.option("--weights", help="Codes of weights: symmetric or asymmetric (zero points per channel or group).")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
 @click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
 @click.option(

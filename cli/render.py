@@ -118,6 +118,7 @@ def progress(*, quiet: bool) -> Progress:
 def report(found: Mapping[str, Any], output: Path) -> None:
     """Show what a compile did: folds, quantization, checks, comparison, verdict."""
     _folds(found["passes"])
+    _kinds(found)
     if ranges := found["quantization"].get("tensors"):
         methods = Counter(tensor["method"] for tensor in ranges.values())
         chosen = ", ".join(f"{method} {count}" for method, count in methods.most_common())
@@ -142,6 +143,12 @@ def report(found: Mapping[str, Any], output: Path) -> None:
     for reason in verdict["reasons"]:
         line(f"  {reason}")
     line(f"artifact: {output}")
+
+
+def _kinds(found: Mapping[str, Any]) -> None:
+    """Show how many activations and weights have which kind of codes."""
+    if kinds := found.get("quantization", {}).get("kinds"):
+        line(f"codes: {', '.join(f'{kind} {count}' for kind, count in kinds.items() if count)}")
 
 
 def _accuracy_control(found: Mapping[str, Any] | None) -> None:
@@ -249,6 +256,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         if found["problems"] or not {"comparison", "verdict"} <= found["report"].keys():
             line("the report is not shown: it is of the files that were written")
             return
+        _kinds(found["report"])
         comparison(found["report"])
         line(f"verdict: {found['report']['verdict']['verdict']}")
         return

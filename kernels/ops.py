@@ -7,7 +7,8 @@
     normfuse::dequantize_logarithm(Tensor codes, Tensor scale, int axis, int count, int per_octave, bool top_is_zero)
         -> Tensor
     normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
-    normfuse::grouped_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int size) -> Tensor
+    normfuse::grouped_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, int size,
+        bool rounds) -> Tensor
     normfuse::reshape(Tensor x, SymInt[] shape) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
@@ -61,7 +62,9 @@ def _unpack_shape(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-def _grouped_linear_shape(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, size: int) -> Tensor:
+def _grouped_linear_shape(  # noqa: PLR0913, PLR0917 - as the operator
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, size: int, rounds: bool
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 

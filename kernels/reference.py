@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normfuse.quant.dynamic_rows import DynamicParams, round_rows
 from normfuse.quant.granularity import PerGroup
 from normfuse.quant.logarithm import dequantize_logarithm, quantize_logarithm
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
+from normfuse.quant.rounding import to_values
 
 __all__ = [
     "dequantize",
@@ -33,18 +35,24 @@ def unpack(codes: Tensor, scale: Tensor) -> Tensor:
     return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)
 
 
-def grouped_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """Return ``x W^T + bias`` for a weight of symmetric codes, in float.
+def grouped_linear(  # noqa: PLR0913, PLR0917 - an operator's arguments have an order and no names
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, size: int, rounds: bool
+) -> Tensor:
+    """Return ``x W^T + bias`` for a weight held as codes, in float.
 
     Args:
         x: float [..., in].
         codes: integers [out, in].
         scale: x's type, [out, ceil(in / size)]: one for every ``size`` neighbours of a row.
+        zero_point: integers of the scale's shape; None for zeros.
         bias: x's type, [out], or None.
         size: neighbours that share a scale.
+        rounds: whether ``x`` is first moved to codes of its own, one scale per row and group (``round_rows``).
     """
-    spread = PerGroup(1, size).spread(scale, codes.shape)
-    return torch.nn.functional.linear(x, codes.to(scale.dtype) * spread, bias)
+    on, shape = PerGroup(1, size), codes.shape
+    zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+    weight = to_values(codes, on.spread(scale, shape), on.spread(zero, shape))
+    return torch.nn.functional.linear(round_rows(x, DynamicParams(size=size)) if rounds else x, weight, bias)
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:

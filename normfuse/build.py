@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,7 @@ class Engine:
     checks: tuple[Check, ...]
     ranges: Ranges | None = None
     quantized_weights: int = 0
+    kinds: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ def write_quantized(plan: Plan, path: Path, *, placement: Placement) -> Engine:
         checks=(),
         ranges=plan.ranges,
         quantized_weights=len(plan.decided.quantization.weights),
+        kinds=plan.decided.quantization.kinds,
         blocks=plan.blocks,
         session_config=dict(placement.session_config),
         notes=plan.notes,

@@ -79,7 +79,7 @@ def calibrate(
     total: int | None = None,
     progress: Progress | None = None,
 ) -> Ranges:
-    """Return a range for every requested tensor of the graph that the samples reach (ours).
+    """Return a range for every requested tensor of the graph that the samples reach and whose scale is static (ours).
 
     Samples run one by one, statistics are exact counts and exact sums, so the result depends neither on
     how samples were batched nor on their order; memory does not grow with their number. With
@@ -100,7 +100,7 @@ def calibrate(
         BadInput: there are no samples, or a tensor is not finite; the message names layer and sample.
     """
     shown = progress or Silent()
-    wanted = {request.node: request for request in requests(graph)}
+    wanted = {request.node: request for request in requests(graph) if request.group is None}
     histograms = {node: DyadicHistogram() for node in wanted}
     digests = _observe(graph, source, histograms, shown, total)
     count = len(digests)

@@ -25,6 +25,9 @@ FOLD_FLOAT64: Final = 1e-10
 EXPORT_FLOAT32: Final = 1e-4
 """Float32 against float32 through some hundred operators: eps (6e-8) times depth and width."""
 
+PRODUCT_FLOAT32: Final = 1e-5
+"""Float32 sums over some hundred groups of exact integers: eps (6e-8) times their number."""
+
 ONE_CODE: Final = 1
 """Kernels may round the last bit of a float differently, which moves a code by one at most."""
 
@@ -86,18 +89,24 @@ def check_export(original: Graph, path: Path, samples: Sequence[Sequence[Tensor]
 def check_codes(
     graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int, session_config: Mapping[str, str]
 ) -> list[Check]:
-    """Compare the quantized engine with its simulation: codes of every quantizer, if there are any, and the outputs."""
+    """Compare the quantized engine with its simulation: codes, products that make codes, if any, and the outputs."""
     found = compare_codes(graph, path, samples, threads=threads, session_config=session_config)
     seen = _samples(samples_in(samples))
     outputs = Check("engine's outputs = simulation's", found.output_error, SIMULATION_FLOAT32, seen)
+    checked = [outputs]
+    if found.products:
+        detail = f"{len(found.products)} products that make codes, each given the engine's input, {seen}"
+        checked.insert(
+            0, Check("engine's products = simulation's", found.largest_product_error, PRODUCT_FLOAT32, detail)
+        )
     if not found.tensors and not found.missing:
-        return [outputs]
+        return checked
     share = max((tensor.share_different for tensor in found.tensors), default=0.0)
     detail = f"{len(found.tensors)} tensors, {seen}, at most {share:.2%} of a tensor's codes differ"
     largest = float(found.largest_difference)
     if found.missing:
         largest, detail = math.inf, f"not found in the engine: {', '.join(found.missing)}; {detail}"
-    return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), outputs]
+    return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), *checked]
 
 
 def require(checks: Iterable[Check]) -> None:

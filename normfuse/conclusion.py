@@ -114,5 +114,5 @@ def _quantization(engine: Engine | None) -> dict[str, Any]:
         bits += tensor.numel() * (4 if kind == "int4" else 8 * tensor.element_size())
     effective = round(bits / max(elements.total(), 1), 3)
     blocks = [block.as_dict() for block in engine.blocks]
-    sizes = {"constants_by_type": dict(elements), "effective_bits": effective}
+    sizes = {"kinds": dict(engine.kinds), "constants_by_type": dict(elements), "effective_bits": effective}
     return {**sizes, "blocks": blocks, **engine.ranges.as_dict()}

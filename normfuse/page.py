@@ -44,8 +44,9 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``model``, ``environment``: facts by name.
             ``recipe``: TOML text, or options by name.
             ``passes``: ``PassReport.as_dict()`` each.
-            ``quantization``: ``constants_by_type`` (elements by type), ``effective_bits``, ``samples``, and
-            ``tensors`` by name: ``layer``, ``range``, ``observed``, ``method``, ``relative_errors``.
+            ``quantization``: ``kinds`` (how many activations and weights have which codes), ``constants_by_type``
+            (elements by type), ``effective_bits``, ``samples``, and ``tensors`` by name: ``layer``, ``range``,
+            ``observed``, ``method``, ``relative_errors``.
             ``checks``: ``name``, ``value``, ``bound``, ``holds``, ``detail`` each.
             ``accuracy_control``: ``allowed``, ``holds``, ``put_back`` (``layers``, ``level``, ``effect`` each), and
             ``trials`` (``put_back``, ``level``, ``drop`` each).
@@ -201,7 +202,11 @@ def _quantization(quantization: Section) -> str:
         for name, tensor in tensors.items()
     ]
     columns = ["tensor", "layer", "range", "observed", "method", "output error of each method, relative to the best"]
-    drawn = _heading("Constants by type") + _table(["type", "elements", "share"], bars, caption) if counts else ""
+    kinds: Mapping[str, int] = quantization.get("kinds", {})
+    drawn = (
+        _heading("Kinds of codes") + _facts({kind: count for kind, count in kinds.items() if count}) if kinds else ""
+    )
+    drawn += _heading("Constants by type") + _table(["type", "elements", "share"], bars, caption) if counts else ""
     if ranges:
         drawn += _heading(f"Quantized activations: {len(ranges)}")
         drawn += _table(columns, ranges, f"from {quantization.get('samples', 'unknown')} samples")

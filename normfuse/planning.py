@@ -130,7 +130,7 @@ def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -
 def _ranges(
     graph: Graph, samples: Stream, recipe: Recipe, total: int, checkpoint: Checkpoint | None, progress: Progress
 ) -> Ranges:
-    if not requests(graph):
+    if all(request.group is not None for request in requests(graph)):
         return Ranges({}, 0)
     batch = fixed_batch(graph) or 1
     known = None if checkpoint is None else checkpoint.ranges()

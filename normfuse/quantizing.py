@@ -91,4 +91,6 @@ class Quantizing:
         return {**wider, "float": None}
 
     def _placement(self, bits: Bits) -> Placement:
-        return onnx_placement(detect_instruction_set().value, bits)
+        return onnx_placement(
+            detect_instruction_set().value, bits, activations=self.recipe.activations, weights=self.recipe.weights
+        )

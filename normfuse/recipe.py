@@ -9,14 +9,18 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from normfuse.errors import UsageError
-from normfuse.quant.bits import Bits
+from normfuse.quant.bits import MOST, Bits
 from normfuse.quant.calibration_method import CalibrationMethod
+from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.levers import Effort, Levers
 
-__all__ = ["CalibrationMethod", "Recipe", "Target"]
+__all__ = ["ActivationCodes", "CalibrationMethod", "Recipe", "Target", "WeightCodes"]
+
+WIDEST_GROUPED: Final = 4
+"""Bits of weights behind float activations that have groups, and with them room for zero points."""
 
 
 class Target(Enum):
@@ -30,16 +34,20 @@ class Recipe:
     """What to build and how.
 
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
-    ``precision``. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects biases below eight bits, 2 also
-    learns block by block; ``levers`` pulls or lets go single parts of that (see ``Levers``). ``equalize`` scales
-    channels, exactly, where that makes quantized blocks better (see ``EqualizeChannels``). ``samples`` limits the
-    calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop
-    of the score (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept;
-    ``min_speedup`` the smallest speed-up over float.
+    ``precision``. ``activations`` says whether the scales of their codes are known from calibration (``static``) or
+    found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of weights are 0
+    (``symmetric``) or chosen per channel or group (``asymmetric``). ``effort`` 0 rounds to nearest, 1 feeds errors back
+    and corrects biases below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of that
+    (see ``Levers``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
+    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores,
+    two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled),
+    in points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
+    activations: ActivationCodes = ActivationCodes.STATIC
+    weights: WeightCodes = WeightCodes.SYMMETRIC
     effort: int = 1
     levers: str = ""
     equalize: bool = False
@@ -59,6 +67,7 @@ class Recipe:
             UsageError: a field is out of range; the message names it.
         """
         object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
+        self._check_codes()
         _check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
         self.chosen_levers  # noqa: B018 - refuses words that are none
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
@@ -67,6 +76,25 @@ class Recipe:
         # TOML and JSON files with an infinity could not be read again.
         _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
         _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+
+    def _check_codes(self) -> None:
+        """Refuse kinds of codes that onnxruntime, the only target so far, does not run."""
+        bits = self.precision
+        if self.activations is ActivationCodes.DYNAMIC and bits.activation != MOST:
+            raise UsageError(
+                f"activations cannot be dynamic with {self.bits} bits",
+                where="recipe",
+                expected="activations of 8 bits: its kernel for them makes no others",
+                hint=f"--bits w{min(bits.weight, MOST)}a8, or --activations static",
+            )
+        is_grouped = self.activations is ActivationCodes.DYNAMIC or bits.weight <= WIDEST_GROUPED
+        if self.weights is WeightCodes.ASYMMETRIC and (bits.is_float or (bits.is_weight_only and not is_grouped)):
+            raise UsageError(
+                f"weights cannot be asymmetric with {self.bits} bits",
+                where="recipe",
+                expected="weights of 4 bits or fewer behind float activations, or activations of 8 bits or fewer",
+                hint="--weights symmetric",
+            )
 
     @property
     def precision(self) -> Bits:

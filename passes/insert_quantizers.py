@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph, ops, query
@@ -17,6 +18,7 @@ from normfuse.quant import (
     INT32,
     SMALLEST_SCALE,
     ActivationParams,
+    DynamicParams,
     LogarithmicParams,
     PerChannel,
     PerGroup,
@@ -40,9 +42,11 @@ class InsertQuantizers(Pass):
         after    y = linear(dq(q(x)), dq(codes of W), b)
 
     1. Activations: one scale and zero point per tensor (0 is always exact); for products of two activations, where
-       it was decided so, one per head, or codes on a logarithmic scale (which no engine runs).
-    2. Weights: codes per output channel; biases: int32 codes at scale_x * scale_w. A linear map is written on rows,
-       the one form that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
+       it was decided so, one per head, or codes on a logarithmic scale (which no engine runs). Where scales are
+       dynamic no quantizer is written: the product of 3 makes the codes.
+    2. Weights: codes per output channel, with zero points where it was decided so; biases: int32 codes at
+       scale_x * scale_w. A linear map is written on rows, the one form that onnxruntime runs in integers with its bias
+       inside (a product and a sum fall back to float).
     3. A map whose input stays float computes in float, with the values that its weight's codes stand for; where groups
        of them have their own scales, as one operator, because onnxruntime has a kernel for it.
     4. A tensor without parameters stays float, with a refusal; its request is withdrawn, its readers' weights stay.
@@ -62,13 +66,18 @@ class InsertQuantizers(Pass):
         """Edit the graph."""
         refused, applied = list[Refusal](), list[str]()
         scales: dict[fx.Node, Tensor] = {}
-        withdrawn: set[fx.Node] = set()
+        withdrawn, rounding = set[fx.Node](), set[fx.Node]()
         with editing(graph) as edit:
             for request in requests(graph):
                 if (params := self.activations.get(request.source.name)) is None:
                     refused.append(Refusal(request.source.name, Reason.NO_RANGE, layer=query.layer_of(request.source)))
                     applied.append("withdrawn")
                     withdrawn.update(request.readers)
+                    edit.redirect(request.node, request.source)
+                    continue
+                if isinstance(params, DynamicParams):
+                    applied.append("dynamic activation")
+                    rounding.update(request.readers)
                     edit.redirect(request.node, request.source)
                     continue
                 scales |= dict.fromkeys(request.readers, params.scale)
@@ -80,17 +89,19 @@ class InsertQuantizers(Pass):
             for node in requested_weights(graph):
                 withdraw_weight(node)
                 if (weight := self.weights.get(node.name)) is not None and node not in withdrawn:
-                    _quantize_weight(edit, node, weight, scales.get(node))
+                    _quantize_weight(edit, node, weight, scales.get(node), rounds=node in rounding)
                     applied.append("weight")
         return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused))
 
 
-def _quantize_weight(edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor | None) -> None:
+def _quantize_weight(
+    edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor | None, *, rounds: bool
+) -> None:
     params, stem = weight.params, str(node.args[1].target)  # type: ignore[union-attr]
     given = query.argument(node, 2, "bias")
     bias_stem = str(given.target) if given is not None else f"{stem.rpartition('.')[0]}.bias".lstrip(".")
     if isinstance(params.granularity, PerGroup):
-        _write_grouped(edit, node, weight, stem=stem, bias_stem=bias_stem)
+        _write_grouped(edit, node, weight, stem=stem, bias_stem=bias_stem, rounds=rounds)
         return
     if input_scale is None:
         edit.set_argument(node, 1, _unpacked(edit, node, weight, stem=stem))
@@ -110,13 +121,16 @@ def _quantize_weight(edit: Editor, node: fx.Node, weight: RoundedWeight, input_s
         edit.set_argument(node, 2, bias)
 
 
-def _write_grouped(edit: Editor, node: fx.Node, weight: RoundedWeight, *, stem: str, bias_stem: str) -> None:
-    """Write a product of floats and codes with a scale per group (3)."""
+def _write_grouped(
+    edit: Editor, node: fx.Node, weight: RoundedWeight, *, stem: str, bias_stem: str, rounds: bool
+) -> None:
+    """Write a product of floats and codes with a scale per group (3), a zero point too if one is not 0."""
     assert isinstance(weight.params.granularity, PerGroup)
     codes = edit.constant(weight.codes, f"{stem}_codes", like=node)
     scale = edit.constant(weight.params.scale, f"{stem}_scale", like=node)
     bias = None if weight.bias is None else edit.constant(weight.bias, bias_stem, like=node)
-    edit.replace(node, GROUPED_LINEAR, node.args[0], codes, scale, bias, weight.params.granularity.size)
+    zero = _zero_point(edit, node, weight.params, stem) if bool(weight.params.zero_point.any()) else None
+    edit.replace(node, GROUPED_LINEAR, node.args[0], codes, scale, zero, bias, weight.params.granularity.size, rounds)
 
 
 def _unpacked(edit: Editor, at: fx.Node, weight: RoundedWeight, *, stem: str) -> fx.Node:
@@ -145,7 +159,7 @@ def _quantize_logarithm(edit: Editor, request: QuantizationRequest, params: Loga
     edit.redirect(place, values)
 
 
-def _axis(params: ActivationParams) -> int:
+def _axis(params: QuantParams | LogarithmicParams) -> int:
     return params.granularity.axis if isinstance(params.granularity, PerChannel) else PER_TENSOR
 
 
@@ -163,7 +177,8 @@ def _values(edit: Editor, at: fx.Node, codes: Tensor, params: QuantParams, *, ax
 
 def _bias_params(params: QuantParams, input_scale: Tensor) -> QuantParams:
     scale = (input_scale * params.scale).clamp(min=SMALLEST_SCALE)
-    return QuantParams(scale=scale, zero_point=params.zero_point, type=INT32, granularity=params.granularity)
+    zero_point = torch.zeros_like(params.zero_point)
+    return QuantParams(scale=scale, zero_point=zero_point, type=INT32, granularity=params.granularity)
 
 
 def _write_linear(edit: Editor, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:

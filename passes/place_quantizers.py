@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -42,6 +42,7 @@ class PlaceQuantizers(Pass):
     3. Where the target says so, both operands of every product of two activations (attention's).
     4. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
     5. Operators that normfuse does not know stay float and are named.
+    6. Where scales of activations are dynamic, only the inputs of linear maps whose weights have groups are requested.
 
     The maps of 1 carry the type of their weights as a note; where activations stay float there is nothing else.
     Exact: a request passes its input on. Ranges come next, then quantizers in the place of the requests.
@@ -57,22 +58,43 @@ class PlaceQuantizers(Pass):
         """Edit the graph."""
         refused = {node: found for node in graph.nodes if (found := self._refusal(graph, node)) is not None}
         wishes = _inputs(graph, refused)
-        for node in (reader for wish in wishes for reader in wish.readers):
-            request_weight(node, self.placement.weight, group=self._group(node))
-        if self.placement.attention_operands:
-            wishes += _operands(graph)
-        multiplied = {wish.source for wish in wishes}
-        if self.placement.convolution_outputs:
-            wishes += _outputs(graph, refused)
+        groups = {reader: self._group(reader) for wish in wishes for reader in wish.readers}
+        for node, group in groups.items():
+            request_weight(node, self.placement.weight, group=group, is_symmetric=self._is_symmetric(group))
+        if self.placement.is_dynamic:
+            self._request_dynamic(graph, groups)
+        else:
+            wishes += _operands(graph) if self.placement.attention_operands else []
+            multiplied = {wish.source for wish in wishes}
+            wishes += _outputs(graph, refused) if self.placement.convolution_outputs else []
+            self._request_static(graph, wishes, multiplied)
+        return PassReport(
+            name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
+        )
+
+    def _request_static(self, graph: Graph, wishes: Iterable[_Wish], multiplied: Collection[fx.Node]) -> None:
         if self.placement.activation is not None:
             symmetric = self.placement.symmetric_activations
             with editing(graph) as edit:
                 for source, readers in _by_source(wishes).items():
                     type_ = self._type(source, source in multiplied) or self.placement.activation
                     request_quantization(edit, source, type_, readers, is_symmetric=symmetric)
-        return PassReport(
-            name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
-        )
+
+    def _request_dynamic(self, graph: Graph, groups: Mapping[fx.Node, int | None]) -> None:
+        """Let linear maps with groups read codes whose scales are found as the engine runs (6)."""
+        assert self.placement.activation is not None
+        readers: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        for node, group in groups.items():
+            if group is not None:
+                readers.setdefault((_input(node), group), []).append(node)
+        with editing(graph) as edit:
+            for (source, group), nodes in readers.items():
+                request_quantization(edit, source, self.placement.activation, nodes, group=group)
+
+    def _is_symmetric(self, group: int | None) -> bool:
+        """Return whether a map's zero points are 0: where floats meet a scale per channel there are none."""
+        reads_floats = self.placement.activation is None or self.placement.is_dynamic
+        return self.placement.weight_is_symmetric or (group is None and reads_floats)
 
     def _group(self, node: fx.Node) -> int | None:
         """Return how many inputs share a scale: a power of two that divides them, so that no group is cut short."""

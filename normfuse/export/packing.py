@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,10 @@ __all__ = ["is_packed", "pack_grouped_codes", "pack_small_codes", "unpacked_at_l
 FEWEST: Final = 64
 """Constants of fewer elements save less than the node in front of them costs."""
 
-SMALLEST, LARGEST, ZERO = -8, 7, 8
+SMALLEST, LARGEST = -8, 7
+FOUR, EIGHT = 4, 8
+
+Codes = np.ndarray[Any, np.dtype[Any]]
 
 
 def is_packed(codes: Tensor) -> bool:
@@ -36,26 +39,57 @@ def pack_small_codes(model: ir.Model) -> None:
 
 
 def pack_grouped_codes(model: ir.Model) -> None:
-    """Lay out the codes of MatMulNBits as it wants them: uint8 [out, groups, size / 2], low nibble first, zero at 8."""
+    """Lay out codes and zero points of MatMulNBits as it wants them, unsigned, in four bits where they fit, else eight.
+
+    Codes become uint8 [out, groups, bytes of a group] and zero points, if there are any, [out, bytes of the groups];
+    of two values in a byte the low nibble is the first. Without zero points zero stands at the middle code.
+    """
     for node in list(model.graph):
         if node.op_type == "MatMulNBits":
-            codes, size = node.inputs[1], node.attributes["block_size"].as_int()
-            assert codes is not None
-            assert codes.name is not None
-            assert codes.const_value is not None
-            raw = codes.const_value.numpy().astype(np.int16) + ZERO
-            packed = (raw[:, 0::2] | raw[:, 1::2] << 4).astype(np.uint8).reshape(len(raw), -1, size // 2)
-            name = f"{codes.name}_packed"
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape(packed.shape),
-                type=ir.TensorType(ir.DataType.UINT8),
-                const_value=ir.tensor(packed, name=name),
-            )
-            node.replace_input_with(1, value)
-            model.graph.register_initializer(value)
-            if not codes.uses():
-                del model.graph.initializers[codes.name]
+            held = [value for value in (*node.inputs[1:2], *node.inputs[3:4]) if value is not None]
+            is_small = all(_fits(_constant(value)) for value in held)
+            size, bits = node.attributes["block_size"].as_int(), FOUR if is_small else EIGHT
+            node.attributes["bits"] = ir.AttrInt64("bits", bits)
+            rows = _unsigned(_constant(held[0]), bits)
+            _replace(model.graph, node, 1, rows.reshape(len(rows), -1, size * bits // EIGHT))
+            if held[1:]:
+                _replace(model.graph, node, 3, _unsigned(_constant(held[1]), bits))
+
+
+def _constant(value: ir.Value) -> Codes:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _fits(codes: Codes) -> bool:
+    return int(codes.min()) >= SMALLEST and int(codes.max()) <= LARGEST
+
+
+def _unsigned(codes: Codes, bits: int) -> Codes:
+    """Return signed codes, [rows, columns], with zero at the middle, two to a byte where they have four bits."""
+    raw = codes.astype(np.int16) + (1 << (bits - 1))
+    if bits == FOUR:
+        raw = np.pad(raw, ((0, 0), (0, raw.shape[1] % 2)))
+        raw = raw[:, 0::2] | raw[:, 1::2] << FOUR
+    return raw.astype(np.uint8)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, packed: Codes) -> None:
+    """Let an input of a node be a constant, named after the one before, which goes unless somebody else reads it."""
+    before = node.inputs[index]
+    assert before is not None
+    assert before.name is not None
+    name = f"{before.name}_packed"
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(packed.shape),
+        type=ir.TensorType(ir.DataType.UINT8),
+        const_value=ir.tensor(packed, name=name),
+    )
+    node.replace_input_with(index, value)
+    graph.register_initializer(value)
+    if not before.uses():
+        del graph.initializers[before.name]
 
 
 def _small_codes(value: ir.Value) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]] | None:

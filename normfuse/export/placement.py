@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from normfuse.quant import UINT8, IntegerType
+from normfuse.quant import INT8_NARROW, UINT8, IntegerType
 from normfuse.quant.bits import Bits
+from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.placement import Placement
 
 __all__ = ["ARM", "TENSORRT", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement", "with_bits"]
@@ -52,22 +53,49 @@ TENSORRT: Final = Placement(
 """For simulation, until there is an engine."""
 
 
-def onnx_placement(instruction_set: str, bits: Bits = EIGHT) -> Placement:
-    """Return the placement for a processor's level (the names of ``InstructionSet``, lower case) and widths."""
-    return with_bits(_of_level(instruction_set), bits)
+def onnx_placement(
+    instruction_set: str,
+    bits: Bits = EIGHT,
+    *,
+    activations: ActivationCodes = ActivationCodes.STATIC,
+    weights: WeightCodes = WeightCodes.SYMMETRIC,
+) -> Placement:
+    """Return the placement for a processor's level (the names of ``InstructionSet``, lower case), widths and kinds."""
+    return with_bits(_of_level(instruction_set), bits, activations=activations, weights=weights)
 
 
-def with_bits(widest: Placement, bits: Bits) -> Placement:
-    """Return a placement of eight bits with other widths."""
+def with_bits(
+    widest: Placement,
+    bits: Bits,
+    *,
+    activations: ActivationCodes = ActivationCodes.STATIC,
+    weights: WeightCodes = WeightCodes.SYMMETRIC,
+) -> Placement:
+    """Return a placement of eight bits with other widths and kinds."""
     assert widest.activation is not None
+    is_dynamic = activations is ActivationCodes.DYNAMIC
     activation = None if bits.is_weight_only else replace(widest.activation, bits=bits.activation)
+    if is_dynamic:
+        activation = INT8_NARROW
     weight = widest.weight
     if bits.weight < weight.bits:  # every level counts where there are few: the smallest code is used too
         weight = IntegerType(bits.weight, signed=True)
+    is_symmetric = weights is WeightCodes.SYMMETRIC
+    if not is_symmetric:
+        weight = replace(weight, narrow=False)
     # onnxruntime's product of floats and packed codes knows groups; every other one has a scale per channel.
-    group = WEIGHT_GROUP if bits.is_weight_only and bits.weight <= FEW_BITS else None
+    has_groups = is_dynamic or (bits.is_weight_only and bits.weight <= FEW_BITS)
     eight = widest.activation
-    return replace(widest, activation=activation, weight=weight, weight_group=group, model_input=eight, written=eight)
+    return replace(
+        widest,
+        activation=activation,
+        is_dynamic=is_dynamic,
+        weight=weight,
+        weight_is_symmetric=is_symmetric,
+        weight_group=WEIGHT_GROUP if has_groups else None,
+        model_input=eight,
+        written=eight,
+    )
 
 
 def _of_level(instruction_set: str) -> Placement:

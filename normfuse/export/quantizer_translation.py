@@ -41,12 +41,19 @@ def _matmul_nbits() -> Op:
             ("C", ["tensor(uint8)", "tensor(int8)"], "codes"),
             ("I", ["tensor(int32)"], "indices"),
         ],
-        attributes=[attribute(name, OpSchema.AttrType.INT) for name in ("K", "N", "bits", "block_size")],
+        attributes=[
+            attribute(name, OpSchema.AttrType.INT) for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        ],
     )
     return Op(ORT, schema.name, schema)
 
 
 MATMUL_NBITS: Final = _matmul_nbits()
+
+FEW: Final = 4
+
+FLOAT_LEVEL, ROUNDED_LEVEL = 0, 4
+"""MatMulNBits' ``accuracy_level``: floats as they are, or rows moved to codes of 8 bits (``round_rows``)."""
 
 _TYPES: Final = {
     torch.uint8: ir.DataType.UINT8,
@@ -89,10 +96,14 @@ def _unpack(codes: Any, scale: Any) -> Any:
     return op.DequantizeLinear(codes, scale, axis=0)
 
 
-def _grouped_linear(x: Any, codes: Any, scale: Any, bias: Any, size: int) -> Any:
-    """Write onnxruntime's product of floats and packed codes; see ``pack_grouped_codes``."""
+def _grouped_linear(  # noqa: PLR0913, PLR0917 - as the operator
+    x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, size: int, rounds: bool
+) -> Any:
+    """Write onnxruntime's product of floats and packed codes, which ``pack_grouped_codes`` lays out."""
     outputs, inputs = codes.shape
-    return MATMUL_NBITS(x, codes, scale, None, None, bias, K=inputs, N=outputs, bits=4, block_size=size)
+    sizes = {"K": inputs, "N": outputs, "block_size": size, "bits": FEW}
+    level = ROUNDED_LEVEL if rounds else FLOAT_LEVEL
+    return MATMUL_NBITS(x, codes, scale, zero_point, None, bias, **sizes, accuracy_level=level)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

@@ -29,13 +29,13 @@ __all__ = [
 
 
 @torch.library.custom_op("normfuse::request", mutates_args=())
-def request(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool) -> Tensor:
-    """Return ``x`` (ours); its codes shall be of the ``IntegerType`` that the others say, ``symmetric`` about 0."""
+def request(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool, group: int = 0) -> Tensor:
+    """Return ``x`` (ours); the other arguments are those of the ``QuantizationRequest``, 0 for no group."""
     return x.clone()  # an operator must not return its input itself
 
 
 @request.register_fake
-def _(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool) -> Tensor:
+def _(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool, group: int = 0) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -47,13 +47,15 @@ REQUEST: Final = torch.ops.normfuse.request.default
 class QuantizationRequest:
     """The value of ``source`` shall be quantized to ``type`` for the nodes that read ``node``, the request itself.
 
-    With ``is_symmetric`` its zero point is 0.
+    With ``is_symmetric`` its zero point is 0. Where ``group`` neighbours on the last axis share a scale, it is found
+    for every row while the engine runs; None: it comes from a range.
     """
 
     node: fx.Node
     source: fx.Node
     type: IntegerType
     is_symmetric: bool = False
+    group: int | None = None
 
     @property
     def readers(self) -> list[fx.Node]:
@@ -78,9 +80,10 @@ def request_quantization(
     readers: Collection[fx.Node],
     *,
     is_symmetric: bool = False,
+    group: int | None = None,
 ) -> None:
     """Let these readers of ``source`` read a request for it instead."""
-    wanted = (type_.bits, type_.signed, type_.narrow, is_symmetric)
+    wanted = (type_.bits, type_.signed, type_.narrow, is_symmetric, *([] if group is None else [group]))
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
 
@@ -100,15 +103,19 @@ def withdraw(edit: Editor, request: QuantizationRequest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WeightRequest:
-    """The constant weight of a linear map shall be codes of ``type``; ``group`` inputs share a scale, None: all."""
+    """The constant weight of a linear map shall be codes of ``type``; ``group`` inputs share a scale, None: all.
+
+    Unless it ``is_symmetric`` they share a zero point, too.
+    """
 
     type: IntegerType
     group: int | None = None
+    is_symmetric: bool = True
 
 
-def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None) -> None:
+def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None, is_symmetric: bool = True) -> None:
     """Ask that the constant weight of a linear map is held as codes."""
-    metadata.note(node, WEIGHT, WeightRequest(type_, group))
+    metadata.note(node, WEIGHT, WeightRequest(type_, group, is_symmetric))
 
 
 def withdraw_weight(node: fx.Node) -> None:
@@ -133,7 +140,7 @@ def requests(graph: Graph) -> list[QuantizationRequest]:
 
 
 def _read(node: fx.Node) -> QuantizationRequest:
-    source, bits, signed, narrow, symmetric = node.args
+    source, bits, signed, narrow, symmetric, *group = node.args
     assert isinstance(source, fx.Node)
     type_ = IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow))  # type: ignore[arg-type]
-    return QuantizationRequest(node, source, type_, bool(symmetric))
+    return QuantizationRequest(node, source, type_, bool(symmetric), *(int(size) for size in group))  # type: ignore[arg-type]

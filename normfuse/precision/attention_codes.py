@@ -17,6 +17,7 @@ from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation, params_of_request, source_of_request
 from normfuse.quant import (
     ActivationParams,
+    DynamicParams,
     PerChannel,
     PerGroup,
     QuantParams,
@@ -55,7 +56,9 @@ def take_logarithms(block: Block, decided: Quantization, *, per_octave: int) -> 
     """
     for node in _operands(block):
         params, source = params_of_request(node, decided), node.args[0]
-        if params is not None and not params.type.signed and query.is_call(source, ops.SOFTMAX):
+        if params is None or isinstance(params, DynamicParams):
+            continue
+        if not params.type.signed and query.is_call(source, ops.SOFTMAX):
             scales = params.granularity
             assert not isinstance(scales, PerGroup)
             values = _values(block, node, decided)

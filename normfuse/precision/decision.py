@@ -10,7 +10,7 @@ from torch import fx
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
 from normfuse.heap import give_back_memory
-from normfuse.quant import ActivationParams, QuantParams, Range, RoundedWeight, round_to_nearest
+from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight, round_to_nearest
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = [
@@ -30,15 +30,32 @@ class Quantization:
     activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many activations have static and dynamic scales, how many weights have no zero points and some."""
+        dynamic = sum(isinstance(params, DynamicParams) for params in self.activations.values())
+        shifted = sum(bool(weight.params.zero_point.any()) for weight in self.weights.values())
+        return {
+            "static activations": len(self.activations) - dynamic,
+            "dynamic activations": dynamic,
+            "symmetric weights": len(self.weights) - shifted,
+            "asymmetric weights": shifted,
+        }
 
-def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, QuantParams]:
-    """Return the parameters that the requests of a graph get from ranges; what has none stays float."""
-    found = ((request, ranges.get(request.source.name)) for request in requests(graph))
-    return {request.source.name: request.quantizer(range_) for request, range_ in found if range_ is not None}
+
+def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, ActivationParams]:
+    """Return the parameters that the requests of a graph get, static ones from ranges; what has none stays float."""
+    found = dict[str, ActivationParams]()
+    for request in requests(graph):
+        if request.group is not None:
+            found[request.source.name] = DynamicParams(size=request.group, type=request.type)
+        elif (range_ := ranges.get(request.source.name)) is not None:
+            found[request.source.name] = request.quantizer(range_)
+    return found
 
 
 def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> dict[fx.Node, float | None]:
-    """Return the maps whose weights are to be codes, with the scale of their input's codes; None: a float input.
+    """Return the maps whose weights are to be codes, with the scale of their input's codes; None: they add floats.
 
     A map whose input was to be quantized and could not be is left out: it computes floats.
     """
@@ -47,8 +64,10 @@ def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> d
     return {node: scale_for_maps(activations[reads[node]]) if node in reads else None for node in maps}
 
 
-def scale_for_maps(params: ActivationParams) -> float:
-    """Return the one scale of what a linear map reads; only products of activations read other codes."""
+def scale_for_maps(params: ActivationParams) -> float | None:
+    """Return the one scale of what a linear map reads (other codes are for products of activations); None: dynamic."""
+    if isinstance(params, DynamicParams):
+        return None
     assert isinstance(params, QuantParams)
     return float(params.scale)
 
@@ -60,7 +79,7 @@ def round_all_to_nearest(graph: Graph, ranges: Mapping[str, Range]) -> Quantizat
 
 def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization) -> Quantization:
     """Return a decision for a graph whose requests have changed: what still fits them is kept, the rest is nearest."""
-    activations: dict[str, ActivationParams] = dict(activation_params(graph, ranges))
+    activations = activation_params(graph, ranges)
     for name, params in activations.items():
         if (before := known.activations.get(name)) is not None and before.type == params.type:
             activations[name] = before
@@ -68,10 +87,17 @@ def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization)
     for node, scale in input_scales(graph, activations).items():
         if (linear := read_linear_map(graph, node)) is None:
             continue
-        kept, (type_, group) = known.weights.get(node.name), (wanted[node].type, wanted[node].group)
-        if kept is not None and kept.params.type == type_ and kept.holds_bias(scale):
+        kept, asked = known.weights.get(node.name), wanted[node]
+        if kept is not None and kept.params.type == asked.type and kept.holds_bias(scale):
             weights[node.name] = kept
         else:
-            weights[node.name] = round_to_nearest(linear.weight, linear.bias, type_, input_scale=scale, group=group)
+            weights[node.name] = round_to_nearest(
+                linear.weight,
+                linear.bias,
+                asked.type,
+                input_scale=scale,
+                group=asked.group,
+                is_symmetric=asked.is_symmetric,
+            )
         give_back_memory()
     return Quantization(activations=activations, weights=weights)

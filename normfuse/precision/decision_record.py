@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from normfuse.precision.decision import Quantization
-from normfuse.quant import ActivationParams, IntegerType, LogarithmicParams, QuantParams, RoundedWeight
+from normfuse.quant import ActivationParams, DynamicParams, IntegerType, LogarithmicParams, QuantParams, RoundedWeight
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 __all__ = ["decision_from_record", "decision_record"]
@@ -21,6 +21,8 @@ def decision_record(decided: Quantization) -> tuple[dict[str, Any], dict[str, Te
     tensors = dict[str, Tensor]()
 
     def params(each: ActivationParams, name: str) -> dict[str, Any]:
+        if isinstance(each, DynamicParams):
+            return {"type": [each.type.bits, each.type.signed, each.type.narrow], "size": each.size}
         tensors[f"{name}.scale"], kind = each.scale, each.granularity
         logarithm = None
         if isinstance(each, LogarithmicParams):
@@ -57,9 +59,12 @@ def decision_from_record(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
         )
 
     def activation(each: Mapping[str, Any], name: str) -> ActivationParams:
-        if each["logarithm"] is None:
+        if "size" not in each and each["logarithm"] is None:
             return uniform(each, name)
-        (bits, signed, narrow), (per_octave, top_is_zero) = each["type"], each["logarithm"]
+        bits, signed, narrow = each["type"]
+        if "size" in each:
+            return DynamicParams(size=each["size"], type=IntegerType(bits, signed=signed, narrow=narrow))
+        per_octave, top_is_zero = each["logarithm"]
         granularity = _granularity(*each["granularity"])
         assert not isinstance(granularity, PerGroup)
         return LogarithmicParams(

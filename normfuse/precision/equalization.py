@@ -12,22 +12,22 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, query
 from normfuse.graph.affine import IDENTITY, Affine, along
 from normfuse.graph.edit import editing
-from normfuse.graph.quantization import QuantizationRequest, is_requested, requested_weights, requests
+from normfuse.graph.quantization import QuantizationRequest, WeightRequest, is_requested, requested_weights, requests
 from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
 from normfuse.precision.equalization_offers import NOTHING, Candidate, Offer, taken
 from normfuse.precision.simulation import call_with
 from normfuse.progress import Progress, Silent
 from normfuse.quant import (
+    ActivationParams,
     ChannelScales,
     DyadicHistogram,
-    IntegerType,
-    QuantParams,
+    DynamicParams,
     RangeMethod,
     SeenChannels,
     channel_scales,
-    quantize_dequantize,
     round_to_nearest,
+    snap,
 )
 from normfuse.rewrite.changes import Blocked
 from normfuse.rewrite.channel_product import ProductSite, read_by_linears
@@ -55,7 +55,7 @@ def choose_equalizations(
         chunks: batches of samples, one tensor per input.
         progress: shows the blocks.
     """
-    weights = {node.name: request.type for node, request in requested_weights(placed).items()}
+    weights = {node.name: request for node, request in requested_weights(placed).items()}
     asked = {request.source.name: request for request in requests(placed)}
     free = _sites(graph)
     found = [site for site in free if any(reader in weights for reader in site.readers)]
@@ -155,7 +155,7 @@ class _Judge:
     """Adds up what every offer leaves as error at the exits of the blocks."""
 
     def __init__(
-        self, placed: Graph, asked: Mapping[str, QuantizationRequest], weights: Mapping[str, IntegerType]
+        self, placed: Graph, asked: Mapping[str, QuantizationRequest], weights: Mapping[str, WeightRequest]
     ) -> None:
         self._placed, self._asked, self._weights = placed, asked, weights
 
@@ -207,8 +207,15 @@ class _Judge:
         for node in readers:
             linear, carried = read_linear_map(self._placed, node), offer.carried[node.name]
             assert linear is not None
-            linear = linear.before(carried)
-            rounded = round_to_nearest(linear.weight, linear.bias, self._weights[node.name], input_scale=None)
+            linear, asked = linear.before(carried), self._weights[node.name]
+            rounded = round_to_nearest(
+                linear.weight,
+                linear.bias,
+                asked.type,
+                input_scale=None,
+                group=asked.group,
+                is_symmetric=asked.is_symmetric,
+            )
             source = _source(node)
             if source.name not in shared:
                 shared[source.name] = self._read(source.name, carried, inputs[node.name])
@@ -225,14 +232,16 @@ class _Judge:
     def _read(self, source: str, carried: Affine, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
         """Return what makes of a reader's input the values of the codes that it will read."""
         now = carried.inverse()
-        params: QuantParams | None = None
-        if (request := self._asked.get(source)) is not None:
+        params: ActivationParams | None = None
+        if (asked := self._asked.get(source)) is not None and asked.group is not None:
+            params = DynamicParams(size=asked.group, type=asked.type)
+        elif asked is not None:
             histogram = DyadicHistogram()
             for x in inputs[: _teaching(len(inputs))]:
                 histogram.update(_applied(now, x))
-            (range_,) = request.candidates(histogram, [RangeMethod.MSE]).values()
-            params = request.quantizer(range_)
-        return lambda x: _applied(now, x) if params is None else quantize_dequantize(_applied(now, x), params)
+            (range_,) = asked.candidates(histogram, [RangeMethod.MSE]).values()
+            params = asked.quantizer(range_)
+        return lambda x: _applied(now, x) if params is None else snap(_applied(now, x), params)
 
 
 def _run(placed: Graph, segment: Segment, values: list[Values], names: Collection[str]) -> dict[str, list[Tensor]]:

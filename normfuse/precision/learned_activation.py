@@ -7,13 +7,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from normfuse.precision.straight_through import rounded, straight_through
-from normfuse.quant import ActivationParams, LogarithmicParams, QuantParams
+from normfuse.quant import LogarithmicParams, QuantParams
 from normfuse.quant.logarithm import nearest_levels
 
 __all__ = ["LearnedActivation", "LearnedLogarithm", "LearnedUniform", "learned_activation"]
 
 
-def learned_activation(params: ActivationParams, *, is_symmetric: bool = False) -> LearnedActivation:
+def learned_activation(params: QuantParams | LogarithmicParams, *, is_symmetric: bool = False) -> LearnedActivation:
     """Return what learns these parameters; the zero point of a symmetric quantizer stays."""
     if isinstance(params, QuantParams):
         return LearnedUniform(params, is_symmetric=is_symmetric)

@@ -22,6 +22,7 @@ class LearnedWeight(ABC):
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         self._start, self._shape = start, weight.shape
+        self._zero = start.params.granularity.spread(start.params.zero_point, weight.shape)
         self.log_scale = start.params.scale.log().requires_grad_()
         self.shift = None if start.bias is None else torch.zeros_like(start.bias).requires_grad_()
 
@@ -81,7 +82,7 @@ class MovedWeight(LearnedWeight):
     def values(self) -> Tensor:
         """Return the values of the codes, with gradients."""
         kind, scale = self._start.params.type, self._scale()
-        return rounded((self._moved() / scale).clamp(kind.minimum, kind.maximum)) * scale
+        return rounded((self._moved() / scale).clamp(kind.minimum - self._zero, kind.maximum - self._zero)) * scale
 
     def _codes(self, params: QuantParams) -> Tensor:
         return quantize(self._moved(), params)

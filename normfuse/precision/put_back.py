@@ -74,10 +74,13 @@ def put_back(decided: Decided, block: QuantizedBlock, wider: Placement | None) -
 def _widen(graph: Graph, nodes: Sequence[fx.Node], wider: Placement) -> None:
     with editing(graph) as edit:
         for request in [each for each in requests(graph) if each.node in nodes]:
-            if wider.activation is not None and request.type.bits < wider.activation.bits:
+            if wider.activation is not None and request.group is None and request.type.bits < wider.activation.bits:
                 retype(edit, request, wider.activation)
-        for node in requested_weights(graph).keys() & set(nodes):
-            request_weight(node, wider.weight)  # of a channel: groups are for few bits
+        for node, asked in requested_weights(graph).items():
+            if node in nodes:
+                group = asked.group if wider.is_dynamic else None  # else of a channel: groups are for few bits
+                is_symmetric = asked.is_symmetric or (group is None and wider.activation is None)
+                request_weight(node, wider.weight, group=group, is_symmetric=is_symmetric)
 
 
 def _withdraw(graph: Graph, nodes: Sequence[fx.Node]) -> None:

@@ -20,7 +20,8 @@ from normfuse.precision.learned_activation import learned_activation
 from normfuse.precision.learned_weight import KeptCodes, LearnedWeight, MovedWeight
 from normfuse.precision.simulation import call_with, params_of_request, source_of_request
 from normfuse.precision.soft_rounding import SoftlyRounded
-from normfuse.quant import RoundedWeight
+from normfuse.precision.straight_through import straight_through
+from normfuse.quant import DynamicParams, RoundedWeight, snap
 
 __all__ = ["AFFINE_TUNING", "Reconstruction", "Rounding", "reconstruct"]
 
@@ -111,10 +112,13 @@ class _Student:
         self._decided, self._chosen = decided, chosen
         self._generator = torch.Generator().manual_seed(chosen.seed)
         maps, asked = requested_weights(block.graph), {request.node: request for request in requests(block.graph)}
+        requested = [node for node in block.segment.nodes if node in asked]
+        known = {node: params for node in requested if (params := params_of_request(node, decided)) is not None}
+        self._dynamic = {node: params for node, params in known.items() if isinstance(params, DynamicParams)}
         self._activations = {
             node: learned_activation(params, is_symmetric=asked[node].is_symmetric)
-            for node in block.segment.nodes
-            if node in asked and (params := params_of_request(node, decided)) is not None
+            for node, params in known.items()
+            if not isinstance(params, DynamicParams)
         }
         kind = KINDS[chosen.rounding]
         self._weights: Mapping[fx.Node, LearnedWeight] = {
@@ -138,6 +142,8 @@ class _Student:
     def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (activation := self._activations.get(node)) is not None:
             return self._dropped(args[0], activation(args[0]))
+        if (dynamic := self._dynamic.get(node)) is not None:
+            return self._dropped(args[0], straight_through(args[0], snap(args[0], dynamic)))
         if (weight := self._weights.get(node)) is not None:
             return call_with(node, args, kwargs, weight.values(), weight.bias())
         return args[0] if is_requested(node) else plainly(node, args, kwargs)

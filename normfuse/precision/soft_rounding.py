@@ -17,7 +17,7 @@ STRETCH: Final = (-0.1, 1.1)
 
 
 class SoftlyRounded(LearnedWeight):
-    """A weight whose codes are ``floor(w / scale) + h``, with ``h`` of 0 ... 1 learned and rounded in the end.
+    """A weight whose codes are ``zero + floor(w / scale) + h``, with ``h`` of 0 ... 1 learned and rounded in the end.
 
     It starts as the float weight itself where that is not clipped. Scales and bias are learned beside it.
     """
@@ -28,7 +28,7 @@ class SoftlyRounded(LearnedWeight):
         super().__init__(start, weight)
         kind = start.params.type
         steps = weight.detach() / start.params.granularity.spread(start.params.scale, weight.shape)
-        self._floor = steps.floor().clamp(kind.minimum, kind.maximum - 1)
+        self._floor = steps.floor().clamp(kind.minimum - self._zero, kind.maximum - 1 - self._zero)
         low, high = STRETCH
         part = (steps - self._floor).clamp(0, 1)
         self.offset = torch.logit((part - low) / (high - low)).requires_grad_()
@@ -42,7 +42,7 @@ class SoftlyRounded(LearnedWeight):
         return 1 - (2 * self._part() - 1).abs().pow(sharpness).mean()
 
     def _codes(self, params: QuantParams) -> Tensor:
-        return (self._floor + (self._part() >= 0.5)).to(params.type.torch_dtype)
+        return (self._floor + (self._part() >= 0.5) + self._zero).to(params.type.torch_dtype)
 
     def _part(self) -> Tensor:
         low, high = STRETCH

@@ -4,6 +4,7 @@ from normfuse.quant.bias_correction import corrected_bias
 from normfuse.quant.channel_scales import ChannelScales, SeenChannels, channel_scales
 from normfuse.quant.coordinate_descent import descended, round_by_coordinate_descent
 from normfuse.quant.drift_shrinkage import shrink_drift
+from normfuse.quant.dynamic_rows import DynamicParams, round_rows
 from normfuse.quant.exact_sum import ExactSum
 from normfuse.quant.gptq import gptq_codes, round_by_gptq
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -33,6 +34,7 @@ __all__ = [
     "ActivationParams",
     "ChannelScales",
     "DyadicHistogram",
+    "DynamicParams",
     "ExactSum",
     "Granularity",
     "InputMeans",
@@ -63,6 +65,7 @@ __all__ = [
     "quantize_dequantize",
     "round_by_coordinate_descent",
     "round_by_gptq",
+    "round_rows",
     "round_to_nearest",
     "scale_for_bias",
     "shrink_drift",

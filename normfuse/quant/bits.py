@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from normfuse.errors import UsageError
 
-__all__ = ["FLOAT", "Bits"]
+__all__ = ["FLOAT", "MOST", "Bits"]
 
 FLOAT: Final = 32
 """Bits of what stays float; 16 means the same for activations, as in ``w4a16``."""

@@ -18,10 +18,14 @@ class Placement:
         name: how reports call it.
         activation: codes of activations (per tensor); None leaves them float, behind weights that are codes.
         symmetric_activations: whether zero points of activations are 0 (their codes are signed then).
+        is_dynamic: whether scales of activations are found while the engine runs, one per row and group of the weight
+            that reads them. Then only linear maps with groups read codes.
         model_input: codes of what enters the model (images have 8 bits anyway); None: those of activations.
         written: codes of what convolutions and sums write and no product reads: kernels need codes there, but low bits
             save nothing; None: those of activations.
-        weight: codes of weights (per output channel, symmetric).
+        weight: codes of weights (per output channel).
+        weight_is_symmetric: whether their zero points are 0. They always are where nothing but a scale per channel
+            stands behind float activations.
         weight_group: the most inputs of a linear map that share a scale; None: all of them.
         attention_operands: whether what the products of attention read are codes too.
         head_scales: whether those operands may have one scale per head. For simulation: products of per-tensor codes
@@ -38,10 +42,12 @@ class Placement:
 
     name: str
     activation: IntegerType | None
+    is_dynamic: bool = False
     weight: IntegerType
     symmetric_activations: bool = False
     model_input: IntegerType | None = None
     written: IntegerType | None = None
+    weight_is_symmetric: bool = True
     weight_group: int | None = None
     attention_operands: bool = False
     head_scales: bool = False

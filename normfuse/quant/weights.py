@@ -63,7 +63,13 @@ class RoundedWeight:
 
 
 def round_to_nearest(
-    weight: Tensor, bias: Tensor | None, type: IntegerType, *, input_scale: float | None, group: int | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    type: IntegerType,
+    *,
+    input_scale: float | None,
+    group: int | None = None,
+    is_symmetric: bool = True,
 ) -> RoundedWeight:
     """Return the weight with every number rounded to its nearest code, channel by channel of axis 0, clipped by MSE.
 
@@ -74,8 +80,9 @@ def round_to_nearest(
         input_scale: the scale of the codes that meet the weight, where the bias is held at the product's scale; None
             where activations stay float.
         group: how many neighbours on axis 1 share a scale; None: all of a channel. Only behind float activations.
+        is_symmetric: whether zero points are 0.
     """
-    params = weight_params(weight, 0, type, clip=WeightClip.MSE, group=group)
+    params = weight_params(weight, 0, type, clip=WeightClip.MSE, group=group, is_symmetric=is_symmetric)
     if bias is not None and input_scale is not None:
         if not bool(weight.any()):  # any scale is exact for it: then one at which the bias is
             params = replace(params, scale=torch.full_like(params.scale, SMALLEST_SCALE))

@@ -1,4 +1,4 @@
-"""Does the engine do what the simulation says? Compared code by code, segment by segment."""
+"""Does the engine do what the simulation says? Compared code by code, segment by segment, product by product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
-from normfuse.kernels.ops import QUANTIZE
+from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["Agreement", "TensorAgreement", "compare_codes", "output_error"]
+__all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", "output_error"]
+
+ROUNDED_LEVEL: Final = 4
+"""MatMulNBits' ``accuracy_level`` where it makes codes of its input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,19 @@ class TensorAgreement:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductAgreement:
+    """How far one product that makes the codes of its input is from the simulation's, both given the engine's input.
+
+    It is the largest difference, relative to the output's scale. The codes themselves are nowhere in the engine's file.
+    """
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
-    """All quantized tensors, and the largest output difference relative to the output's scale.
+    """All quantized tensors and products that make codes; the largest output difference relative to the output's scale.
 
     ``missing`` are quantizers of the graph whose codes the engine does not show: about them nothing is known.
     ``output_error`` is infinite where there was nothing to compare.
@@ -41,6 +55,12 @@ class Agreement:
     tensors: tuple[TensorAgreement, ...]
     output_error: float
     missing: tuple[str, ...] = ()
+    products: tuple[ProductAgreement, ...] = ()
+
+    @property
+    def largest_product_error(self) -> float:
+        """The largest error of any product that makes the codes of its input."""
+        return max((product.error for product in self.products), default=0.0)
 
     @property
     def largest_difference(self) -> int:
@@ -56,10 +76,11 @@ def compare_codes(
     threads: int = 1,
     session_config: Mapping[str, str] | None = None,
 ) -> Agreement:
-    """Run engine and simulation on the same samples and compare every quantizer's codes (ours).
+    """Run engine and simulation on the same samples; compare every quantizer's codes, every dynamic product (ours).
 
     Behind each quantizer the simulation goes on with the engine's codes, so that each segment is judged alone:
-    a code that differs by one early in the network is not counted again in everything behind it.
+    a code that differs by one early in the network is not counted again in everything behind it. A product that makes
+    codes of what it reads is given the engine's input, and behind it the engine's output goes on.
 
     Args:
         graph: the quantized graph that ``path`` was exported from.
@@ -70,21 +91,25 @@ def compare_codes(
     """
     config = session_config or {}
     totals: dict[str, list[int]] = {}
+    worst: dict[str, float] = {}
     errors = []
     with tempfile.TemporaryDirectory() as folder:
         opened = Path(folder) / "opened.onnx"
-        _show_codes(path, opened)
+        products = _Product.paired(graph, _show(path, opened))
         engine = open_onnx(path, threads=threads, session_config=config)
         witness = open_onnx(opened, threads=threads, session_config=config)
         for sample in samples:
             feeds = {name: value.numpy() for name, value in zip(graph.input_names, sample, strict=True)}
-            codes, outputs = witness.run(feeds), engine.run(feeds)
-            simulated = graph.run_watched(sample, _Forcing(codes, totals))
+            codes = witness.run(feeds)
+            # Where codes have no name, a float that is rounded otherwise moves some of them, so one run is compared.
+            outputs = codes if products else engine.run(feeds)
+            simulated = graph.run_watched(sample, _Forcing({**feeds, **codes}, totals, products, worst))
             for name, value in zip(graph.output_names, simulated, strict=True):
                 errors.append(output_error(outputs[name], value.numpy()))
     tensors = tuple(TensorAgreement(name, largest, bad / max(all_, 1)) for name, (largest, bad, all_) in totals.items())
     missing = tuple(node.name for node in graph.nodes if node.target is QUANTIZE and node.name not in totals)
-    return Agreement(tensors, max(errors, default=math.inf), missing)
+    found = tuple(ProductAgreement(name, error) for name, error in worst.items())
+    return Agreement(tensors, max(errors, default=math.inf), missing, found)
 
 
 def output_error(found: Any, expected: Any) -> float:
@@ -102,14 +127,43 @@ def output_error(found: Any, expected: Any) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-class _Forcing:
-    """Compares the codes of each quantizer and lets the engine's go on."""
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A product that makes codes of what it reads, and the names of its input and output in the engine."""
 
-    def __init__(self, engine: Mapping[str, Any], totals: dict[str, list[int]]) -> None:
-        self._engine = engine
-        self._totals = totals
+    node: fx.Node
+    read: str
+    written: str
+
+    @classmethod
+    def paired(cls, graph: Graph, shown: Sequence[tuple[str, str]]) -> list[_Product]:
+        """Return the graph's; they stand in the file in the graph's order."""
+        nodes = [node for node in graph.nodes if node.target is GROUPED_LINEAR and node.args[-1]]
+        return [cls(node, *names) for node, names in zip(nodes, shown, strict=True)]
+
+
+class _Forcing:
+    """Compares the codes of each quantizer, and each dynamic product, and lets the engine's go on."""
+
+    def __init__(
+        self,
+        engine: Mapping[str, Any],
+        totals: dict[str, list[int]],
+        products: Sequence[_Product],
+        worst: dict[str, float],
+    ) -> None:
+        self._engine, self._totals = engine, totals
+        self._written = {product.node: product.written for product in products}
+        self._read = {product.node.args[0]: product.read for product in products}
+        self._worst = worst
 
     def __call__(self, node: fx.Node, value: Any) -> Any:
+        if (written := self._written.get(node)) is not None:
+            error = output_error(self._engine[written], value.numpy())
+            self._worst[node.name] = max(self._worst.get(node.name, 0.0), error)
+            return torch.from_numpy(self._engine[written])
+        if (read := self._read.get(node)) is not None:
+            return torch.from_numpy(self._engine[read]).reshape(value.shape)
         if node.target is not QUANTIZE or node.name not in self._engine:
             return value
         codes = torch.from_numpy(self._engine[node.name])
@@ -121,8 +175,11 @@ class _Forcing:
         return codes
 
 
-def _show_codes(path: Path, opened: Path) -> None:
-    """Write a copy of the model that also returns what every QuantizeLinear makes, behind the Clip of narrow types."""
+def _show(path: Path, opened: Path) -> list[tuple[str, str]]:
+    """Write a copy of the model that also returns what every QuantizeLinear makes, behind the Clip of narrow types.
+
+    It returns inputs and outputs of products that make codes, too; their names are returned, in the file's order.
+    """
     model = onnx.load(path)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     returned = {value.name for value in model.graph.output}
@@ -131,5 +188,16 @@ def _show_codes(path: Path, opened: Path) -> None:
         if node.op_type == "QuantizeLinear" and (name := narrowed.get(node.output[0], node.output[0])) not in returned:
             kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    products = [(node.input[0], node.output[0]) for node in model.graph.node if _makes_codes(node)]
+    known = {value.name for value in (*model.graph.input, *model.graph.output)}
+    for name in dict.fromkeys(name for names in products for name in names):
+        if name not in known:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     # Protobuf ends at 2 GiB, which a model with its constants in a file beside it may exceed.
     onnx.save(model, opened, save_as_external_data=True, location=f"{opened.name}.data")
+    return products
+
+
+def _makes_codes(node: onnx.NodeProto) -> bool:
+    level = next((each.i for each in node.attribute if each.name == "accuracy_level"), 0)
+    return node.op_type == "MatMulNBits" and level == ROUNDED_LEVEL

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normfuse.errors import UsageError
 from normfuse.kernels import ops, reference
 from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, GROUPED_LINEAR, QUANTIZE, QUANTIZE_LOGARITHM
+from normfuse.quant import DynamicParams, round_rows
 
 LIMITS = [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7), (-32768, 32767)]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -97,19 +98,28 @@ def test_export_keeps_them_whole_with_a_dynamic_batch() -> None:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("inputs", "size"), [(12, 4), (10, 4), (5, 16)])
-def test_a_grouped_product_is_the_product_with_the_weight(inputs: int, size: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("has_zero_points", [True, False])
+@pytest.mark.parametrize(
+    ("inputs", "size", "rounds"), [(12, 4, False), (10, 4, False), (5, 16, False), (12, 4, True), (96, 32, True)]
+)
+def test_a_grouped_product_is_the_product_with_the_weight(
+    inputs: int, size: int, rounds: bool, has_zero_points: bool, has_bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 3, inputs, generator=generator)
     codes = torch.randint(-8, 8, (7, inputs), generator=generator, dtype=torch.int8)
     scale = torch.rand(7, -(-inputs // size), generator=generator) + 0.1
+    zero = torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8) if has_zero_points else None
     bias = torch.randn(7, generator=generator) if has_bias else None
-    torch.library.opcheck(GROUPED_LINEAR, (x, codes, scale, bias, size))
-    weight = torch.stack([codes[:, column] * scale[:, column // size] for column in range(inputs)], dim=1)
-    expected = x.double() @ weight.double().mT + (0 if bias is None else bias.double())
-    torch.testing.assert_close(GROUPED_LINEAR(x, codes, scale, bias, size).double(), expected, rtol=1e-5, atol=1e-5)
+    arguments = (x, codes, scale, zero, bias, size, rounds)
+    torch.library.opcheck(GROUPED_LINEAR, arguments)
+    steps = codes.int() if zero is None else codes.int() - zero.int().repeat_interleave(size, 1)[:, :inputs]
+    weight = torch.stack([steps[:, column] * scale[:, column // size] for column in range(inputs)], dim=1)
+    read = round_rows(x, DynamicParams(size=size)) if rounds else x
+    expected = read.double() @ weight.double().mT + (0 if bias is None else bias.double())
+    torch.testing.assert_close(GROUPED_LINEAR(*arguments).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_grouped_product_refuses_other_groups() -> None:
     with pytest.raises(UsageError, match="groups of 4"):
-        GROUPED_LINEAR(torch.zeros(1, 8), torch.zeros(3, 8, dtype=torch.int8), torch.ones(3, 3), None, 4)
+        GROUPED_LINEAR(torch.zeros(1, 8), torch.zeros(3, 8, dtype=torch.int8), torch.ones(3, 3), None, None, 4, False)

@@ -193,7 +193,7 @@ def test_a_scale_per_group_behind_float_activations() -> None:
     check_pass_contract(step, graph, (x,))
     grouped = graph.copy()
     step.run(grouped)
-    sizes = [node.args[4] for node in grouped.nodes if query.is_call(node, GROUPED_LINEAR)]
+    sizes = [node.args[5] for node in grouped.nodes if query.is_call(node, GROUPED_LINEAR)]
     assert sizes == [32], "40 and 24 inputs have no group of 16 or more"
     scales = step.weights["linear"].params.scale
     assert scales.shape == (40, 3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from normfuse.errors import UsageError
-from normfuse.recipe import CalibrationMethod, Recipe
+from normfuse.recipe import ActivationCodes, CalibrationMethod, Recipe, WeightCodes
 
 
 def test_toml_round_trip_keeps_every_field() -> None:
@@ -67,3 +67,29 @@ def test_unreadable_recipe_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("bits = = 8")
     with pytest.raises(UsageError, match="no TOML"):
         Recipe.read(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize("bits", ["4", "w2a8", "8"])
+@pytest.mark.parametrize("weights", ["symmetric", "asymmetric"])
+def test_dynamic_activations_have_eight_bits(bits: str, weights: str) -> None:
+    recipe = Recipe().with_options(bits=bits, activations="dynamic", weights=weights)
+    assert (recipe.activations, recipe.weights.value) == (ActivationCodes.DYNAMIC, weights)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w4a6", "w4a16", "w8a16", "32"])
+def test_other_dynamic_activations_are_refused(bits: str) -> None:
+    with pytest.raises(UsageError, match="activations cannot be dynamic") as caught:
+        Recipe(bits=bits, activations=ActivationCodes.DYNAMIC)
+    assert "8 bits" in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", ["w5a16", "w8a16", "32"])
+def test_zero_points_without_a_kernel_are_refused(bits: str) -> None:
+    with pytest.raises(UsageError, match="weights cannot be asymmetric"):
+        Recipe(bits=bits, weights=WeightCodes.ASYMMETRIC)
+
+
+@pytest.mark.parametrize("bits", ["w4a16", "w2a16", "8", "w4a4"])
+def test_zero_points_that_run_are_taken(bits: str) -> None:
+    assert Recipe(bits=bits).with_options(weights="asymmetric").weights is WeightCodes.ASYMMETRIC
