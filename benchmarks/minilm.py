@@ -52,11 +52,10 @@ class SentenceEncoder(nn.Module):
 
 
 def main() -> None:
-    """Compile at every width, print what it did to the vectors, the rankings, the file and the time."""
+    """Compile at every width, plain and equalized, print what it did to the vectors, the rankings, the file, the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", nargs="+", default=["8", "w4a8", "w4a16"])
     parser.add_argument("--effort", type=int, default=1)
-    parser.add_argument("--equalize", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
@@ -64,10 +63,11 @@ def main() -> None:
     model, tokenizer = load()
     exact = float_vectors(model, tokenizer)
     found: dict[str, Any] = {"environment": describe_environment().as_dict()}
-    for bits in given.bits:
-        choices = {"effort": given.effort, "equalize": given.equalize, "benchmark": given.benchmark}
-        found[bits] = measure(model, tokenizer, exact, Recipe(bits=bits, min_speedup=0.0, **choices))
-    rows = [(bits, *_cells(found[bits])) for bits in given.bits]
+    ways = {f"{bits}{', equalized' * equalize}": (bits, equalize) for bits in given.bits for equalize in (False, True)}
+    for way, (bits, equalize) in ways.items():
+        choices = {"effort": given.effort, "equalize": equalize, "benchmark": given.benchmark}
+        found[way] = measure(model, tokenizer, exact, Recipe(bits=bits, min_speedup=0.0, **choices))
+    rows = [(way, *_cells(found[way])) for way in ways]
     columns = ("bits", "cosine, mean", "cosine, least", "rank correlation", "file MB", "of float", "speed")
     render.table(f"MiniLM-L6, effort {given.effort}, {len(exact)} sentences, against float", columns, rows)
     if given.output:
