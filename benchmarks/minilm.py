@@ -52,7 +52,7 @@ class SentenceEncoder(nn.Module):
 
 
 def main() -> None:
-    """Compile at every width, plain and equalized, print what it did to the vectors, the rankings, the file, the time."""
+    """Compile at every width, plain and equalized; print what that did to vectors, rankings, file and time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", nargs="+", default=["8", "w4a8", "w4a16"])
     parser.add_argument("--effort", type=int, default=1)
