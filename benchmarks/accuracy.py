@@ -87,6 +87,7 @@ class Cell:
     operands: str
     seed: int
     test: int
+    rotate: bool
     equalize: bool
     activations: ActivationCodes
     weights: WeightCodes
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", help="these widths, at all --efforts, in place of the usual rows")
     parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all", "tensorrt"])
+    parser.add_argument("--rotate", action="store_true")
     parser.add_argument("--equalize", action="store_true")
     parser.add_argument("--levers", action="append", help="a row for each, as `normfuse compile --levers`")
     parser.add_argument("--activations", type=ActivationCodes, default=ActivationCodes.STATIC)
@@ -129,8 +131,9 @@ def main() -> None:
 def _start(
     pool: ProcessPoolExecutor, name: str, settings: Iterable[Setting], given: argparse.Namespace
 ) -> dict[Cell, Future[float]]:
+    ways = {way: getattr(given, way) for way in ("rotate", "equalize", "activations", "weights")}
     cells = (
-        Cell(name, setting, operands, seed, given.test, given.equalize, given.activations, given.weights)
+        Cell(name, setting, operands, seed, given.test, **ways)
         for setting in settings
         for operands in given.operands
         if _differs(setting, operands, given.operands)
@@ -180,6 +183,7 @@ def points_lost(cell: Cell) -> float:
         effort=setting.effort,
         levers=setting.levers,
         seed=cell.seed,
+        rotate=cell.rotate,
         equalize=cell.equalize,
         activations=cell.activations,
         weights=cell.weights,

@@ -27,6 +27,11 @@ __all__ = ["command"]
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
 @click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
 @click.option(
+    "--rotate/--no-rotate",
+    default=None,
+    help="Turn streams and heads, exactly, where outputs gain (default: no).",
+)
+@click.option(
     "--equalize/--no-equalize", default=None, help="Scale channels, exactly, where quantized blocks gain (default: no)."
 )
 @click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")

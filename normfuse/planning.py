@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from torch import Tensor
+
 from normfuse.calibration import Ranges, calibrate
 from normfuse.checkpoint import Checkpoint, calibration_key
 from normfuse.feeding import Stream, fixed_batch
@@ -34,6 +36,7 @@ from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
+from normfuse.rotating import rotated_if_better
 
 __all__ = ["Plan", "plan_quantization"]
 
@@ -43,8 +46,8 @@ CHUNK: Final = 16
 FORESIGHT: Final = 1.0
 """The weight of the error at the network's outputs beside that at a block's."""
 
-EQUALIZED_SAMPLES: Final = 64
-"""How many samples choose scales and shifts of channels, the last quarter of them held out."""
+CHOOSING_SAMPLES: Final = 64
+"""How many samples choose rotations, and scales and shifts of channels, the last quarter of them held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +102,10 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     graph = folded.copy()
     give_back_memory()  # folding computes in float64
     place = Phase("precision", (QuantizeTables(), PlaceQuantizers(placement=placement)))
-    reports = _equalize(graph, samples, place, progress) if recipe.equalize else []
+    reports = list[PassReport]()
+    if recipe.rotate:
+        graph, reports = rotated_if_better(graph, place, _some_chunks(graph, samples), progress=progress)
+    reports += _equalize(graph, samples, place, progress) if recipe.equalize else []
     reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
     ranges = {name: chosen.range for name, chosen in found.chosen.items()}
@@ -120,11 +126,15 @@ def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -
     """Make the channels of what will be quantized alike where that helps; some samples are enough to tell."""
     placed = graph.copy()
     Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(placed)
-    size = CHUNK if graph.has_dynamic_batch else 1
-    chunks = chunked(islice(samples(), EQUALIZED_SAMPLES // (fixed_batch(graph) or 1)), size)
-    chosen = choose_equalizations(graph, placed, chunks, progress=progress)
+    chosen = choose_equalizations(graph, placed, _some_chunks(graph, samples), progress=progress)
     phase = Phase("equalization", (EqualizeChannels(chosen=chosen), *LOWER.passes))
     return Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(graph)
+
+
+def _some_chunks(graph: Graph, samples: Stream) -> list[tuple[Tensor, ...]]:
+    """Return the first samples, as many as choices of the graph's form need, in chunks."""
+    size = CHUNK if graph.has_dynamic_batch else 1
+    return chunked(islice(samples(), CHOOSING_SAMPLES // (fixed_batch(graph) or 1)), size)
 
 
 def _ranges(
@@ -178,6 +188,7 @@ def _checkpoint(
         "levers": recipe.chosen_levers,
         "calibration": recipe.calibration.value,
         "seed": recipe.seed,
+        "rotate": recipe.rotate,
         "equalize": recipe.equalize,
         "placement": placement,
     }

@@ -45,6 +45,7 @@ class Reason(Enum):
     NOT_STATIC = "its shape is not static"
     NO_RANGE = "no range was observed"
     TOO_SMALL = "it is too small for quantization to pay"
+    NO_GAIN = "the quantized network would err more"
     UNKNOWN_OPERATOR = "normfuse does not know the operator, so it stays float"
 
 
