@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import metadata, query
 from normfuse.graph.graph import Graph
 
-__all__ = ["Compute", "Segment", "joined", "leading_to", "plainly", "read_after", "run_segment", "segments"]
+__all__ = ["Compute", "Segment", "joined", "leading_to", "read_after", "run_segment", "segments"]
 
 Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a call, its arguments and its keyword arguments to its value."""
@@ -95,11 +95,6 @@ def run_segment(graph: Graph, segment: Segment, values: dict[fx.Node, Any], comp
             if last[source] is node and source not in kept:
                 local.pop(source, None)
     values.update({node: local[node] for node in segment.exits})
-
-
-def plainly(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Compute what the graph says."""
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _made_from_weights(order: list[fx.Node]) -> set[fx.Node]:

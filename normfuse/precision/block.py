@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
-from normfuse.graph.segments import Compute, Segment, leading_to, plainly, run_segment
+from normfuse.graph.quickly import quickly
+from normfuse.graph.segments import Compute, Segment, leading_to, run_segment
 from normfuse.heap import give_back_memory
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation, in_float
@@ -75,7 +76,7 @@ class Block:
         if (found := self.targets.get(chunk)) is None:
             values = dict(self.exact[chunk])
             with torch.no_grad():
-                run_segment(self.graph, self.segment, values, plainly)
+                run_segment(self.graph, self.segment, values, quickly)
             found = self.targets[chunk] = tensors_of(self.segment.exits, values)
         return found
 

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from normfuse.errors import BadInput
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import Segment, joined, plainly, read_after, run_segment, segments
+from normfuse.graph.quickly import quickly
+from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, forget
 from normfuse.precision.curvature import exit_weights
@@ -128,7 +129,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 reports.append(report)
             del block
             for values, samples in zip(exact, numbers, strict=True):
-                run_segment(graph, segment, values, plainly)
+                run_segment(graph, segment, values, quickly)
                 _refuse_nan(graph, segment, values, samples)
                 forget(values, later)
                 give_back_memory()
@@ -217,7 +218,7 @@ def _refuse_nan(graph: Graph, segment: Segment, values: Values, samples: Sequenc
         return
 
     def locate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _has_nan(value := plainly(node, args, kwargs)):
+        if _has_nan(value := quickly(node, args, kwargs)):
             raise not_finite(node, value.isnan(), samples)
         return value
 

@@ -13,7 +13,8 @@ from normfuse.graph import Graph, query
 from normfuse.graph.affine import IDENTITY, Affine, along
 from normfuse.graph.edit import editing
 from normfuse.graph.quantization import QuantizationRequest, WeightRequest, is_requested, requested_weights, requests
-from normfuse.graph.segments import Compute, Segment, plainly, read_after, run_segment, segments
+from normfuse.graph.quickly import quickly
+from normfuse.graph.segments import Compute, Segment, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
 from normfuse.precision.equalization_offers import NOTHING, Candidate, Offer, taken
 from normfuse.precision.simulation import call_with
@@ -223,7 +224,7 @@ class _Judge:
 
         def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if node not in quantized:
-                return plainly(node, args, kwargs)
+                return quickly(node, args, kwargs)
             linear, weight, read = quantized[node]
             return call_with(node, (read(args[0]), *args[1:]), kwargs, weight, linear.bias)
 
@@ -251,7 +252,7 @@ def _run(placed: Graph, segment: Segment, values: list[Values], names: Collectio
     def watch(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.name in names:
             inputs.setdefault(node.name, []).append(args[0])
-        return plainly(node, args, kwargs)
+        return quickly(node, args, kwargs)
 
     for each in values:
         run_segment(placed, segment, each, watch)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import ops, query
 from normfuse.graph.quantization import requested_weights
-from normfuse.graph.segments import plainly
+from normfuse.graph.quickly import quickly
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, input_scales
@@ -119,7 +119,7 @@ def _outputs(block: Block, decided: Quantization, node: fx.Node) -> OutputSums:
     rest = (None, None, *node.args[3:])
     for chunk in block.teaching:
         x = block.inputs_of(node, chunk, simulation, is_exact=False)
-        exact = block.inputs_of(node, chunk, plainly, is_exact=True)
+        exact = block.inputs_of(node, chunk, quickly, is_exact=True)
         quantized = call_with(node, (x, *rest), node.kwargs, weight, None)
         wanted = call_with(node, (exact, *rest), node.kwargs, linear.weight, linear.bias)
         sums.update(quantized.movedim(axis, -1), wanted.movedim(axis, -1))
@@ -147,7 +147,7 @@ def _watch_inputs(
     simulation = Simulation(decided)
     for chunk in block.teaching:
         quantized = block.inputs_of(node, chunk, simulation, is_exact=False)
-        exact = block.inputs_of(node, chunk, plainly, is_exact=True)
+        exact = block.inputs_of(node, chunk, quickly, is_exact=True)
         for x in (quantized, exact):
             if not bool(x.isfinite().all()):
                 raise not_finite(node, ~x.isfinite(), block.numbers[chunk])

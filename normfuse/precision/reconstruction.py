@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import query
 from normfuse.graph.quantization import is_requested, requested_weights, requests
-from normfuse.graph.segments import plainly
+from normfuse.graph.quickly import quickly
 from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization, scale_for_maps
 from normfuse.precision.learned_activation import learned_activation
@@ -146,7 +146,7 @@ class _Student:
             return self._dropped(args[0], straight_through(args[0], snap(args[0], dynamic)))
         if (weight := self._weights.get(node)) is not None:
             return call_with(node, args, kwargs, weight.values(), weight.bias())
-        return args[0] if is_requested(node) else plainly(node, args, kwargs)
+        return args[0] if is_requested(node) else quickly(node, args, kwargs)
 
     def penalty(self, share: float) -> Tensor | float:
         """Return what is added to the loss after this share of the updates, so that soft rounding decides."""

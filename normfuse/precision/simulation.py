@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from normfuse.graph import ops
 from normfuse.graph.quantization import is_requested
-from normfuse.graph.segments import plainly
+from normfuse.graph.quickly import linear, quickly
 from normfuse.precision.decision import Quantization
 from normfuse.quant import ActivationParams, snap
 
@@ -27,7 +28,7 @@ class Simulation:
             params = params_of_request(node, self._decided)
             return args[0] if params is None else snap(args[0], params)
         if (weight := self._decided.weights.get(node.name)) is None:
-            return plainly(node, args, kwargs)
+            return quickly(node, args, kwargs)
         if node.name not in self._values:
             self._values[node.name] = weight.values
         return call_with(node, args, kwargs, self._values[node.name], weight.bias)
@@ -35,7 +36,7 @@ class Simulation:
 
 def in_float(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute what the graph says, past its requests (their operator has no gradient)."""
-    return args[0] if is_requested(node) else plainly(node, args, kwargs)
+    return args[0] if is_requested(node) else quickly(node, args, kwargs)
 
 
 def params_of_request(node: fx.Node, decided: Quantization) -> ActivationParams | None:
@@ -52,5 +53,7 @@ def source_of_request(node: fx.Node) -> str:
 
 def call_with(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, bias: Tensor | None) -> Any:
     """Compute a linear map with another weight and bias."""
+    if node.target is ops.LINEAR:
+        return linear(args[0], weight, bias)
     options = {key: value for key, value in kwargs.items() if key != "bias"}
     return node.target(args[0], weight, bias, *args[3:], **options)  # type: ignore[operator]

@@ -36,6 +36,22 @@ def test_strides_do_not_matter() -> None:
     torch.testing.assert_close(linear(sliced, weight.mT[:, :5]), sliced @ weight[:5])
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight", "x weight bias"])
+@pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
+def test_its_gradients_are_those_of_the_linear_map(leading: tuple[int, ...], wanted: str) -> None:
+    shapes = {"x": (*leading, 5), "weight": (4, 5), "bias": (4,)}
+    exact = {name: torch.randn(*shape, dtype=torch.float64, generator=seeded(0)) for name, shape in shapes.items()}
+    gradients = list[list[Tensor]]()
+    for function, dtype in ((linear, torch.float32), (nn.functional.linear, torch.float64)):
+        given = {name: each.to(dtype).clone().requires_grad_(name in wanted.split()) for name, each in exact.items()}
+        output = function(given["x"], given["weight"], given["bias"])
+        (output.square() * torch.arange(1, 5)).sum().backward()
+        assert all((each.grad is not None) == (name in wanted.split()) for name, each in given.items())
+        gradients.append([each.grad.double() for each in given.values() if each.grad is not None])
+    for found, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_computed_as_ever(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 5, dtype=dtype), torch.randn(2, 5, dtype=dtype)
