@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,6 +37,7 @@ __all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantiz
 
 BATCH: Final = 250
 SAMPLES: Final = 128
+USUAL_OPTIONS: Final = (False, ActivationCodes.STATIC.value, WeightCodes.SYMMETRIC.value)
 USUAL: Final = ["glyphs_vit_ln", "glyphs_vit_un", "glyphs_vit_prepbn", "glyphs_resnet_bn", "scenes_segmenter_ln"]
 
 
@@ -98,34 +99,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=USUAL)
     parser.add_argument("--bits", nargs="+", help="these widths, at all --efforts, in place of the usual rows")
-    parser.add_argument("--efforts", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--efforts", nargs="+", type=int, help="of --bits (0 1 2)")
     parser.add_argument("--operands", nargs="+", choices=list(OPERANDS), default=["maps", "all", "tensorrt"])
     parser.add_argument("--rotate", action="store_true")
     parser.add_argument("--equalize", action="store_true")
-    parser.add_argument("--levers", action="append", help="a row for each, as `normfuse compile --levers`")
+    parser.add_argument("--levers", action="append", help="of --bits, a row for each, as `normfuse compile --levers`")
     parser.add_argument("--activations", type=ActivationCodes, default=ActivationCodes.STATIC)
     parser.add_argument("--weights", type=WeightCodes, default=WeightCodes.SYMMETRIC)
-    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--samples", type=int, help=f"of --bits ({SAMPLES})")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000)
     parser.add_argument("--jobs", type=int, default=default_threads(), help="figures made at once, one thread each")
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
-    settings = SETTINGS
-    if given.bits:
-        settings = tuple(
-            Setting(bits, effort, samples=given.samples, levers=levers)
-            for bits in given.bits
-            for effort in given.efforts
-            for levers in given.levers or [""]
-        )
-    found: dict[str, Any] = {"environment": describe_environment().as_dict()}
+    settings = _settings(parser, given)
+    found: dict[str, Any] = {"environment": describe_environment().as_dict(), "options": _options(given)}
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         started = {name: _start(pool, name, settings, given) for name in given.models}
         for name, cells in started.items():
             found[name] = _show(name, {cell: future.result() for cell, future in cells.items()}, settings, given)
             if given.output:
                 given.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _settings(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Sequence[Setting]:
+    """Return the rows; what would be ignored is refused."""
+    is_usual = given.activations is ActivationCodes.STATIC and given.weights is WeightCodes.SYMMETRIC
+    if "tensorrt" in given.operands and not is_usual:
+        parser.error("TensorRT has static activations and symmetric weights: leave tensorrt out of --operands")
+    if given.bits:
+        return tuple(
+            Setting(bits, effort, samples=given.samples or SAMPLES, levers=levers)
+            for bits in given.bits
+            for effort in given.efforts or (0, 1, 2)
+            for levers in given.levers or [""]
+        )
+    if given.efforts or given.samples or given.levers:
+        parser.error("--efforts, --samples and --levers are of --bits; the usual rows have their own")
+    return SETTINGS
+
+
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what all cells share."""
+    return {
+        "rotate": given.rotate,
+        "equalize": given.equalize,
+        "activations": given.activations.value,
+        "weights": given.weights.value,
+    }
 
 
 def _start(
@@ -164,7 +185,9 @@ def _show(
         rows.append((_described(setting), *columns, wanted))
     exact = exact_percent(name, given.test)
     head = ("quantized", *(f"lost, {operands}" for operands in given.operands), "at most")
-    render.table(f"{name}: {exact:.2f} % in float, mean and deviation of {given.seeds} seeds", head, rows)
+    unusual = [f"{option} {value}" for option, value in _options(given).items() if value not in USUAL_OPTIONS]
+    title = ", ".join([f"{name}: {exact:.2f} % in float", f"mean and deviation of {given.seeds} seeds", *unusual])
+    render.table(title, head, rows)
     return {"float": exact, "lost": figures}
 
 

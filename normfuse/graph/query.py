@@ -17,6 +17,7 @@ __all__ = [
     "dtype",
     "is_call",
     "is_constant",
+    "is_float",
     "is_tensor",
     "layer_of",
     "only_reader",
@@ -42,6 +43,11 @@ def is_constant(node: object) -> bool:
 def is_tensor(node: object) -> bool:
     """Return whether ``node`` is a node with one tensor as its value."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_float(node: object) -> bool:
+    """Return whether ``node`` makes one floating-point tensor."""
+    return is_tensor(node) and dtype(node).is_floating_point  # type: ignore[arg-type]
 
 
 def constant(graph: Graph, node: fx.Node) -> Tensor:

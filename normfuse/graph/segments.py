@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx
 from normfuse.graph import metadata, query
 from normfuse.graph.graph import Graph
 
-__all__ = ["Compute", "Segment", "joined", "leading_to", "read_after", "run_segment", "segments"]
+__all__ = ["Compute", "Segment", "joined", "leading_to", "read_after", "run_segment", "segments", "with_floats"]
 
 Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """From a call, its arguments and its keyword arguments to its value."""
@@ -68,6 +68,21 @@ def leading_to(segment: Segment, node: fx.Node) -> Segment:
 def joined(parts: Sequence[Segment]) -> Segment:
     """Return consecutive segments as one."""
     return _segment([node for part in parts for node in part.nodes])
+
+
+def with_floats(segment: Segment) -> Segment:
+    """Return a segment that has floating-point exits: where it hands on integers alone, what these were read off."""
+    if any(query.is_float(node) for node in segment.exits):
+        return segment
+    inside, found = set(segment.nodes), dict[fx.Node, None]()
+    open_ = list(segment.exits)
+    while open_:
+        node = open_.pop()
+        if query.is_float(node):
+            found[node] = None
+        else:
+            open_ += [source for source in node.all_input_nodes if source in inside]
+    return replace(segment, exits=(*segment.exits, *sorted(found)))
 
 
 def read_after(graph: Graph, parts: Sequence[Segment]) -> set[fx.Node]:

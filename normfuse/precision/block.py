@@ -118,15 +118,17 @@ def forget(values: Values, later: Collection[fx.Node]) -> None:
 
 
 def summed_error(found: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
-    """Return the sum of the tensors' relative errors."""
+    """Return the sum of the tensors' relative errors; 0 of no tensors."""
+    if not wanted:
+        return torch.zeros(())
     counts: Sequence[Tensor | float] = [1.0] * len(wanted) if weights is None else weights
     return torch.stack([relative_error(*each) for each in zip(found, wanted, counts, strict=True)]).sum()
 
 
 def relative_error(found: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Return ``sum weight (found - wanted)^2 / sum weight wanted^2``; infinity where it should be counts for nothing.
+    """Return ``sum weight (found - wanted)^2 / sum weight wanted^2``.
 
-    (Attention masks hold it.)
+    Where both are the same infinity, as in attention masks, there is no error.
     """
     error = torch.where(found == wanted, 0.0, found - wanted).square()
     size = (weight * wanted.masked_fill(wanted.isinf(), 0.0).square()).sum()

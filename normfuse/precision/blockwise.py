@@ -14,7 +14,7 @@ from normfuse.errors import BadInput
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.quickly import quickly
-from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments
+from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments, with_floats
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, forget
 from normfuse.precision.curvature import exit_weights
@@ -113,7 +113,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
             later = read_after(graph, parts[index + 1 :])
             block = Block(
                 graph=graph,
-                segment=segment,
+                segment=with_floats(segment),
                 entries=quantized,
                 exact=exact,
                 numbers=numbers,
@@ -123,9 +123,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 held_out=max(count // HELD_OUT, 1),
             )
             if any(node in maps for node in segment.nodes):
-                if curvature and block.rest.nodes:
-                    block = replace(block, weights=exit_weights(block, decided))
-                decided, report = _refined(block, index, decided, refinements, keeper)
+                decided, report = _refined(block, index, decided, refinements, keeper, curvature=curvature)
                 reports.append(report)
             del block
             for values, samples in zip(exact, numbers, strict=True):
@@ -141,7 +139,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
         if at_once:
             block = Block(
                 graph=graph,
-                segment=joined(parts),
+                segment=with_floats(joined(parts)),
                 entries=inputs,
                 exact=inputs,
                 numbers=numbers,
@@ -156,12 +154,20 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
 
 
 def _refined(
-    block: Block, index: int, decided: Quantization, refinements: Mapping[str, Refinement], keeper: Keeper | None
+    block: Block,
+    index: int,
+    decided: Quantization,
+    refinements: Mapping[str, Refinement],
+    keeper: Keeper | None,
+    *,
+    curvature: bool = False,
 ) -> tuple[Quantization, BlockReport]:
     """Return the decision after a block was refined, or as an earlier run has left it."""
     if keeper is not None and (done := keeper.block(index)) is not None:
         changes, report = done
         return _together(decided, changes), report
+    if curvature and block.rest.nodes:
+        block = replace(block, weights=exit_weights(block, decided))
     refined, report = _refine(block, decided, refinements)
     if keeper is not None:
         keeper.keep_block(index, _changed(decided, refined), report)

@@ -21,9 +21,8 @@ __all__ = ["chunked", "refinements", "refinements_at_once"]
 
 def refinements(levers: Levers, *, seed: int, placement: Placement | None = None) -> dict[str, Refinement]:
     """Return what is tried on every block, by name, in order; other codes only where the placement has them."""
-    found: dict[str, Refinement] = {}
+    found = _other_codes(placement) if levers.attention_codes else {}
     if levers.error_feedback:
-        found |= _other_codes(placement)
         chosen = ErrorFeedback(asymmetric=levers.asymmetric_correction, descends=levers.coordinate_descent)
         found["error feedback"] = partial(feed_back_errors, chosen=chosen)
     if levers.bias_correction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Self
+from typing import Final, Self
 
 from normfuse.errors import UsageError
 from normfuse.quant.bits import MOST, Bits
@@ -21,14 +21,32 @@ class Effort(IntEnum):
     LEARNED = 2  # and weights and steps learned block by block, then all affines together
 
 
+REFINEMENTS: Final = ("error_feedback", "bias_correction", "affine_refit", "reconstruction")
+
+NEEDED: Final = {
+    "asymmetric_correction": ("error_feedback",),
+    "coordinate_descent": ("error_feedback",),
+    "soft_rounding": ("reconstruction",),
+    "drop": ("reconstruction",),
+    "foresight": REFINEMENTS,
+    "curvature": REFINEMENTS,
+}
+"""What a lever works on: without one of these it does nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levers:
-    """What is tried; everything is kept only where it lowers the error on samples held out.
+    """What is tried.
+
+    Six are refinements, kept where they lower the error on samples held out (with one chunk of samples, on these):
+    ``error_feedback``, ``attention_codes``, ``bias_correction``, ``affine_refit``, ``reconstruction`` and
+    ``affine_tuning``. The others say how these work, or by what error they are judged.
 
     Attributes:
         error_feedback: weights rounded by GPTQ, in the order of their inputs' size.
         asymmetric_correction: it counts the error of quantized inputs too.
         coordinate_descent: its codes are improved one by one.
+        attention_codes: one scale per head and logarithmic codes, where the placement has them (simulation only).
         bias_correction: biases give every map the mean output that it has in float.
         affine_refit: a factor and an offset for every output, by least squares.
         reconstruction: weights, scales, zero points and biases learned block by block.
@@ -43,6 +61,7 @@ class Levers:
     error_feedback: bool = False
     asymmetric_correction: bool = True
     coordinate_descent: bool = True
+    attention_codes: bool = False
     bias_correction: bool = False
     affine_refit: bool = False
     reconstruction: bool = False
@@ -59,6 +78,7 @@ class Levers:
         closed = learns or (effort is Effort.CLOSED_FORM and is_low)
         return cls(
             error_feedback=closed,
+            attention_codes=closed,
             bias_correction=closed,
             affine_refit=closed,
             reconstruction=learns,
@@ -70,11 +90,12 @@ class Levers:
         """Return them with some pulled or let go: ``"+soft-rounding -foresight"``, divided by blanks or commas.
 
         Raises:
-            UsageError: a word is no lever, or has neither sign.
+            UsageError: a word is no lever, has neither sign, or pulls one that does nothing without another.
         """
         known = {field.name.replace("_", "-"): field.name for field in fields(self)}
+        words = text.replace(",", " ").split()
         found = self
-        for word in text.replace(",", " ").split():
+        for word in words:
             sign, name = word[0], word[1:]
             if sign not in "+-" or name not in known:
                 close = difflib.get_close_matches(word.lstrip("+-"), known, n=1)
@@ -85,4 +106,13 @@ class Levers:
                     hint=f"did you mean {sign if sign in '+-' else '+'}{close[0]}?" if close else "",
                 )
             found = replace(found, **{known[name]: sign == "+"})
+        for word in (word for word in words if word[0] == "+"):
+            needed = NEEDED.get(known[word[1:]], ())
+            if needed and not any(getattr(found, name) for name in needed):
+                raise UsageError(
+                    f"the lever {word} does nothing here",
+                    where="recipe",
+                    expected=" or ".join(name.replace("_", "-") for name in needed) + " beside it",
+                    hint="pull that too, or choose an effort that has it",
+                )
         return found

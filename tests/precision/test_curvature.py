@@ -61,6 +61,18 @@ def test_the_weights_are_the_diagonal_of_a_quadratic() -> None:
     assert float(found.mean()) == pytest.approx(1)
 
 
+def test_axes_of_free_sizes_share_their_weights_wherever_they_stand() -> None:
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(WIDTH, WIDTH), "last": readout(torch.linspace(0.2, 3, WIDTH))}
+    model = Small(lambda m, x: m.last(m.first(x)), **parts)
+    free = {"x": {1: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (torch.randn(5, 2, WIDTH),), dynamic_shapes=free)
+    graph = capture(program, None)
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=None, weight=IntegerType(3, signed=True))).run(graph)
+    found = weights(graph, [(torch.randn(5, count, WIDTH),) for count in (16, 16, 9)])
+    assert found.shape == (5, 1, WIDTH)
+
+
 def test_what_nobody_reads_keeps_the_floor() -> None:
     sizes = torch.ones(WIDTH)
     sizes[3] = 0

@@ -188,6 +188,55 @@ def test_eight_bits_are_refined_only_where_learning_is_asked_for() -> None:
     assert len(refinements(Levers.of(Effort.LEARNED, Bits(8, 8)), seed=0)) == 4
 
 
+@pytest.mark.parametrize(
+    ("word", "refinement", "field", "value"),
+    [
+        ("-asymmetric-correction", "error feedback", "asymmetric", False),
+        ("-coordinate-descent", "error feedback", "descends", False),
+        ("-drop", "reconstruction", "drop", 0.0),
+        ("+soft-rounding", "reconstruction", "rounding", Rounding.SOFT),
+    ],
+)
+def test_a_lever_reaches_what_it_is_a_part_of(word: str, refinement: str, field: str, value: object) -> None:
+    levers = Levers.of(Effort.LEARNED, Bits(4, 4))
+    before, after = (
+        getattr(refinements(each, seed=0)[refinement].keywords["chosen"], field)  # type: ignore[attr-defined]
+        for each in (levers, levers.changed(word))
+    )
+    assert after == value != before
+
+
+@pytest.mark.parametrize("name", ["error-feedback", "bias-correction", "affine-refit", "reconstruction"])
+def test_a_refinement_let_go_is_not_tried(name: str) -> None:
+    levers = Levers.of(Effort.LEARNED, Bits(4, 4))
+    tried = refinements(levers, seed=0).keys()
+    assert tried - refinements(levers.changed(f"-{name}"), seed=0).keys() == {name.replace("-", " ")}
+    assert refinements_at_once(levers.changed("-affine-tuning"), seed=0) == {}
+
+
+@pytest.mark.parametrize("effort", [Effort.CLOSED_FORM, Effort.LEARNED])
+def test_a_network_that_returns_integers_alone_is_refined_by_what_they_are_read_off(effort: Effort) -> None:
+    parts = {"first": nn.Linear(12, 16), "last": nn.Linear(16, 5)}
+    x = torch.randn(64, 12, generator=seeded(1))
+    model = randomized(Small(lambda m, x: m.last(m.first(x).relu()).argmax(-1), **parts))
+    graph = capture(model, (x[:2],))
+    weight, activation = IntegerType(3, signed=True), IntegerType(8, signed=False)
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=activation, weight=weight)).run(graph)
+    start = round_all_to_nearest(graph, observed_ranges(graph, x))
+    levers = Levers.of(effort, Bits(3, 8)).changed("+curvature")
+    _, reports = refine_blockwise(
+        graph,
+        chunked(((row[None],) for row in x), 16),
+        start,
+        refinements(levers, seed=0),
+        at_once=refinements_at_once(levers, seed=0),
+        foresight=1.0,
+        curvature=True,
+    )
+    assert all(report.before > 0 for report in reports)
+    assert reports[-1].kept
+
+
 def test_chunks_keep_every_sample() -> None:
     found = chunked(((torch.full((1, 2), float(i)), torch.tensor(5)) for i in range(7)), 3)
     assert [len(chunk[0]) for chunk in found] == [3, 3, 1]

@@ -37,6 +37,23 @@ def test_words_change_single_levers() -> None:
     assert start.changed(" ") == start
 
 
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("+soft-rounding", "reconstruction"),
+        ("+drop", "reconstruction"),
+        ("+coordinate-descent", "error-feedback"),
+        ("+curvature", "error-feedback or bias-correction"),
+    ],
+)
+def test_what_does_nothing_is_refused(text: str, needed: str) -> None:
+    with pytest.raises(UsageError, match="does nothing here") as caught:
+        Levers().changed(text)
+    assert needed in str(caught.value)
+    pulled = needed.split(" or ", maxsplit=1)[0]
+    assert Levers().changed(f"{text} +{pulled}") != Levers()
+
+
 @pytest.mark.parametrize("text", ["foresight", "+forsight", "+", "soft_rounding"])
 def test_what_is_no_lever_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="levers cannot have") as caught:
