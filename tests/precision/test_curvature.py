@@ -53,11 +53,12 @@ def weights(graph: Graph, chunks: list[tuple[Tensor, ...]]) -> Tensor:
 
 
 def test_the_weights_are_the_diagonal_of_a_quadratic() -> None:
-    # || A z - y ||^2 has the second derivatives 2 A^T A, which is diagonal here: nothing is left to estimate.
+    # || A z - y ||^2 has the second derivatives 2 A^T A, diagonal here, so the quotient is exact up to each chunk's own
+    # sum of y^2, which the error is divided by: over 32 rows of twelve it varies by a few percent.
     sizes = torch.linspace(0.2, 3, WIDTH)
     found = weights(placed(sizes), [(torch.randn(32, WIDTH),) for _ in range(4)])
     curvature = sizes.square() / sizes.square().mean()
-    torch.testing.assert_close(found, ((curvature + FLOOR) / (1 + FLOOR))[None], rtol=0.2, atol=0)
+    torch.testing.assert_close(found, ((curvature + FLOOR) / (1 + FLOOR))[None], rtol=0.05, atol=0)
     assert float(found.mean()) == pytest.approx(1)
 
 

@@ -96,6 +96,7 @@ def agreeing(one: Tensor, other: Tensor) -> float:
     return float(((one - other).abs().amax(1) < 1e-3 * other.abs().max()).float().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["w3a8", "w4a4", "w3a16", "w2a8"])
 @pytest.mark.parametrize("effort", [Effort.CLOSED_FORM, Effort.LEARNED])
 def test_each_effort_lowers_the_error_on_other_samples(bits: str, effort: Effort) -> None:
@@ -151,6 +152,46 @@ def test_the_refit_is_the_least_squares_affine_of_every_output() -> None:
         torch.testing.assert_close(weight.bias[output].double(), offset, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis", "group"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2, stride=2), (4, 9, 7), 1, None),
+        (nn.Conv1d(12, 5, 2), (12, 8), 1, None),
+        (nn.Linear(64, 5), (3, 64), 2, 16),
+        (nn.Linear(64, 5, bias=False), (3, 64), 2, None),
+    ],
+    ids=["grouped convolution", "one axis", "groups of inputs", "no bias"],
+)
+def test_what_a_refit_leaves_is_orthogonal_to_every_output(
+    layer: Any, shape: tuple[int, ...], axis: int, group: int | None
+) -> None:
+    layer, x = randomized(layer), torch.randn(32, *shape, generator=seeded(3)) + 0.5
+    graph = capture(Small(lambda m, x: m.layer(x), layer=layer), (x[:2],))
+    weight = IntegerType(3, signed=True)
+    PlaceQuantizers(placement=replace(X86_VNNI, activation=None, weight=weight, weight_group=group)).run(graph)
+    seen = list[Quantization]()
+
+    def look(block: Block, found: Quantization) -> Quantization:
+        seen.append(refit_affines(block, found))
+        return found
+
+    refine_blockwise(graph, [(x,), (x,)], round_all_to_nearest(graph, {}), {"look": look})
+    (refitted,) = seen[0].weights.values()
+    with torch.no_grad():
+        wanted = layer.double()(x.double())
+        layer.weight.data = refitted.values.double()
+        if refitted.bias is not None:
+            layer.bias.data = refitted.bias.double()
+        given = layer(x.double())
+    others = [other for other in range(wanted.ndim) if other != axis]
+    rest, size = wanted - given, given.norm()
+    if refitted.bias is not None:
+        assert float(rest.sum(others).abs().max() / rest.abs().sum()) < 1e-6
+        given = given - refitted.bias.double().reshape([-1 if other == axis else 1 for other in range(wanted.ndim)])
+    assert float((rest * given).sum(others).abs().max() / (rest.norm() * size)) < 1e-6
+    assert float(rest.norm() / wanted.norm()) > 0.05  # something is left, of three bits
+
+
 def test_what_makes_it_worse_is_reverted() -> None:
     graph, start = decided("w4a8")
 
@@ -163,6 +204,7 @@ def test_what_makes_it_worse_is_reverted() -> None:
     assert all(not report.kept and set(report.reverted) == {"spoil"} for report in reports)
 
 
+@pytest.mark.slow
 def test_a_run_repeats() -> None:
     graph, start = decided("w3a4")
     chunks = chunked(((x[None],) for x in images(64, 1)), 16)
@@ -244,6 +286,7 @@ def test_chunks_keep_every_sample() -> None:
     assert all(int(chunk[1]) == 5 for chunk in found)
 
 
+@pytest.mark.slow
 def test_foresight_serves_the_output_where_the_blocks_own_error_does_not() -> None:
     graph, start = decided("w3a4")
     chunks = chunked(((x[None],) for x in images(128, 1)), 16)
