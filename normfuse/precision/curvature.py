@@ -30,7 +30,7 @@ def exit_weights(block: Block, decided: Quantization) -> list[Tensor]:
     squares over the samples gives the diagonal ``h_i = sum g_i d_i / sum d_i^2`` for ``d = z_q - z``, one gradient per
     chunk. Negative ones become 0, and all get a floor (ours).
 
-    Source: LS-ViT, 2026, whose rank-one part is left out.
+    Source: "LS-ViT: Least-Squares Hessian Based Block Reconstruction" (CVPR 2026), whose rank-one part is left out.
     """
     simulation = Simulation(decided)
     exits = [node for node in block.segment.exits if query.is_float(node)]

@@ -96,8 +96,8 @@ def correct_biases(block: Block, decided: Quantization) -> Quantization:
 def refit_affines(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with the scale and bias at which the codes of every output leave the least error.
 
-    That is "QwT-v2" (2025) for every map: a regression of the float outputs on the quantized ones, a factor and an
-    offset per channel, taken into the dequantization. Maps without a bias get the factor alone.
+    That is "QwT-v2" (Tang et al., 2025, arXiv 2505.20932) for every map in place of a block: a regression of the float
+    outputs on the quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a bias get the factor alone.
     """
     scales = input_scales(block.graph, decided.activations)
     for node in _maps(block, decided):
