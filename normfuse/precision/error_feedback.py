@@ -97,7 +97,8 @@ def refit_affines(block: Block, decided: Quantization) -> Quantization:
     """Return the decision with the scale and bias at which the codes of every output leave the least error.
 
     That is "QwT-v2" (Tang et al., 2025, arXiv 2505.20932) for every map in place of a block: a regression of the float
-    outputs on the quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a bias get the factor alone.
+    outputs on the quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a
+    bias get the factor alone.
     """
     scales = input_scales(block.graph, decided.activations)
     for node in _maps(block, decided):
