@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +16,10 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph
 from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE
+from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.runtime.onnx_session import open_onnx
 
 __all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", "output_error"]
-
-ROUNDED_LEVEL: Final = 4
-"""MatMulNBits' ``accuracy_level`` where it makes codes of its input."""
 
 
 @dataclass(frozen=True, slots=True)
