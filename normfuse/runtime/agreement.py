@@ -91,7 +91,7 @@ def compare_codes(
     codes of what it reads is given the engine's input, compared first, and behind it the engine's output goes on.
 
     The codes of products have no name, so there another run cannot be followed code by code: the file that ships and
-    its copy that shows more round some floats otherwise, which moves codes at a border. Both are run and compared.
+    its copy that shows more may round some floats otherwise, which moves codes at a border. Both are run and compared.
 
     Args:
         graph: the quantized graph that ``path`` was exported from.
