@@ -9,18 +9,15 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from normfuse.errors import UsageError
-from normfuse.quant.bits import MOST, Bits
+from normfuse.quant.bits import MOST, MOST_GROUPED, Bits
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.levers import Effort, Levers
 
 __all__ = ["ActivationCodes", "CalibrationMethod", "Recipe", "Target", "WeightCodes"]
-
-WIDEST_GROUPED: Final = 4
-"""Bits of weights behind float activations that have groups, and with them room for zero points."""
 
 
 class Target(Enum):
@@ -89,7 +86,7 @@ class Recipe:
                 expected="activations of 8 bits: its kernel for them makes no others",
                 hint=f"--bits w{min(bits.weight, MOST)}a8, or --activations static",
             )
-        is_grouped = self.activations is ActivationCodes.DYNAMIC or bits.weight <= WIDEST_GROUPED
+        is_grouped = self.activations is ActivationCodes.DYNAMIC or bits.weight <= MOST_GROUPED
         if self.weights is WeightCodes.ASYMMETRIC and (bits.is_float or (bits.is_weight_only and not is_grouped)):
             raise UsageError(
                 f"weights cannot be asymmetric with {self.bits} bits",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from normfuse.quant import INT8_NARROW, UINT8, IntegerType
-from normfuse.quant.bits import Bits
+from normfuse.quant.bits import MOST_GROUPED, Bits
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.placement import Placement
 
@@ -16,7 +16,6 @@ EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
 SYMMETRIC_7: Final = IntegerType(7, signed=True, narrow=True)
 
-FEW_BITS: Final = 4
 WEIGHT_GROUP: Final = 128
 """The more inputs share a scale the smaller the file; the fewer the nearer the weights."""
 
@@ -84,7 +83,7 @@ def with_bits(
     if not is_symmetric:
         weight = replace(weight, narrow=False)
     # onnxruntime's product of floats and packed codes knows groups; every other one has a scale per channel.
-    has_groups = is_dynamic or (bits.is_weight_only and bits.weight <= FEW_BITS)
+    has_groups = is_dynamic or (bits.is_weight_only and bits.weight <= MOST_GROUPED)
     eight = widest.activation
     return replace(
         widest,

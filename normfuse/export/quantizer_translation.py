@@ -12,6 +12,7 @@ from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
+from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.quant.integer_type import smallest_container
 
 __all__ = ["translation_table"]
@@ -52,8 +53,8 @@ MATMUL_NBITS: Final = _matmul_nbits()
 
 FEW: Final = 4
 
-FLOAT_LEVEL, ROUNDED_LEVEL = 0, 4
-"""MatMulNBits' ``accuracy_level``: floats as they are, or rows moved to codes of 8 bits (``round_rows``)."""
+FLOAT_LEVEL: Final = 0
+"""MatMulNBits' ``accuracy_level`` where it takes floats as they are."""
 
 _TYPES: Final = {
     torch.uint8: ir.DataType.UINT8,

@@ -48,7 +48,7 @@ def activation_params(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Ac
     found = dict[str, ActivationParams]()
     for request in requests(graph):
         if request.group is not None:
-            found[request.source.name] = DynamicParams(size=request.group, type=request.type)
+            found[request.source.name] = DynamicParams(size=request.group)
         elif (range_ := ranges.get(request.source.name)) is not None:
             found[request.source.name] = request.quantizer(range_)
     return found

@@ -22,7 +22,7 @@ def decision_record(decided: Quantization) -> tuple[dict[str, Any], dict[str, Te
 
     def params(each: ActivationParams, name: str) -> dict[str, Any]:
         if isinstance(each, DynamicParams):
-            return {"type": [each.type.bits, each.type.signed, each.type.narrow], "size": each.size}
+            return {"size": each.size}
         tensors[f"{name}.scale"], kind = each.scale, each.granularity
         logarithm = None
         if isinstance(each, LogarithmicParams):
@@ -59,11 +59,11 @@ def decision_from_record(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
         )
 
     def activation(each: Mapping[str, Any], name: str) -> ActivationParams:
-        if "size" not in each and each["logarithm"] is None:
+        if "size" in each:
+            return DynamicParams(size=each["size"])
+        if each["logarithm"] is None:
             return uniform(each, name)
         bits, signed, narrow = each["type"]
-        if "size" in each:
-            return DynamicParams(size=each["size"], type=IntegerType(bits, signed=signed, narrow=narrow))
         per_octave, top_is_zero = each["logarithm"]
         granularity = _granularity(*each["granularity"])
         assert not isinstance(granularity, PerGroup)

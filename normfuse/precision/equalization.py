@@ -235,7 +235,7 @@ class _Judge:
         now = carried.inverse()
         params: ActivationParams | None = None
         if (asked := self._asked.get(source)) is not None and asked.group is not None:
-            params = DynamicParams(size=asked.group, type=asked.type)
+            params = DynamicParams(size=asked.group)
         elif asked is not None:
             histogram = DyadicHistogram()
             for x in inputs[: _teaching(len(inputs))]:

@@ -58,8 +58,7 @@ class KeptCodes(LearnedWeight):
 
     def __init__(self, start: RoundedWeight, weight: Tensor) -> None:
         super().__init__(start, weight)
-        zero_point = start.params.granularity.spread(start.params.zero_point, weight.shape)
-        self._steps = to_values(start.codes, torch.ones_like(weight), zero_point)
+        self._steps = to_values(start.codes, torch.ones_like(weight), self._zero)
 
     def values(self) -> Tensor:
         """Return the values of the codes, with gradients."""

@@ -2,11 +2,11 @@
 
 from normfuse.quant.bias_correction import corrected_bias
 from normfuse.quant.channel_scales import ChannelScales, SeenChannels, channel_scales
-from normfuse.quant.coordinate_descent import descended, round_by_coordinate_descent
+from normfuse.quant.coordinate_descent import descended
 from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.dynamic_rows import DynamicParams, round_rows
 from normfuse.quant.exact_sum import ExactSum
-from normfuse.quant.gptq import gptq_codes, round_by_gptq
+from normfuse.quant.gptq import gptq_codes
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
@@ -17,7 +17,7 @@ from normfuse.quant.output_sums import OutputSums
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.range_selection import Range, RangeMethod, candidates
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
-from normfuse.quant.rounding_problem import RoundingProblem, added_error
+from normfuse.quant.rounding_problem import RoundingProblem
 from normfuse.quant.snapping import ActivationParams, snap
 from normfuse.quant.unfold import unfold_rows
 from normfuse.quant.weights import RoundedWeight, WeightClip, round_to_nearest, scale_for_bias, weight_params
@@ -52,7 +52,6 @@ __all__ = [
     "RoundingProblem",
     "SeenChannels",
     "WeightClip",
-    "added_error",
     "asymmetric",
     "candidates",
     "channel_scales",
@@ -63,8 +62,6 @@ __all__ = [
     "logarithmic_params",
     "quantize",
     "quantize_dequantize",
-    "round_by_coordinate_descent",
-    "round_by_gptq",
     "round_rows",
     "round_to_nearest",
     "scale_for_bias",

@@ -8,13 +8,16 @@ from typing import Final, Self
 
 from normfuse.errors import UsageError
 
-__all__ = ["FLOAT", "MOST", "Bits"]
+__all__ = ["FLOAT", "MOST", "MOST_GROUPED", "Bits"]
 
 FLOAT: Final = 32
 """Bits of what stays float; 16 means the same for activations, as in ``w4a16``."""
 
 EXPECTED: Final = "8 (W8A8), 4 (4-bit weights), w4a4, w6a6, w4a16 ... (2 to 8 bits, a16: float), or 32 (folded float)"
 LEAST, MOST = 2, 8
+
+MOST_GROUPED: Final = 4
+"""Bits of weights behind float activations that have groups, and with them room for zero points."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from normfuse.errors import UsageError
-from normfuse.quant.hessian import InputMoments
-from normfuse.quant.parameters import QuantParams
-from normfuse.quant.rounding import quantize, to_values
+from normfuse.quant.rounding import to_values
 from normfuse.quant.rounding_problem import RoundingProblem
 
-__all__ = ["descended", "round_by_coordinate_descent"]
+__all__ = ["descended"]
 
 BLOCK: Final = 128
 """Columns between two updates of the whole gradient; a matter of speed alone."""
@@ -22,9 +19,7 @@ SMALLEST: Final = 2.0**-1022
 """The smallest normal float64, divided by in place of 0."""
 
 
-def round_by_coordinate_descent(
-    weight: Tensor, params: QuantParams, moments: InputMoments, *, start: Tensor | None = None, sweeps: int = 4
-) -> Tensor:
+def descended(problem: RoundingProblem, start: Tensor, *, sweeps: int = 4) -> Tensor:
     """Return codes of no greater error ``||X_q Q^T - X_f W^T||^2`` than those of the start.
 
     As a function of one code alone the error is a parabola, so the best code is the nearest to its lowest point
@@ -38,29 +33,13 @@ def round_by_coordinate_descent(
     for all outputs, so that a step is one column.
 
     Args:
-        weight: any float type, [out, ...].
-        params: the grid, per tensor, per channel or per group of the weight's own axes; it is not changed.
-        moments: of the inputs; the weight's other axes, in order, are its K.
-        start: codes to improve, such as those of GPTQ, of the weight's shape; None for the nearest.
+        problem: the weights, their grid and their inputs' moments; it is not changed.
+        start: codes to improve, such as those of GPTQ, integers [groups, rows, K]; they are not changed.
         sweeps: how many at most; it ends early when nothing moves.
 
     Returns:
-        ``params.type.torch_dtype``, of the weight's shape and device.
-
-    Raises:
-        UsageError: the shapes do not fit.
+        The start's type and shape.
     """
-    problem = RoundingProblem.of(weight, params, moments)
-    if start is None:
-        start = quantize(weight.detach().double(), params)
-    if start.shape != weight.shape:
-        raise UsageError(f"codes of {list(start.shape)} for a weight of {list(weight.shape)}", expected="one shape")
-    start = start.to(problem.weight.device).reshape(problem.weight.shape)
-    return descended(problem, start, sweeps=sweeps).reshape(weight.shape).to(weight.device)
-
-
-def descended(problem: RoundingProblem, start: Tensor, *, sweeps: int = 4) -> Tensor:
-    """Return codes as ``round_by_coordinate_descent``, [groups, rows, K] like the start, which is not changed."""
     order = (problem.weight.norm(dim=1) * problem.curvature.sqrt()).argsort(dim=1, descending=True, stable=True)
     along = order[:, None].expand_as(problem.weight)
     codes = start.gather(2, along)

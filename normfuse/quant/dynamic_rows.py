@@ -14,6 +14,7 @@ reciprocal as the inverse 4 to 8 %.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from torch import Tensor
 from normfuse.errors import UsageError
 from normfuse.quant.integer_type import INT8_NARROW, IntegerType
 
-__all__ = ["DynamicParams", "round_rows"]
+__all__ = ["ROUNDED_LEVEL", "DynamicParams", "round_rows"]
+
+ROUNDED_LEVEL: Final = 4
+"""MatMulNBits' ``accuracy_level`` where it moves its input to codes of 8 bits, as ``round_rows`` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +34,19 @@ class DynamicParams:
 
     Attributes:
         size: neighbours that share a scale; it divides the extent of the last axis.
-        type: the range of the codes.
+        type: the range of the codes, the only one that the kernel makes.
 
     Raises:
-        UsageError: groups hold nothing, or the type is not symmetric.
+        UsageError: groups hold nothing.
     """
 
+    type: ClassVar[IntegerType] = INT8_NARROW
+
     size: int
-    type: IntegerType = INT8_NARROW
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not self.type.narrow:
-            raise UsageError(
-                f"dynamic codes of {self.type} by groups of {self.size}", expected="a narrow type, 1 or more"
-            )
+        if self.size < 1:
+            raise UsageError(f"dynamic codes by groups of {self.size}", expected="1 or more")
 
 
 def round_rows(x: Tensor, params: DynamicParams) -> Tensor:

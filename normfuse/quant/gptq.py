@@ -8,26 +8,16 @@ import torch
 from torch import Tensor
 
 from normfuse.quant.damped_root import damped_root, solve_by_root
-from normfuse.quant.hessian import InputMoments
-from normfuse.quant.parameters import QuantParams
 from normfuse.quant.rounding_problem import RoundingProblem
 
-__all__ = ["gptq_codes", "round_by_gptq"]
+__all__ = ["gptq_codes"]
 
 BLOCK: Final = 128
 """Columns between two products with all columns that are done; a matter of speed alone."""
 
 
-def round_by_gptq(
-    weight: Tensor,
-    params: QuantParams,
-    moments: InputMoments,
-    *,
-    damping: float = 0.01,
-    activation_order: bool = True,
-    asymmetric_correction: bool = True,
-) -> Tensor:
-    """Return codes for ``weight`` whose outputs are near the float model's, ``||X_q Q^T - X_f W^T||^2``.
+def gptq_codes(problem: RoundingProblem, *, damping: float = 0.01, activation_order: bool = True) -> Tensor:
+    """Return codes of weights whose outputs are near the float model's, of little ``||X_q Q^T - X_f W^T||^2``.
 
     With ``lambda ||q - w||^2`` added and a lower triangular ``R R^T = H + lambda I``, the error of an output is, up to
     what no ``q`` changes,
@@ -47,27 +37,14 @@ def round_by_gptq(
     columns after it, here to the best place among all. From few samples it learns chance: see ``shrink_drift``.
 
     Args:
-        weight: any float type, [out, ...].
-        params: the grid, per tensor, per channel or per group of the weight's own axes; it is not changed.
-        moments: of the inputs; the weight's other axes, in order, are its K.
+        problem: the weights, their grid and their inputs' moments; it is not changed. Beside H one matrix of its size
+            is made. Where its pull is 0, ``X_f`` is taken for ``X_q``: GPTQ as published.
         damping: lambda as a share of the mean squared input. Raised tenfold while the root fails.
         activation_order: whether inputs are rounded from the largest to the smallest instead of in their own order.
-        asymmetric_correction: whether the inputs' own error counts; without it ``X_f`` is taken for ``X_q``.
 
     Returns:
-        ``params.type.torch_dtype``, of the weight's shape and device. Inputs that are always zero get the nearest.
-
-    Raises:
-        UsageError: the shapes do not fit.
-        BadInput: no damping makes the Hessian positive definite.
-    """
-    problem = RoundingProblem.of(weight, params, moments, asymmetric_correction=asymmetric_correction)
-    codes = gptq_codes(problem, damping=damping, activation_order=activation_order)
-    return codes.reshape(weight.shape).to(weight.device)
-
-
-def gptq_codes(problem: RoundingProblem, *, damping: float = 0.01, activation_order: bool = True) -> Tensor:
-    """Return the codes of ``round_by_gptq``, [groups, rows, K]; beside H one matrix of its size is made.
+        Integers of the smallest type that holds the grid, [groups, rows, K]. Inputs that are always zero get the
+        nearest.
 
     Raises:
         BadInput: no damping makes the Hessian positive definite.

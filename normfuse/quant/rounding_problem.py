@@ -11,9 +11,9 @@ from normfuse.errors import UsageError
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.parameters import QuantParams
 from normfuse.quant.reordering import reordered
-from normfuse.quant.rounding import dequantize, to_codes, to_values
+from normfuse.quant.rounding import to_codes, to_values
 
-__all__ = ["RoundingProblem", "added_error"]
+__all__ = ["RoundingProblem"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,30 +112,3 @@ class RoundingProblem:
     def gradient(self, values: Tensor) -> Tensor:
         """Return half the error's gradient at q, ``H (q - w) - D w``, [groups, rows, K]."""
         return (values - self.weight) @ self.gram - self.pull
-
-    def added_error(self, values: Tensor) -> Tensor:
-        """Return the squared error that rounding to ``values`` adds, [groups, rows]."""
-        error = values - self.weight
-        return (error * (error @ self.gram - 2 * self.pull)).sum(dim=2)
-
-
-def added_error(weight: Tensor, codes: Tensor, params: QuantParams, moments: InputMoments) -> Tensor:
-    """Return ``||X_q q - X_f w||^2 - ||X_q w - X_f w||^2`` per output, what rounding adds to the squared error.
-
-    It is below 0 where rounding makes good what the inputs' own error does.
-
-    Args:
-        weight: any float type, [out, ...].
-        codes: integers of the same shape.
-        params: per tensor, per channel or per group.
-        moments: of the inputs; the weight's other axes, in order, are its K.
-
-    Returns:
-        float64 [out], on the moments' device.
-
-    Raises:
-        UsageError: the shapes do not fit.
-    """
-    problem = RoundingProblem.of(weight, params, moments)
-    values = dequantize(codes, params).to(problem.weight)
-    return problem.added_error(values.reshape(problem.weight.shape)).flatten()

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +16,10 @@ from torch import Tensor, fx
 
 from normfuse.graph import Graph
 from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE
+from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.runtime.onnx_session import open_onnx
 
 __all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", "output_error"]
-
-ROUNDED_LEVEL: Final = 4
-"""MatMulNBits' ``accuracy_level`` where it makes codes of its input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,14 @@ class TensorAgreement:
 class ProductAgreement:
     """How far one product that makes the codes of its input is from the simulation's, both given the engine's input.
 
-    It is the largest difference, relative to the output's scale. The codes themselves are nowhere in the engine's file.
+    ``error`` is the largest difference, relative to the output's scale; the codes themselves are nowhere in the
+    engine's file. ``input_error`` is that of the input, which the simulation makes of what the engine's products and
+    quantizers in front gave it; 0 where another product writes it.
     """
 
     name: str
     error: float
+    input_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,13 @@ class Agreement:
     """All quantized tensors and products that make codes; the largest output difference relative to the output's scale.
 
     ``missing`` are quantizers of the graph whose codes the engine does not show: about them nothing is known.
-    ``output_error`` is infinite where there was nothing to compare.
+    ``output_error`` is infinite where there was nothing to compare. Where there are products it is that of a copy of
+    the file that shows what they read and write; ``shipped_error`` is always that of the file itself.
     """
 
     tensors: tuple[TensorAgreement, ...]
     output_error: float
+    shipped_error: float
     missing: tuple[str, ...] = ()
     products: tuple[ProductAgreement, ...] = ()
 
@@ -61,6 +64,11 @@ class Agreement:
     def largest_product_error(self) -> float:
         """The largest error of any product that makes the codes of its input."""
         return max((product.error for product in self.products), default=0.0)
+
+    @property
+    def largest_input_error(self) -> float:
+        """The largest error of any such product's input."""
+        return max((product.input_error for product in self.products), default=0.0)
 
     @property
     def largest_difference(self) -> int:
@@ -80,7 +88,10 @@ def compare_codes(
 
     Behind each quantizer the simulation goes on with the engine's codes, so that each segment is judged alone:
     a code that differs by one early in the network is not counted again in everything behind it. A product that makes
-    codes of what it reads is given the engine's input, and behind it the engine's output goes on.
+    codes of what it reads is given the engine's input, compared first, and behind it the engine's output goes on.
+
+    The codes of products have no name, so there another run cannot be followed code by code: the file that ships and
+    its copy that shows more may round some floats otherwise, which moves codes at a border. Both are run and compared.
 
     Args:
         graph: the quantized graph that ``path`` was exported from.
@@ -90,9 +101,7 @@ def compare_codes(
         session_config: the session entries that the artifact is run with.
     """
     config = session_config or {}
-    totals: dict[str, list[int]] = {}
-    worst: dict[str, float] = {}
-    errors = []
+    seen, errors, shipped = _Seen(), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         opened = Path(folder) / "opened.onnx"
         products = _Product.paired(graph, _show(path, opened))
@@ -100,16 +109,19 @@ def compare_codes(
         witness = open_onnx(opened, threads=threads, session_config=config)
         for sample in samples:
             feeds = {name: value.numpy() for name, value in zip(graph.input_names, sample, strict=True)}
-            codes = witness.run(feeds)
-            # Where codes have no name, a float that is rounded otherwise moves some of them, so one run is compared.
-            outputs = codes if products else engine.run(feeds)
-            simulated = graph.run_watched(sample, _Forcing({**feeds, **codes}, totals, products, worst))
+            shown, outputs = witness.run(feeds), engine.run(feeds)
+            simulated = graph.run_watched(sample, _Forcing({**feeds, **shown}, products, seen))
             for name, value in zip(graph.output_names, simulated, strict=True):
-                errors.append(output_error(outputs[name], value.numpy()))
-    tensors = tuple(TensorAgreement(name, largest, bad / max(all_, 1)) for name, (largest, bad, all_) in totals.items())
-    missing = tuple(node.name for node in graph.nodes if node.target is QUANTIZE and node.name not in totals)
-    found = tuple(ProductAgreement(name, error) for name, error in worst.items())
-    return Agreement(tensors, max(errors, default=math.inf), missing, found)
+                shipped.append(output_error(outputs[name], value.numpy()))
+                errors.append(output_error(shown[name], value.numpy()) if products else shipped[-1])
+    missing = tuple(node.name for node in graph.nodes if node.target is QUANTIZE and node.name not in seen.codes)
+    return Agreement(
+        tensors=seen.tensors,
+        output_error=max(errors, default=math.inf),
+        shipped_error=max(shipped, default=math.inf),
+        missing=missing,
+        products=tuple(seen.agreement(product) for product in products if product.node.name in seen.products),
+    )
 
 
 def output_error(found: Any, expected: Any) -> float:
@@ -141,38 +153,65 @@ class _Product:
         nodes = [node for node in graph.nodes if node.target is GROUPED_LINEAR and node.args[-1]]
         return [cls(node, *names) for node, names in zip(nodes, shown, strict=True)]
 
+    @property
+    def source(self) -> fx.Node:
+        """The node that makes what it reads."""
+        source = self.node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
 
-class _Forcing:
-    """Compares the codes of each quantizer, and each dynamic product, and lets the engine's go on."""
 
-    def __init__(
-        self,
-        engine: Mapping[str, Any],
-        totals: dict[str, list[int]],
-        products: Sequence[_Product],
-        worst: dict[str, float],
-    ) -> None:
-        self._engine, self._totals = engine, totals
-        self._written = {product.node: product.written for product in products}
-        self._read = {product.node.args[0]: product.read for product in products}
-        self._worst = worst
+class _Seen:
+    """The differences of all samples so far.
 
-    def __call__(self, node: fx.Node, value: Any) -> Any:
-        if (written := self._written.get(node)) is not None:
-            error = output_error(self._engine[written], value.numpy())
-            self._worst[node.name] = max(self._worst.get(node.name, 0.0), error)
-            return torch.from_numpy(self._engine[written])
-        if (read := self._read.get(node)) is not None:
-            return torch.from_numpy(self._engine[read]).reshape(value.shape)
-        if node.target is not QUANTIZE or node.name not in self._engine:
-            return value
-        codes = torch.from_numpy(self._engine[node.name])
-        difference = (codes.int() - value.int()).abs()
-        total = self._totals.setdefault(node.name, [0, 0, 0])
+    Attributes:
+        codes: by quantizer, the largest difference, how many codes differ, how many there are.
+        products: the largest error by product.
+        inputs: the largest error by node that a product reads.
+    """
+
+    def __init__(self) -> None:
+        self.codes = dict[str, list[int]]()
+        self.products, self.inputs = dict[str, float](), dict[str, float]()
+
+    @property
+    def tensors(self) -> tuple[TensorAgreement, ...]:
+        return tuple(TensorAgreement(name, far, bad / max(all_, 1)) for name, (far, bad, all_) in self.codes.items())
+
+    def agreement(self, product: _Product) -> ProductAgreement:
+        name = product.node.name
+        return ProductAgreement(name, self.products[name], self.inputs.get(product.source.name, 0.0))
+
+    def add_codes(self, name: str, difference: Tensor) -> None:
+        total = self.codes.setdefault(name, [0, 0, 0])
         total[0] = max(total[0], int(difference.max()))
         total[1] += int((difference > 0).sum())
         total[2] += difference.numel()
+
+
+class _Forcing:
+    """Compares the codes of each quantizer, and what each dynamic product reads and writes; the engine's goes on."""
+
+    def __init__(self, engine: Mapping[str, Any], products: Sequence[_Product], seen: _Seen) -> None:
+        self._engine, self._seen = engine, seen
+        self._written = {product.node: product.written for product in products}
+        self._read = {product.source: product.read for product in products}
+
+    def __call__(self, node: fx.Node, value: Any) -> Any:
+        if (written := self._written.get(node)) is not None:
+            return self._floats(self._seen.products, node.name, self._engine[written], value)
+        if (read := self._read.get(node)) is not None:
+            return self._floats(self._seen.inputs, node.name, self._engine[read].reshape(value.shape), value)
+        if node.target is not QUANTIZE or node.name not in self._engine:
+            return value
+        codes = torch.from_numpy(self._engine[node.name])
+        self._seen.add_codes(node.name, (codes.int() - value.int()).abs())
         return codes
+
+    @staticmethod
+    def _floats(worst: dict[str, float], name: str, found: Any, value: Tensor) -> Tensor:
+        worst[name] = max(worst.get(name, 0.0), output_error(found, value.numpy()))
+        return torch.from_numpy(found)
 
 
 def _show(path: Path, opened: Path) -> list[tuple[str, str]]:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from normfuse.checks import Check, check_codes, check_export, check_fold, require, samples_in
 from normfuse.errors import CheckFailed
 from normfuse.export.onnx import export_onnx
+from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph, capture, query
 from normfuse.graph.edit import converted, editing
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.passes.insert_quantizers import InsertQuantizers
+from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.precision import round_all_to_nearest
+from normfuse.quant.bits import Bits
+from normfuse.quant.code_kinds import ActivationCodes
+from normfuse.runtime import agreement
+from normfuse.runtime.onnx_session import open_onnx
+from normfuse.testing import randomized, seeded
 
 SAMPLES = [[torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))] for seed in range(3)]
 
@@ -110,6 +121,72 @@ def test_codes_are_compared_by_name_and_a_quantizer_that_is_not_found_fails(tmp_
     codes, outputs = check_codes(graph, path, SAMPLES, threads=1, session_config={})
     assert (codes.holds, outputs.holds) == (False, True)
     assert codes.detail.startswith("not found in the engine: x_codes; 0 tensors")
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.gelu(self.a(x)))
+
+
+VECTORS = [[torch.randn(3, 32, generator=seeded(seed))] for seed in range(3)]
+
+
+def dynamic(path: Path) -> Graph:
+    """Return two products that make the codes of their inputs, a float operator between them, and write the file."""
+    graph = capture(randomized(Perceptron()).eval(), VECTORS[0])
+    PlaceQuantizers(
+        placement=onnx_placement("avx512_vnni", Bits.parse("w4a8"), activations=ActivationCodes.DYNAMIC)
+    ).run(graph)
+    decided = round_all_to_nearest(graph, {})
+    InsertQuantizers(activations=decided.activations, weights=decided.weights).run(graph)
+    export_onnx(graph, path)
+    return graph
+
+
+def failing(graph: Graph, path: Path) -> list[str]:
+    return [check.name for check in check_codes(graph, path, VECTORS, threads=1, session_config={}) if not check.holds]
+
+
+def test_products_that_make_codes_hold_and_say_what_was_compared(tmp_path: Path) -> None:
+    graph = dynamic(path := tmp_path / "model.onnx")
+    found = check_codes(graph, path, VECTORS, threads=1, session_config={})
+    assert [check.name for check in found if check.holds] == [
+        "engine's products = simulation's",
+        "engine's floats between products = simulation's",
+        "shipped file's outputs = simulation's",
+        "engine's outputs = simulation's",
+    ]
+    assert all("2 products" in check.detail for check in found[:3])
+    assert all("9 samples" in check.detail for check in found)
+
+
+@pytest.mark.parametrize("other", [torch.ops.aten.tanh.default, torch.ops.aten.relu.default])
+def test_another_float_operator_between_two_products_fails(other: Any, tmp_path: Path) -> None:
+    graph = dynamic(path := tmp_path / "model.onnx")
+    (between,) = [node for node in graph.nodes if node.target is torch.ops.aten.gelu.default]
+    with editing(graph) as edit:
+        edit.replace(between, other, between.args[0])
+    assert failing(graph, path) == ["engine's floats between products = simulation's"]
+
+
+def test_the_file_that_ships_is_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should onnxruntime make something else of the file than of the copy that shows more, it must not pass."""
+    graph = dynamic(path := tmp_path / "model.onnx")
+    model = onnx.load(path)
+    last = [node for node in model.graph.node if node.op_type == "MatMulNBits"][-1]
+    (bias,) = [tensor for tensor in model.graph.initializer if tensor.name == last.input[5]]
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * 1.5, bias.name))
+    onnx.save(model, another := tmp_path / "another.onnx")
+
+    def opened(asked: Path, **options: Any) -> Any:
+        return open_onnx(another if asked == path else asked, **options)
+
+    monkeypatch.setattr(agreement, "open_onnx", opened)
+    assert failing(graph, path) == ["shipped file's outputs = simulation's"]
 
 
 def test_what_failed_is_told_with_its_figures() -> None:

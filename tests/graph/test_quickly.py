@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.graph import capture, ops
+from normfuse.graph import quickly as module
 from normfuse.graph.quickly import linear, quickly
 from normfuse.testing import seeded
 
@@ -81,3 +82,38 @@ def test_a_network_is_what_it_was() -> None:
         wanted: Tensor = model(x)
     assert called.count(ops.LINEAR) == 2
     torch.testing.assert_close(found, wanted)
+
+
+class _Another:
+    """A kernel that PyTorch has changed: it takes other arguments, or computes something else."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.default = kernel
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(lambda x, weight, bias: x, id="other arguments"),
+        pytest.param(lambda *_: torch.ops.aten.mm(torch.ones(2, 3), torch.ones(2, 3)), id="refuses"),
+        pytest.param(lambda x, weight, *_: nn.functional.linear(x, weight).relu(), id="another map"),
+        pytest.param(lambda *_: torch.ones(1), id="another shape"),
+        pytest.param(lambda *_: None, id="nothing"),
+    ],
+)
+def test_a_kernel_that_has_changed_is_not_taken(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", _Another(kernel), raising=False)
+    module._kernel.cache_clear()
+    try:
+        assert module._kernel() is None
+        x, weight, bias = (torch.randn(*shape, generator=seeded(0)) for shape in ((3, 5), (2, 5), (2,)))
+        assert torch.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    finally:
+        module._kernel.cache_clear()
+
+
+def test_where_the_processor_gains_the_kernel_is_taken() -> None:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        pytest.skip("no AVX-512, or a PyTorch without oneDNN")
+    assert module._kernel() is not None

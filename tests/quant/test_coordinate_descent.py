@@ -8,8 +8,8 @@ import torch
 from correlated_layer import correlated_layer
 from hypothesis import given
 from hypothesis import strategies as st
+from rounded_layer import by_descent, by_gptq
 
-from normfuse.errors import UsageError
 from normfuse.quant import (
     INT4,
     InputMoments,
@@ -19,10 +19,7 @@ from normfuse.quant import (
     QuantParams,
     WeightClip,
     quantize,
-    round_by_coordinate_descent,
-    round_by_gptq,
     shrink_drift,
-    symmetric,
     weight_params,
 )
 
@@ -37,11 +34,11 @@ def test_errors_fall_from_nearest_to_gptq_to_coordinate_descent(kind: IntegerTyp
         layer = correlated_layer(seed)
         params = weight_params(layer.weight, 0, kind, clip=WeightClip.MSE)
         nearest = layer.squared_error(quantize(layer.weight, params), params).sum()
-        codes = round_by_gptq(layer.weight, params, layer.moments)
-        improved = round_by_coordinate_descent(layer.weight, params, layer.moments, start=codes)
+        codes = by_gptq(layer.weight, params, layer.moments)
+        improved = by_descent(layer.weight, params, layer.moments, start=codes)
         ratios.append([float(layer.squared_error(found, params).sum() / nearest) for found in (codes, improved)])
-    by_gptq, by_descent = np.mean(ratios, axis=0)
-    assert by_descent < by_gptq < 0.8
+    after_gptq, after_descent = np.mean(ratios, axis=0)
+    assert after_descent < after_gptq < 0.8
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.sampled_from([None, 4]))
@@ -52,7 +49,7 @@ def test_coordinate_descent_is_never_worse_and_ends_where_no_code_alone_is_bette
     params = weight_params(layer.weight, 0, INT2, group=group)
     generator = torch.Generator().manual_seed(seed)
     start = None if from_nearest else torch.randint(-2, 2, layer.weight.shape, generator=generator, dtype=torch.int8)
-    codes = round_by_coordinate_descent(layer.weight, params, layer.moments, start=start, sweeps=100)
+    codes = by_descent(layer.weight, params, layer.moments, start=start, sweeps=100)
     first = quantize(layer.weight, params) if start is None else start
     error = layer.squared_error(codes, params)
     tolerance = 1 + 1e-10  # float64 sums of 60 squares, and of products as large in the moments
@@ -70,8 +67,8 @@ def test_nothing_beats_trying_all_codes_and_little_is_lost(seed: int) -> None:
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3)), dtype=torch.int8)
     least = torch.stack([layer.squared_error(row.expand(2, 3), params) for row in every]).amin(dim=0)
     nearest = layer.squared_error(quantize(layer.weight, params), params)
-    for start in (None, round_by_gptq(layer.weight, params, layer.moments)):
-        codes = round_by_coordinate_descent(layer.weight, params, layer.moments, start=start)
+    for start in (None, by_gptq(layer.weight, params, layer.moments)):
+        codes = by_descent(layer.weight, params, layer.moments, start=start)
         error = layer.squared_error(codes, params)
         assert bool((error >= least * (1 - 1e-6)).all())  # values are rounded to float32 on either side
         assert start is not None or bool((error <= nearest * (1 + 1e-6)).all())
@@ -85,8 +82,8 @@ def test_convolutions_are_rounded_group_by_group(group: int | None) -> None:
     moments.update(torch.stack([layer.x for layer in layers]), torch.stack([layer.x_float for layer in layers]))
     moments = shrink_drift(moments)
     params = weight_params(weight, 0, INT3, group=group)
-    codes = round_by_gptq(weight, params, moments)
-    descended = round_by_coordinate_descent(weight, params, moments)
+    codes = by_gptq(weight, params, moments)
+    descended = by_descent(weight, params, moments)
     for index, layer in enumerate(layers):
         own = slice(2 * index, 2 * index + 2)
         alone = QuantParams(
@@ -96,13 +93,5 @@ def test_convolutions_are_rounded_group_by_group(group: int | None) -> None:
             granularity=PerChannel(0) if group is None else PerGroup(1, group),
         )
         shrunk = shrink_drift(layer.moments)
-        assert torch.equal(codes[own], round_by_gptq(weight[own], alone, shrunk))
-        assert torch.equal(descended[own], round_by_coordinate_descent(weight[own], alone, shrunk))
-
-
-def test_a_start_of_another_shape_is_refused() -> None:
-    params = symmetric(torch.ones(2), INT4, PerChannel(0))
-    with pytest.raises(UsageError, match="one shape"):
-        round_by_coordinate_descent(
-            torch.zeros(2, 4), params, InputMoments(4), start=torch.zeros(4, 2, dtype=torch.int8)
-        )
+        assert torch.equal(codes[own], by_gptq(weight[own], alone, shrunk))
+        assert torch.equal(descended[own], by_descent(weight[own], alone, shrunk))

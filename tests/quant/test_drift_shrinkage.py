@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from correlated_layer import Layer, correlated_layer
+from rounded_layer import by_gptq
 
-from normfuse.quant import INT4, round_by_gptq, shrink_drift, weight_params
+from normfuse.quant import INT4, shrink_drift, weight_params
 
 
 @pytest.mark.parametrize(("rows", "drift"), [(40, 0.0), (30, 0.3), (60, 1.0), (700, 1.0)])
@@ -33,9 +34,9 @@ def test_shrunk_corrections_hold_on_samples_not_seen(rows: int, gain: float, gai
         unseen = Layer(layer.x[rows:], layer.x_float[rows:], layer.weight)
         params = weight_params(layer.weight, 0, INT4)
         found = [
-            round_by_gptq(layer.weight, params, shrink_drift(seen)),
-            round_by_gptq(layer.weight, params, seen, asymmetric_correction=False),
-            round_by_gptq(layer.weight, params, seen),
+            by_gptq(layer.weight, params, shrink_drift(seen)),
+            by_gptq(layer.weight, params, seen, asymmetric_correction=False),
+            by_gptq(layer.weight, params, seen),
         ]
         each = torch.stack([unseen.squared_error(codes, params).sum() for codes in found])
         errors += each / each[0]

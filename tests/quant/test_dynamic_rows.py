@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normfuse.errors import UsageError
-from normfuse.quant import INT8, DynamicParams, round_rows
+from normfuse.quant import DynamicParams, round_rows
 from normfuse.testing import seeded
 
 
@@ -59,5 +59,3 @@ def test_what_does_not_fit_is_refused() -> None:
         round_rows(torch.ones(2, 48), DynamicParams(size=32))
     with pytest.raises(UsageError, match="groups of 0"):
         DynamicParams(size=0)
-    with pytest.raises(UsageError, match="int8"):
-        DynamicParams(size=16, type=INT8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from correlated_layer import Layer, correlated_layer
 from numpy.typing import NDArray
+from rounded_layer import by_descent, by_gptq
 from torch import Tensor
 
 from normfuse.errors import BadInput, UsageError
@@ -16,11 +17,9 @@ from normfuse.quant import (
     IntegerType,
     PerChannel,
     QuantParams,
+    RoundingProblem,
     WeightClip,
     quantize,
-    refit_scale,
-    round_by_coordinate_descent,
-    round_by_gptq,
     shrink_drift,
     symmetric,
     weight_params,
@@ -81,9 +80,7 @@ def _order(layer: Layer, by_activation: bool) -> list[int]:
 def test_gptq_is_the_published_algorithm(seed: int, kind: IntegerType, by_activation: bool) -> None:
     layer = correlated_layer(seed)
     params = weight_params(layer.weight, 0, kind, clip=WeightClip.MSE)
-    codes = round_by_gptq(
-        layer.weight, params, layer.moments, activation_order=by_activation, asymmetric_correction=False
-    )
+    codes = by_gptq(layer.weight, params, layer.moments, activation_order=by_activation, asymmetric_correction=False)
     assert torch.equal(codes, _by_inverse_hessian(layer, params, 0.01, _order(layer, by_activation)))
 
 
@@ -95,17 +92,17 @@ def test_the_correction_is_least_squares_on_the_inputs(
 ) -> None:
     layer = correlated_layer(3, drift=1.0)
     params = weight_params(layer.weight, 0, kind, group=group, is_symmetric=kind.signed)
-    codes = round_by_gptq(layer.weight, params, layer.moments, damping=damping, activation_order=by_activation)
+    codes = by_gptq(layer.weight, params, layer.moments, damping=damping, activation_order=by_activation)
     assert torch.equal(codes, _by_least_squares(layer, params, damping, _order(layer, by_activation)))
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = correlated_layer(5, inputs=150, rows=300)
     params = weight_params(layer.weight, 0, INT3)
-    whole = round_by_gptq(layer.weight, params, layer.moments)
+    whole = by_gptq(layer.weight, params, layer.moments)
     assert torch.equal(whole, _by_least_squares(layer, params, 0.01, _order(layer, True)))
     monkeypatch.setattr(gptq_module, "BLOCK", 7)
-    assert torch.equal(round_by_gptq(layer.weight, params, layer.moments), whole)
+    assert torch.equal(by_gptq(layer.weight, params, layer.moments), whole)
 
 
 @pytest.mark.parametrize("group", [None, 4])
@@ -115,8 +112,8 @@ def test_inputs_that_do_not_go_together_leave_every_weight_to_itself(group: int 
     moments.update(torch.diag(torch.arange(1.0, 14.0)))
     params = weight_params(weight, 0, INT3, group=group, clip=WeightClip.MSE)
     nearest = quantize(weight.double(), params)
-    assert torch.equal(round_by_gptq(weight, params, moments), nearest)
-    assert torch.equal(round_by_coordinate_descent(weight, params, moments), nearest)
+    assert torch.equal(by_gptq(weight, params, moments), nearest)
+    assert torch.equal(by_descent(weight, params, moments), nearest)
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.0])
@@ -128,10 +125,10 @@ def test_dead_and_repeated_inputs(damping: float) -> None:
         x[:, 9:] = 1.5
     params = weight_params(layer.weight, 0, INT4)
     nearest = quantize(layer.weight.double(), params)
-    codes = round_by_gptq(layer.weight, params, layer.moments, damping=damping)
+    codes = by_gptq(layer.weight, params, layer.moments, damping=damping)
     assert torch.equal(codes[:, 4], nearest[:, 4])
     assert float(layer.squared_error(codes, params).sum()) < float(layer.squared_error(nearest, params).sum())
-    codes = round_by_coordinate_descent(layer.weight, params, layer.moments, start=codes)
+    codes = by_descent(layer.weight, params, layer.moments, start=codes)
     assert torch.equal(codes[:, 4], nearest[:, 4])
 
 
@@ -139,8 +136,8 @@ def test_layers_that_never_saw_anything_are_rounded_to_nearest() -> None:
     weight = correlated_layer(0).weight
     params = weight_params(weight, 0, INT4)
     for moments in (InputMoments(13), shrink_drift(InputMoments(13))):
-        assert torch.equal(round_by_gptq(weight, params, moments), quantize(weight.double(), params))
-        assert torch.equal(round_by_coordinate_descent(weight, params, moments), quantize(weight.double(), params))
+        assert torch.equal(by_gptq(weight, params, moments), quantize(weight.double(), params))
+        assert torch.equal(by_descent(weight, params, moments), quantize(weight.double(), params))
 
 
 def test_constant_and_dead_channels() -> None:
@@ -151,12 +148,11 @@ def test_constant_and_dead_channels() -> None:
     moments = InputMoments(13)
     moments.update(layer.x)
     for codes in (
-        round_by_gptq(layer.weight, params, moments),
-        round_by_coordinate_descent(layer.weight, params, moments),
+        by_gptq(layer.weight, params, moments),
+        by_descent(layer.weight, params, moments),
     ):
         assert codes[1].tolist() == [0] * 13
         assert codes[3].tolist() == [7] * 13
-        assert torch.equal(refit_scale(layer.weight, codes, params, moments).scale[[1, 3]], params.scale[[1, 3]])
 
 
 def test_a_matrix_that_is_no_sum_of_squares_is_damped_more_or_refused() -> None:
@@ -164,26 +160,25 @@ def test_a_matrix_that_is_no_sum_of_squares_is_damped_more_or_refused() -> None:
     params = symmetric(torch.ones(1), INT4, PerChannel(0))
     moments = InputMoments(2)
     moments.gram = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]], dtype=torch.float64)
-    assert round_by_gptq(weight, params, moments).shape == (1, 2)
+    assert by_gptq(weight, params, moments).shape == (1, 2)
     moments.gram[0, 0, 1] = moments.gram[0, 1, 0] = 1e9
     with pytest.raises(BadInput, match="positive definite"):
-        round_by_gptq(weight, params, moments)
+        by_gptq(weight, params, moments)
 
 
 def test_wide_layers_in_float32() -> None:
     layer = correlated_layer(6, inputs=700, rows=400, out=8)
     params = weight_params(layer.weight, 0, INT4, group=128)
     nearest = layer.squared_error(quantize(layer.weight, params), params)
-    codes = round_by_gptq(layer.weight, params, layer.moments)
+    codes = by_gptq(layer.weight, params, layer.moments)
     assert codes.dtype == torch.int8
     assert float(layer.squared_error(codes, params).sum()) < 0.2 * float(nearest.sum())
-    descended = round_by_coordinate_descent(layer.weight, params, layer.moments, start=codes)
+    descended = by_descent(layer.weight, params, layer.moments, start=codes)
     assert bool((layer.squared_error(descended, params) <= layer.squared_error(codes, params) * (1 + 1e-9)).all())
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 2)])
 def test_weights_that_do_not_fit_the_moments_are_refused(shape: tuple[int, ...]) -> None:
     params = symmetric(torch.ones(shape[0]), INT4, PerChannel(0))
-    for rounding in (round_by_gptq, round_by_coordinate_descent):
-        with pytest.raises(UsageError, match="beside"):
-            rounding(torch.zeros(shape), params, InputMoments(4))
+    with pytest.raises(UsageError, match="beside"):
+        RoundingProblem.of(torch.zeros(shape), params, InputMoments(4))

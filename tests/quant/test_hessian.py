@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounded_layer import by_gptq
 from torch import Tensor
 
 from normfuse.errors import BadInput, UsageError
-from normfuse.quant import InputMoments, PerChannel, corrected_bias, round_by_gptq, symmetric
+from normfuse.quant import InputMoments, PerChannel, corrected_bias, symmetric
 from normfuse.quant.integer_type import INT4
 
 
@@ -51,7 +52,7 @@ def test_batches_and_their_order_do_not_show(seed: int, cuts: list[int], merges:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=40 * 40 * 25 * 2.0**-53, rtol=0)
     weight = _normal(3, 6, seed=seed + 2)
     params = symmetric(weight.abs().amax(dim=1), INT4, PerChannel(0))
-    assert torch.equal(round_by_gptq(weight, params, parts), round_by_gptq(weight, params, whole))
+    assert torch.equal(by_gptq(weight, params, parts), by_gptq(weight, params, whole))
 
 
 def test_the_same_inputs_have_no_drift() -> None:
