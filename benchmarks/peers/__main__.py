@@ -38,7 +38,7 @@ CHOSEN: Final = ("glyphs_vit_ln", "glyphs_vit_un", "glyphs_vit_prepbn", "glyphs_
 MAPS: Final = "inputs and weights of linear maps and convolutions; outputs and sums of convolutions"
 OPERANDS: Final = "inputs and weights of linear maps and convolutions, all operands of products of activations"
 OURS: Final[dict[str, dict[str, dict[str, Any]]]] = {
-    "8": {MAPS: {}},
+    "8": {MAPS: {}, "inputs and weights of linear maps and convolutions": {"convolution_outputs": False}},
     "w4a4": {
         f"{OPERANDS}, the image too": {
             "attention_operands": True,
