@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -38,10 +39,11 @@ __all__ = ["ErrorFeedback", "correct_biases", "feed_back_errors", "refit_affines
 class ErrorFeedback:
     """How weights are rounded: the parts that can be left out.
 
-    ``asymmetric`` counts the error of quantized inputs too; ``descends`` improves the codes one by one afterwards.
+    ``asymmetric`` counts the error of quantized inputs too (GPTAQ, Li et al., 2025, arXiv 2504.02692); ``descends``
+    improves the codes one by one afterwards.
     """
 
-    asymmetric: bool = True
+    asymmetric: bool = False
     descends: bool = True
 
 
@@ -59,9 +61,13 @@ def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback)
 def _problem(
     block: Block, decided: Quantization, node: fx.Node, linear: LinearMap, chosen: ErrorFeedback
 ) -> RoundingProblem:
-    """Return what the codes should solve. The drift, as large as H, is needed no longer then."""
+    """Return what the codes should solve. The drift, as large as H, is summed up only where it is asked for."""
     moments = InputMoments(prod(linear.weight.shape[1:]), groups=linear.groups)
-    _watch_inputs(moments, block, decided, node, linear)
+    if chosen.asymmetric:
+        _watch_inputs(moments, block, decided, node, linear)
+    else:
+        for rows in _rows_read(block, decided, node, linear, is_exact=False):
+            moments.update(rows)
     give_back_memory()
     if chosen.asymmetric:
         moments = shrink_drift(moments)
@@ -145,15 +151,28 @@ def _watch_inputs(
     sums: InputMoments | InputMeans, block: Block, decided: Quantization, node: fx.Node, linear: LinearMap
 ) -> None:
     """Add what the map reads, of all chunks that teach, quantized and in float."""
-    simulation = Simulation(decided)
+    both = (_rows_read(block, decided, node, linear, is_exact=is_exact) for is_exact in (False, True))
+    for quantized, exact in zip(*both, strict=True):
+        sums.update(quantized, exact)
+        del quantized, exact
+        give_back_memory()
+
+
+def _rows_read(
+    block: Block, decided: Quantization, node: fx.Node, linear: LinearMap, *, is_exact: bool
+) -> Iterator[Tensor]:
+    """Yield what a map reads of every chunk that teaches, as rows.
+
+    Raises:
+        BadInput: it is not finite.
+    """
+    compute = quickly if is_exact else Simulation(decided)
     for chunk in block.teaching:
-        quantized = block.inputs_of(node, chunk, simulation, is_exact=False)
-        exact = block.inputs_of(node, chunk, quickly, is_exact=True)
-        for x in (quantized, exact):
-            if not bool(x.isfinite().all()):
-                raise not_finite(node, ~x.isfinite(), block.numbers[chunk])
-        sums.update(_rows(node, linear, quantized), _rows(node, linear, exact))
-        del x, quantized, exact
+        x = block.inputs_of(node, chunk, compute, is_exact=is_exact)
+        if not bool(x.isfinite().all()):
+            raise not_finite(node, ~x.isfinite(), block.numbers[chunk])
+        yield _rows(node, linear, x)
+        del x
         give_back_memory()
 
 

@@ -59,7 +59,7 @@ class Levers:
     """
 
     error_feedback: bool = False
-    asymmetric_correction: bool = True
+    asymmetric_correction: bool = False
     coordinate_descent: bool = True
     attention_codes: bool = False
     bias_correction: bool = False
