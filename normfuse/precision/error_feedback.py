@@ -126,10 +126,12 @@ def _outputs(block: Block, decided: Quantization, node: fx.Node) -> OutputSums:
     rest = (None, None, *node.args[3:])
     for chunk in block.teaching:
         x = block.inputs_of(node, chunk, simulation, is_exact=False)
-        exact = block.inputs_of(node, chunk, quickly, is_exact=True)
         quantized = call_with(node, (x, *rest), node.kwargs, weight, None)
-        wanted = call_with(node, (exact, *rest), node.kwargs, linear.weight, linear.bias)
+        x = block.inputs_of(node, chunk, quickly, is_exact=True)
+        wanted = call_with(node, (x, *rest), node.kwargs, linear.weight, linear.bias)
         sums.update(quantized.movedim(axis, -1), wanted.movedim(axis, -1))
+        del x, quantized, wanted
+        give_back_memory()
     return sums
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,10 @@ from normfuse.errors import UsageError
 
 __all__ = ["OutputSums"]
 
-CONSTANT = 1e-9
+SLICE: Final = 1024
+"""Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
+
+CONSTANT: Final = 1e-9
 """The share of its mean square below which the variance of an output is rounding."""
 
 
@@ -36,12 +41,17 @@ class OutputSums:
             raise UsageError(
                 f"outputs of {list(quantized.shape)} and {list(exact.shape)}", expected=f"[..., {len(self.square)}]"
             )
-        q, f = (x.detach().reshape(-1, x.shape[-1]).double() for x in (quantized, exact))
+        rows = (torch.split(x.detach().reshape(-1, x.shape[-1]), SLICE) for x in (quantized, exact))
+        for q, f in zip(*rows, strict=True):
+            self._add(q.double(), f.double())
+
+    def _add(self, q: Tensor, f: Tensor) -> None:
+        """Add rows in float64, [n, out] each."""
         self.count += len(q)
         self.total_quantized += q.sum(dim=0)
         self.total_float += f.sum(dim=0)
-        self.square += q.square().sum(dim=0)
         self.product += (q * f).sum(dim=0)
+        self.square += q.square().sum(dim=0)
 
     def regression(self, *, through_zero: bool) -> tuple[Tensor, Tensor]:
         """Return factor and offset of every output, float64 [out], so that ``factor q + offset`` is nearest to f.
