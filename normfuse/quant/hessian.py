@@ -11,9 +11,6 @@ from normfuse.errors import BadInput, UsageError
 
 __all__ = ["InputMoments"]
 
-EPSILON: Final = 2.0**-52
-"""The distance from 1 to the next float64."""
-
 SLICE: Final = 1024
 """Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
 
@@ -107,26 +104,6 @@ class InputMoments:
     def mean_float(self) -> Tensor:
         """The mean of ``X_f``, float64 [groups, K]; zeros of nothing."""
         return (self.total + self.total_drift) / max(self.count, 1)
-
-    def centred(self) -> InputMoments:
-        """Return the moments about the means: those of a layer whose bias is corrected after its weights are rounded.
-
-        Rounding then need not keep the mean of the outputs, which the bias gives back. Inputs that are constant but for
-        rounding are dead then.
-        """
-        centred = InputMoments(self.gram.shape[1], groups=self.gram.shape[0], device=self.gram.device)
-        centred.count = self.count
-        mean = self.mean_quantized
-        varies = self._diagonal(self.gram) - mean * self.total > self.count * EPSILON * self._diagonal(self.gram)
-        centred.gram = (self.gram - mean[:, :, None] * self.total[:, None, :]) * (varies[:, :, None] & varies[:, None])
-        if self.drift is not None:
-            centred.drift = (self.drift - mean[:, :, None] * self.total_drift[:, None, :]) * varies[:, :, None]
-            centred.square_drift = self.square_drift - self.total_drift.square().sum(dim=1) / self.count
-        return centred
-
-    @staticmethod
-    def _diagonal(matrices: Tensor) -> Tensor:
-        return matrices.diagonal(dim1=1, dim2=2)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return the rows on the state's device, checked, [groups, n, K]."""

@@ -10,7 +10,7 @@ from rounded_layer import by_gptq
 from torch import Tensor
 
 from normfuse.errors import BadInput, UsageError
-from normfuse.quant import InputMoments, PerChannel, corrected_bias, symmetric
+from normfuse.quant import InputMeans, InputMoments, PerChannel, corrected_bias, symmetric
 from normfuse.quant.integer_type import INT4
 
 
@@ -64,19 +64,17 @@ def test_the_same_inputs_have_no_drift() -> None:
     torch.testing.assert_close(moments.drift, x.double().sum(dim=0)[None, :, None].expand(1, 4, 4))
 
 
-def test_centred_moments_are_those_about_the_means() -> None:
-    x, x_float = _normal(2, 30, 4) * 3 + 7, _normal(2, 30, 4, seed=1) - 5
-    x[:, :, 2] = 0.3  # constant, so dead once centred
-    centred = _moments(x, x_float).centred()
-    wide, wide_float = x.double(), x_float.double()
-    wide, wide_float = (rows - rows.mean(dim=1, keepdim=True) for rows in (wide, wide_float))
-    assert centred.drift is not None
-    assert not bool(centred.gram[:, 2].any() or centred.gram[:, :, 2].any() or centred.drift[:, 2].any())
-    # Products up to 300 in sums of 30, which cancel.
-    tolerance = 30 * 30 * 300 * 2.0**-52
-    torch.testing.assert_close(centred.gram, wide.mT @ wide, atol=tolerance, rtol=0)
-    torch.testing.assert_close(centred.drift, wide.mT @ (wide_float - wide), atol=tolerance, rtol=0)
-    torch.testing.assert_close(centred.square_drift, (wide_float - wide).square().sum(dim=(1, 2)))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_means_alone_are_those_of_the_moments(groups: int) -> None:
+    shape = (2100, 5) if groups == 1 else (groups, 2100, 5)  # more rows than a slice
+    x, x_float = _normal(*shape), _normal(*shape, seed=1)
+    moments, means = InputMoments(5, groups=groups), InputMeans(5, groups=groups)
+    for sums in (moments, means):
+        sums.update(x, x_float)
+    assert torch.equal(means.mean_quantized, moments.mean_quantized)
+    assert torch.equal(means.mean_float, moments.mean_float)
+    with pytest.raises(UsageError, match="inputs of shapes"):
+        means.update(x, x_float[..., :4])
 
 
 def test_a_corrected_bias_gives_back_the_mean() -> None:
