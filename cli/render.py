@@ -166,6 +166,8 @@ def _folds(passes: Sequence[Mapping[str, Any]]) -> None:
     sites = [site for step in passes for site in step["sites"]]
     if rows := [(site["affine"], site["into"], site["formula"]) for site in sites if "affine" in site]:
         table(f"folded: {len(rows)} affines", ("affine", "into", "formula"), rows)
+    if turned := [(site["node"], site["turned"]) for site in sites if "turned" in site]:
+        table(f"rotated: {len(turned)}", ("layers", "judged by"), turned)
     if scaled := [(site["node"], site["into"], site["error"], site["stays"]) for site in sites if "stays" in site]:
         table(f"equalized: {len(scaled)} tensors", ("tensor", "read by", "error of its maps", "what stays"), scaled)
     left = [

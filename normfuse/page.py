@@ -153,7 +153,8 @@ def _checks(checks: Sequence[Section]) -> str:
 def _passes(passes: Sequence[Section]) -> str:
     sites = [site for step in passes for site in step.get("sites", ())]
     scaled = [site for site in sites if "stays" in site]
-    folded = [site for site in sites if "stays" not in site]
+    folded = [site for site in sites if "affine" in site]
+    turned = [site for site in sites if "turned" in site]
     refused = [
         [refusal.get("layer") or refusal.get("node"), refusal.get("because"), refusal.get("detail"), step.get("name")]
         for step in passes
@@ -167,6 +168,7 @@ def _passes(passes: Sequence[Section]) -> str:
     return (
         _heading(f"Folded: {len(folded)}")
         + _sites(folded)
+        + (_heading(f"Rotated: {len(turned)}") + _sites(turned) if turned else "")
         + (_heading(f"Equalized: {len(scaled)}") + _sites(scaled) if scaled else "")
         + _heading(f"Left alone: {len(refused)}")
         + left

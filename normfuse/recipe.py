@@ -34,9 +34,9 @@ class Recipe:
     ``precision``. ``activations`` says whether the scales of their codes are known from calibration (``static``) or
     found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of weights are 0
     (``symmetric``) or chosen per channel or group (``asymmetric``). ``effort`` 0 rounds to nearest, 1 feeds errors back
-    and corrects biases below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of that
-    (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less for it
-    (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
+    and corrects outputs below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of
+    that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less
+    for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
     ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores,
     two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled),
     in points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -45,8 +46,9 @@ def rotated_if_better(
     """
     rotated = graph.copy()
     reports = Pipeline(phases=(ROTATIONS,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(rotated)
-    if not any(report.applied for report in reports if report.name in {step.name for step in ROTATE.passes}):
-        return graph, reports
+    turns = [report for report in reports if report.name in {step.name for step in ROTATE.passes}]
+    if not any(report.applied for report in turns):
+        return graph, turns
     judging = max(len(chunks) // HELD_OUT, 1)
     teaching = chunks[:-judging] or chunks
     with torch.no_grad():
@@ -59,8 +61,11 @@ def rotated_if_better(
     before, after = errors
     told = f"error of the outputs {before:.3g} without, {after:.3g} with"
     if after < before:
-        kept = PassReport(name="judge-rotations", applied={f"kept, {told}": 1})
-        return rotated, [*reports, kept]
+        turned = tuple(
+            {"rule": "turned", "node": site["into"], "turned": told} for each in turns for site in each.sites
+        )
+        kept = PassReport(name="judge-rotations", applied={"kept": len(turned)}, sites=turned)
+        return rotated, [*(replace(report, sites=()) for report in reports), kept]
     reverted = Refusal(graph.outputs[0].name, Reason.NO_GAIN, told)
     return graph, [PassReport(name="judge-rotations", applied={}, refused=(reverted,))]
 

@@ -67,6 +67,8 @@ def test_a_loud_channel_is_turned_into_a_little_of_each() -> None:
     assert found is not graph
     assert report.name == "judge-rotations"
     assert not report.refused
+    assert report.applied == {"kept": len(report.sites)}
+    assert all("fc1" in site["node"] and "affine" not in site for site in report.sites)
     x = samples(9, 2)
     torch.testing.assert_close(found.run(x), graph.run(x), rtol=0, atol=1e-4 * float(graph.run(x)[0].abs().max()))
     nearest = [rotating._nearest(each, PLACE, [(samples(64, 1),)]) for each in (graph, found)]
@@ -92,6 +94,7 @@ def test_what_cannot_turn_is_not_judged() -> None:
     found, report = chosen(graph)
     assert found is graph
     assert report.name != "judge-rotations"
+    assert not report.applied
 
 
 def test_the_recipe_asks_for_it() -> None:

@@ -12,7 +12,16 @@ from torch import Tensor, fx
 from normfuse.graph import metadata, query
 from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
-from normfuse.quant import DyadicHistogram, IntegerType, QuantParams, Range, RangeMethod, candidates
+from normfuse.quant import (
+    DyadicHistogram,
+    IntegerType,
+    QuantParams,
+    Range,
+    RangeMethod,
+    RoundedWeight,
+    candidates,
+    round_to_nearest,
+)
 
 __all__ = [
     "QuantizationRequest",
@@ -111,6 +120,12 @@ class WeightRequest:
     type: IntegerType
     group: int | None = None
     is_symmetric: bool = True
+
+    def nearest(self, weight: Tensor, bias: Tensor | None, *, input_scale: float | None) -> RoundedWeight:
+        """Return the weight with every number at its nearest code, see ``round_to_nearest``."""
+        return round_to_nearest(
+            weight, bias, self.type, input_scale=input_scale, group=self.group, is_symmetric=self.is_symmetric
+        )
 
 
 def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None, is_symmetric: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -14,7 +14,7 @@ from normfuse.errors import BadInput
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
 from normfuse.graph.quickly import quickly
-from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments, with_floats
+from normfuse.graph.segments import Compute, Segment, joined, read_after, run_segment, segments, with_floats
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, forget
 from normfuse.precision.curvature import exit_weights
@@ -127,14 +127,9 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 reports.append(report)
             del block
             for values, samples in zip(exact, numbers, strict=True):
-                run_segment(graph, segment, values, quickly)
-                _refuse_nan(graph, segment, values, samples)
-                forget(values, later)
-                give_back_memory()
+                _advance(graph, segment, values, quickly, later, checked=samples)
             for values in quantized:
-                run_segment(graph, segment, values, Simulation(decided))
-                forget(values, later)
-                give_back_memory()
+                _advance(graph, segment, values, Simulation(decided), later)
             advance(1)
         if at_once:
             block = Block(
@@ -216,6 +211,22 @@ def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:
 def _in_order(chunks: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     sizes = [max((len(tensor) for tensor in chunk if tensor.ndim), default=1) for chunk in chunks]
     return [list(range(sum(sizes[:at]), sum(sizes[: at + 1]))) for at in range(len(sizes))]
+
+
+def _advance(
+    graph: Graph,
+    segment: Segment,
+    values: Values,
+    compute: Compute,
+    later: Collection[fx.Node],
+    checked: Sequence[int] = (),
+) -> None:
+    """Put a segment's exits in the place of its entries; NaN in samples with these numbers is refused."""
+    run_segment(graph, segment, values, compute)
+    if checked:
+        _refuse_nan(graph, segment, values, checked)
+    forget(values, later)
+    give_back_memory()
 
 
 def _refuse_nan(graph: Graph, segment: Segment, values: Values, samples: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
 from normfuse.heap import give_back_memory
-from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight, round_to_nearest
+from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = [
@@ -91,13 +91,6 @@ def decide_again(graph: Graph, ranges: Mapping[str, Range], known: Quantization)
         if kept is not None and kept.params.type == asked.type and kept.holds_bias(scale):
             weights[node.name] = kept
         else:
-            weights[node.name] = round_to_nearest(
-                linear.weight,
-                linear.bias,
-                asked.type,
-                input_scale=scale,
-                group=asked.group,
-                is_symmetric=asked.is_symmetric,
-            )
+            weights[node.name] = asked.nearest(linear.weight, linear.bias, input_scale=scale)
         give_back_memory()
     return Quantization(activations=activations, weights=weights)

@@ -27,7 +27,6 @@ from normfuse.quant import (
     RangeMethod,
     SeenChannels,
     channel_scales,
-    round_to_nearest,
     snap,
 )
 from normfuse.rewrite.changes import Blocked
@@ -208,15 +207,8 @@ class _Judge:
         for node in readers:
             linear, carried = read_linear_map(self._placed, node), offer.carried[node.name]
             assert linear is not None
-            linear, asked = linear.before(carried), self._weights[node.name]
-            rounded = round_to_nearest(
-                linear.weight,
-                linear.bias,
-                asked.type,
-                input_scale=None,
-                group=asked.group,
-                is_symmetric=asked.is_symmetric,
-            )
+            linear = linear.before(carried)
+            rounded = self._weights[node.name].nearest(linear.weight, linear.bias, input_scale=None)
             source = _source(node)
             if source.name not in shared:
                 shared[source.name] = self._read(source.name, carried, inputs[node.name])

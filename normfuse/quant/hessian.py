@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from normfuse.errors import BadInput, UsageError
+from normfuse.quant.input_means import SLICE, InputMeans
 
 __all__ = ["InputMoments"]
 
-SLICE: Final = 1024
-"""Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
 
-
-class InputMoments:
+class InputMoments(InputMeans):
     """Sums of the inputs' products, for each group of a linear map with ``K`` inputs per output.
 
     ``X_q`` are the inputs as the quantized layer will see them, ``X_f`` those of the float model, row by row for the
@@ -32,14 +28,12 @@ class InputMoments:
         square_drift: the sum of all squares of ``X_f - X_q``, float64 [groups].
     """
 
-    __slots__ = ("count", "drift", "gram", "square_drift", "total", "total_drift")
+    __slots__ = ("drift", "gram", "square_drift")
 
     def __init__(self, inputs: int, *, groups: int = 1, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        super().__init__(inputs, groups=groups, device=device)
         self.gram = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=device)
         self.drift: Tensor | None = None
-        self.total = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
-        self.total_drift = torch.zeros_like(self.total)
         self.square_drift = torch.zeros(groups, dtype=torch.float64, device=device)
 
     def update(self, x_quantized: Tensor, x_float: Tensor | None = None) -> None:
@@ -94,16 +88,6 @@ class InputMoments:
         if other.drift is not None:
             drift = other.drift.to(device)
             self.drift = drift.clone() if self.drift is None else self.drift + drift
-
-    @property
-    def mean_quantized(self) -> Tensor:
-        """The mean of ``X_q``, float64 [groups, K]; zeros of nothing."""
-        return self.total / max(self.count, 1)
-
-    @property
-    def mean_float(self) -> Tensor:
-        """The mean of ``X_f``, float64 [groups, K]; zeros of nothing."""
-        return (self.total + self.total_drift) / max(self.count, 1)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return the rows on the state's device, checked, [groups, n, K]."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.quant.hessian import SLICE
 
-__all__ = ["InputMeans"]
+__all__ = ["SLICE", "InputMeans"]
+
+SLICE: Final = 1024
+"""Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
 
 
 class InputMeans:
@@ -22,9 +26,9 @@ class InputMeans:
 
     __slots__ = ("count", "total", "total_drift")
 
-    def __init__(self, inputs: int, *, groups: int = 1) -> None:
+    def __init__(self, inputs: int, *, groups: int = 1, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.total = torch.zeros(groups, inputs, dtype=torch.float64)
+        self.total = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
         self.total_drift = torch.zeros_like(self.total)
 
     def update(self, x_quantized: Tensor, x_float: Tensor) -> None:

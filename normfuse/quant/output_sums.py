@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.input_means import SLICE
 
 __all__ = ["OutputSums"]
-
-SLICE: Final = 1024
-"""Rows held in float64 at once: those of a batch of images would take more than all weights of their layer."""
 
 CONSTANT: Final = 1e-9
 """The share of its mean square below which the variance of an output is rounding."""

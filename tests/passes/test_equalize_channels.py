@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE, Affine
@@ -175,14 +175,20 @@ def test_an_rms_norm_takes_scales() -> None:
     check_exact(graph, chosen(graph, norm), model, x)
 
 
+def grouped(graph: Graph, node: fx.Node, axis: int, channels: int) -> Tensor:
+    """Return which channels of a tensor must share their numbers."""
+    with editing(graph) as edit:
+        site = Site(edit, node)
+        groups = groupings(site, axis, channels)
+        site.leave()
+    assert isinstance(groups, Tensor)
+    return groups
+
+
 def test_values_and_their_projection_share_the_scales_of_heads() -> None:
     graph, model, x = exactly(TOKENS, attention, {})
     node = last_read(graph)
-    with editing(graph) as edit:
-        site = Site(edit, node)
-        groups = groupings(site, 2, 6)
-        site.leave()
-    assert isinstance(groups, Tensor)
+    groups = grouped(graph, node, 2, 6)
     assert groups.tolist() == [0, 1, 2, 0, 1, 2]
     check_exact(graph, chosen(graph, node, groups=groups), model, x)
 
@@ -191,11 +197,7 @@ def test_a_flattened_map_has_one_scale_per_channel() -> None:
     parts = {"c": nn.Conv2d(3, 6, 3), "q": nn.Linear(144, 4)}
     graph, model, x = exactly(IMAGE, lambda m, x: m.q(m.c(x).relu().flatten(1)), parts)
     node = last_read(graph)
-    with editing(graph) as edit:
-        site = Site(edit, node)
-        groups = groupings(site, 1, 144)
-        site.leave()
-    assert isinstance(groups, Tensor)
+    groups = grouped(graph, node, 1, 144)
     assert groups.tolist() == [channel for channel in range(6) for _ in range(24)]
     check_exact(graph, chosen(graph, node, groups=groups), model, x)
 

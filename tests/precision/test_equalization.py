@@ -20,7 +20,7 @@ from normfuse.page import render_page
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.presets import CANONICAL, FOLD, LOWER
 from normfuse.pipeline import Pipeline
-from normfuse.planning import plan_quantization
+from normfuse.planning import Plan, plan_quantization
 from normfuse.precision import choose_equalizations, equalization
 from normfuse.precision.equalization_offers import NOTHING, Candidate, Offer, taken
 from normfuse.progress import Silent
@@ -92,8 +92,8 @@ def free(chosen: dict[str, Equalization]) -> list[Equalization]:
     return [found for found in chosen.values() if not found.is_product]
 
 
-def error(graph: Graph, *, equalize: bool) -> float:
-    found = plan_quantization(
+def planned(graph: Graph, *, equalize: bool) -> Plan:
+    return plan_quantization(
         graph,
         lambda: ([x[None]] for x in samples(64, 1)),
         recipe=Recipe(bits="w4a4", effort=0, equalize=equalize),
@@ -101,6 +101,10 @@ def error(graph: Graph, *, equalize: bool) -> float:
         total=64,
         progress=Silent(),
     )
+
+
+def error(graph: Graph, *, equalize: bool) -> float:
+    found = planned(graph, equalize=equalize)
     (ours,), (true,) = found.simulated()[0].run(x := samples(64, 2)), graph.run(x)
     return float((ours - true).square().sum() / true.square().sum())
 
@@ -168,14 +172,7 @@ def test_maps_that_stay_float_choose_nothing() -> None:
 
 def test_the_report_names_site_and_error() -> None:
     graph = network("relu", 100.0)
-    found = plan_quantization(
-        graph,
-        lambda: ([x[None]] for x in samples(64, 1)),
-        recipe=Recipe(bits="w4a4", effort=0, equalize=True),
-        placement=W4A4,
-        total=64,
-        progress=Silent(),
-    )
+    found = planned(graph, equalize=True)
     (report,) = [report for report in found.passes if report.name == "equalize-channels"]
     (site,) = [site for site in report.sites if site["rule"] == "channels"]
     assert site["into"] == "f"
