@@ -59,6 +59,7 @@ SETTINGS: Final = (
     Setting("w4a8", 1, 0.7),
     Setting("w4a16", 1, 0.4),
     Setting("w3a16", 1, 1.2),
+    Setting("w3a16", 2, 1.2),
     Setting("w4a4", 2, 2.5),
     Setting("w3a3", 2, 8.0),
 )
