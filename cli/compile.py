@@ -24,6 +24,7 @@ __all__ = ["command"]
     "--activations", help="Scales of activations: static (from calibration) or dynamic (per row, as it runs)."
 )
 @click.option("--weights", help="Codes of weights: symmetric or asymmetric (zero points per channel or group).")
+@click.option("--table-bits", type=int, help="Embedding and position tables: 8 (default) or 4 (in groups).")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
 @click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
 @click.option(

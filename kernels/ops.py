@@ -9,6 +9,7 @@
     normfuse::unpack(Tensor codes, Tensor scale) -> Tensor
     normfuse::grouped_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, int size,
         bool rounds) -> Tensor
+    normfuse::grouped_lookup(Tensor codes, Tensor scale, Tensor indices, int size) -> Tensor
     normfuse::reshape(Tensor x, SymInt[] shape) -> Tensor
 
 Axis -1 stands for one scale per tensor; ``minimum`` and ``maximum`` also decide the type of the codes (uint8 ...).
@@ -31,6 +32,7 @@ __all__ = [
     "DEQUANTIZE",
     "DEQUANTIZE_LOGARITHM",
     "GROUPED_LINEAR",
+    "GROUPED_LOOKUP",
     "QUANTIZE",
     "QUANTIZE_LOGARITHM",
     "RESHAPE",
@@ -68,6 +70,10 @@ def _grouped_linear_shape(  # noqa: PLR0913, PLR0917 - as the operator
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _grouped_lookup_shape(codes: Tensor, scale: Tensor, indices: Tensor, size: int) -> Tensor:
+    return scale.new_empty((*indices.shape, codes.shape[1]))
+
+
 def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format).reshape(list(shape))
 
@@ -90,6 +96,9 @@ def _define() -> None:
     torch.library.custom_op("normfuse::grouped_linear", reference.grouped_linear, mutates_args=()).register_fake(
         _grouped_linear_shape
     )
+    torch.library.custom_op("normfuse::grouped_lookup", reference.grouped_lookup, mutates_args=()).register_fake(
+        _grouped_lookup_shape
+    )
     torch.library.custom_op("normfuse::reshape", reference.reshape, mutates_args=()).register_fake(_reshaped)
 
 
@@ -101,5 +110,6 @@ QUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.quantize_logarithm.default
 DEQUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.dequantize_logarithm.default
 UNPACK: Final[Any] = torch.ops.normfuse.unpack.default
 GROUPED_LINEAR: Final[Any] = torch.ops.normfuse.grouped_linear.default
+GROUPED_LOOKUP: Final[Any] = torch.ops.normfuse.grouped_lookup.default
 RESHAPE: Final[Any] = torch.ops.normfuse.reshape.default
 """A reshape that torch leaves whole: taken apart, it becomes a view wherever fake strides allow one."""

@@ -23,6 +23,7 @@ __all__ = [
     "dequantize",
     "dequantize_logarithm",
     "grouped_linear",
+    "grouped_lookup",
     "quantize",
     "quantize_logarithm",
     "reshape",
@@ -53,6 +54,20 @@ def grouped_linear(  # noqa: PLR0913, PLR0917 - an operator's arguments have an 
     zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
     weight = to_values(codes, on.spread(scale, shape), on.spread(zero, shape))
     return torch.nn.functional.linear(round_rows(x, DynamicParams(size=size)) if rounds else x, weight, bias)
+
+
+def grouped_lookup(codes: Tensor, scale: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Return rows of a table held as codes, [*indices, channels], in the scale's type.
+
+    Args:
+        codes: integers [rows, channels].
+        scale: [rows, ceil(channels / size)]: one for every ``size`` neighbours of a row.
+        indices: integers of any shape, 0 ... rows - 1.
+        size: neighbours that share a scale.
+    """
+    found, shape = codes[indices], (*indices.shape, codes.shape[1])
+    spread = PerGroup(indices.ndim, size).spread(scale[indices], shape)
+    return to_values(found, spread, torch.zeros_like(spread, dtype=torch.int32))
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:

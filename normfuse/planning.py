@@ -101,7 +101,7 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
     graph = folded.copy()
     give_back_memory()  # folding computes in float64
-    place = Phase("precision", (QuantizeTables(), PlaceQuantizers(placement=placement)))
+    place = Phase("precision", (QuantizeTables(type=placement.table), PlaceQuantizers(placement=placement)))
     reports = list[PassReport]()
     if recipe.rotate:
         graph, reports = rotated_if_better(graph, place, _some_chunks(graph, samples), progress=progress)

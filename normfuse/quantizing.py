@@ -92,5 +92,9 @@ class Quantizing:
 
     def _placement(self, bits: Bits) -> Placement:
         return onnx_placement(
-            detect_instruction_set().value, bits, activations=self.recipe.activations, weights=self.recipe.weights
+            detect_instruction_set().value,
+            bits,
+            activations=self.recipe.activations,
+            weights=self.recipe.weights,
+            table_bits=self.recipe.table_bits,
         )

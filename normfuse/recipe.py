@@ -33,7 +33,8 @@ class Recipe:
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``activations`` says whether the scales of their codes are known from calibration (``static``) or
     found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of weights are 0
-    (``symmetric``) or chosen per channel or group (``asymmetric``). ``effort`` 0 rounds to nearest, 1 feeds errors back
+    (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the width of embedding and
+    position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back
     and corrects outputs below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of
     that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less
     for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
@@ -46,6 +47,7 @@ class Recipe:
     bits: int | str = 8
     activations: ActivationCodes = ActivationCodes.STATIC
     weights: WeightCodes = WeightCodes.SYMMETRIC
+    table_bits: int = 8
     effort: int = 1
     levers: str = ""
     rotate: bool = False
@@ -67,6 +69,13 @@ class Recipe:
         """
         object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
         self._check_codes()
+        _check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
+        _check(
+            self.table_bits == MOST or not self.precision.is_float,
+            "table_bits",
+            self.table_bits,
+            "8 (the default) beside --bits 32, which keeps tables in float",
+        )
         _check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
         self.chosen_levers  # noqa: B018 - refuses words that are none
         _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")

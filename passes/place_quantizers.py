@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -14,18 +14,14 @@ from normfuse.graph.edit import editing
 from normfuse.graph.metadata import value_of
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.graph.text import operator_name
-from normfuse.kernels.ops import DEQUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LOOKUP, UNPACK
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import IntegerType
+from normfuse.quant import IntegerType, dividing_group
 from normfuse.quant.placement import Placement
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["PlaceQuantizers"]
-
-
-SMALLEST_GROUP: Final = 16
-"""What a scale for fewer weights of four bits would cost, codes of eight would too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +97,7 @@ class PlaceQuantizers(Pass):
         most = self.placement.weight_group
         if most is None or node.target is not ops.LINEAR:
             return None
-        inputs = query.shape(node.args[1])[-1]  # type: ignore[arg-type]
-        sizes = (most >> step for step in range(most.bit_length()))
-        return next((size for size in sizes if size >= SMALLEST_GROUP and inputs % size == 0), None)
+        return dividing_group(query.shape(node.args[1])[-1], most)  # type: ignore[arg-type]
 
     def _type(self, source: fx.Node, is_multiplied: bool) -> IntegerType | None:
         """Return the codes that a tensor gets in place of those of activations."""
@@ -205,7 +199,7 @@ def _unknown(node: fx.Node) -> Refusal | None:
     """Return a refusal for a call that computes floats in a way that normfuse has no integer form for (5)."""
     if node.op != "call_function" or node.target in ops.KNOWN or is_requested(node) or not _makes_floats(node):
         return None
-    if query.is_call(node, DEQUANTIZE, UNPACK):  # a table, which is held as codes already
+    if query.is_call(node, DEQUANTIZE, GROUPED_LOOKUP, UNPACK):  # a table, which is held as codes already
         return None
     return Refusal(node.name, Reason.UNKNOWN_OPERATOR, operator_name(node.target), query.layer_of(node))
 

@@ -39,12 +39,17 @@ def pack_small_codes(model: ir.Model) -> None:
 
 
 def pack_grouped_codes(model: ir.Model) -> None:
-    """Lay out codes and zero points of MatMulNBits as it wants them, unsigned, in four bits where they fit, else eight.
+    """Lay out codes and zero points of onnxruntime's operators on groups as these want them.
 
-    Codes become uint8 [out, groups, bytes of a group] and zero points, if there are any, [out, bytes of the groups];
+    GatherBlockQuantized takes int4. Of MatMulNBits both are unsigned, in four bits where they fit, else eight: codes
+    become uint8 [out, groups, bytes of a group] and zero points, if there are any, [out, bytes of the groups];
     of two values in a byte the low nibble is the first. Without zero points zero stands at the middle code.
     """
     for node in list(model.graph):
+        if node.op_type == "GatherBlockQuantized":
+            (table,) = node.inputs[:1]
+            assert table is not None
+            _replace(model.graph, node, 0, _constant(table).astype(ml_dtypes.int4), ir.DataType.INT4)
         if node.op_type == "MatMulNBits":
             held = [value for value in (*node.inputs[1:2], *node.inputs[3:4]) if value is not None]
             is_small = all(_fits(_constant(value)) for value in held)
@@ -74,7 +79,7 @@ def _unsigned(codes: Codes, bits: int) -> Codes:
     return raw.astype(np.uint8)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, index: int, packed: Codes) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, index: int, packed: Codes, dtype: ir.DataType = ir.DataType.UINT8) -> None:
     """Let an input of a node be a constant, named after the one before, which goes unless somebody else reads it."""
     before = node.inputs[index]
     assert before is not None
@@ -83,8 +88,8 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, packed: Codes) -> None:
     value = ir.Value(
         name=name,
         shape=ir.Shape(packed.shape),
-        type=ir.TensorType(ir.DataType.UINT8),
-        const_value=ir.tensor(packed, name=name),
+        type=ir.TensorType(dtype),
+        const_value=ir.tensor(packed, dtype=dtype, name=name),
     )
     node.replace_input_with(index, value)
     graph.register_initializer(value)

@@ -16,6 +16,8 @@ EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
 SYMMETRIC_7: Final = IntegerType(7, signed=True, narrow=True)
 
+PACKED_TABLE: Final = IntegerType(4, signed=True)
+
 WEIGHT_GROUP: Final = 128
 """The more inputs share a scale the smaller the file; the fewer the nearer the weights."""
 
@@ -58,9 +60,11 @@ def onnx_placement(
     *,
     activations: ActivationCodes = ActivationCodes.STATIC,
     weights: WeightCodes = WeightCodes.SYMMETRIC,
+    table_bits: int = EIGHT.weight,
 ) -> Placement:
     """Return the placement for a processor's level (the names of ``InstructionSet``, lower case), widths and kinds."""
-    return with_bits(_of_level(instruction_set), bits, activations=activations, weights=weights)
+    found = with_bits(_of_level(instruction_set), bits, activations=activations, weights=weights)
+    return replace(found, table=PACKED_TABLE) if table_bits == PACKED_TABLE.bits else found
 
 
 def with_bits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ from onnx.defs import OpSchema
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
-from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, GROUPED_LOOKUP, QUANTIZE, UNPACK
 from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.quant.integer_type import smallest_container
 
@@ -20,36 +20,47 @@ __all__ = ["translation_table"]
 ORT: Final = Opset("com.microsoft", 1)
 
 
-def _matmul_nbits() -> Op:
-    """Return onnxruntime's product of floats and codes of few bits, whose schema onnx does not know."""
-    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
-    optional = OpSchema.FormalParameterOption.Optional
+_KINDS: Final = [
+    ("T", ["tensor(float)"], "floats"),
+    ("C", ["tensor(uint8)", "tensor(int8)"], "codes"),
+    ("I", ["tensor(int32)", "tensor(int64)"], "indices"),
+]
+
+
+def _operator(name: str, needed: Mapping[str, str], optional: Mapping[str, str], attributes: Sequence[str]) -> Op:
+    """Return an operator of onnxruntime, whose schema onnx does not know: its inputs by kind, its integers by name."""
+    parameter = OpSchema.FormalParameter
+    may_miss = OpSchema.FormalParameterOption.Optional
     schema = OpSchema(
-        "MatMulNBits",
+        name,
         ORT.domain,
         ORT.version,
         inputs=[
-            parameter("A", "T"),
-            parameter("B", "C"),
-            parameter("scales", "T"),
-            parameter("zero_points", "C", param_option=optional),
-            parameter("g_idx", "I", param_option=optional),
-            parameter("bias", "T", param_option=optional),
+            *(parameter(each, kind) for each, kind in needed.items()),
+            *(parameter(each, kind, param_option=may_miss) for each, kind in optional.items()),
         ],
         outputs=[parameter("Y", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)"], "floats"),
-            ("C", ["tensor(uint8)", "tensor(int8)"], "codes"),
-            ("I", ["tensor(int32)"], "indices"),
-        ],
-        attributes=[
-            attribute(name, OpSchema.AttrType.INT) for name in ("K", "N", "bits", "block_size", "accuracy_level")
-        ],
+        type_constraints=[kind for kind in _KINDS if kind[0] in {*needed.values(), *optional.values()}],
+        attributes=[OpSchema.Attribute(each, OpSchema.AttrType.INT) for each in attributes],
     )
     return Op(ORT, schema.name, schema)
 
 
-MATMUL_NBITS: Final = _matmul_nbits()
+MATMUL_NBITS: Final = _operator(
+    "MatMulNBits",
+    {"A": "T", "B": "C", "scales": "T"},
+    {"zero_points": "C", "g_idx": "I", "bias": "T"},
+    ("K", "N", "bits", "block_size", "accuracy_level"),
+)
+"""A product of floats and codes of few bits."""
+
+GATHER_BLOCK_QUANTIZED: Final = _operator(
+    "GatherBlockQuantized",
+    {"data": "C", "indices": "I", "scales": "T"},
+    {"zero_points": "C"},
+    ("gather_axis", "quantize_axis", "block_size"),
+)
+"""Rows of a table of codes of few bits, as floats."""
 
 FEW: Final = 4
 
@@ -71,7 +82,13 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     The codes of a constant stay an integer initializer: the exporter folds neither of the two operators. A zero point
     that already has the codes' type stays an initializer under its own name; any other gets a cast.
     """
-    return {GROUPED_LINEAR: _grouped_linear, QUANTIZE: _quantize, DEQUANTIZE: _dequantize, UNPACK: _unpack}
+    return {
+        GROUPED_LINEAR: _grouped_linear,
+        GROUPED_LOOKUP: _grouped_lookup,
+        QUANTIZE: _quantize,
+        DEQUANTIZE: _dequantize,
+        UNPACK: _unpack,
+    }
 
 
 # The exporter calls these with symbolic tensors (an untyped subclass of onnx_ir.Value) and Python integers.
@@ -105,6 +122,11 @@ def _grouped_linear(  # noqa: PLR0913, PLR0917 - as the operator
     sizes = {"K": inputs, "N": outputs, "block_size": size, "bits": FEW}
     level = ROUNDED_LEVEL if rounds else FLOAT_LEVEL
     return MATMUL_NBITS(x, codes, scale, zero_point, None, bias, **sizes, accuracy_level=level)
+
+
+def _grouped_lookup(codes: Any, scale: Any, indices: Any, size: int) -> Any:
+    """Write onnxruntime's lookup in packed codes, which ``pack_grouped_codes`` lays out."""
+    return GATHER_BLOCK_QUANTIZED(codes, indices, scale, gather_axis=0, quantize_axis=1, block_size=size)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

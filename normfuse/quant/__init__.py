@@ -7,7 +7,7 @@ from normfuse.quant.drift_shrinkage import shrink_drift
 from normfuse.quant.dynamic_rows import DynamicParams, round_rows
 from normfuse.quant.exact_sum import ExactSum
 from normfuse.quant.gptq import gptq_codes
-from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, dividing_group
 from normfuse.quant.hessian import InputMoments
 from normfuse.quant.histogram import DyadicHistogram
 from normfuse.quant.input_means import InputMeans
@@ -58,6 +58,7 @@ __all__ = [
     "corrected_bias",
     "dequantize",
     "descended",
+    "dividing_group",
     "gptq_codes",
     "logarithmic_params",
     "quantize",

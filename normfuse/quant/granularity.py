@@ -10,7 +10,10 @@ from torch import Tensor
 
 from normfuse.errors import UsageError
 
-__all__ = ["PER_TENSOR", "Granularity", "PerChannel", "PerGroup", "PerTensor"]
+__all__ = ["PER_TENSOR", "Granularity", "PerChannel", "PerGroup", "PerTensor", "dividing_group"]
+
+SMALLEST_GROUP: Final = 16
+"""The fewest neighbours that get a scale: onnxruntime takes no fewer, and four bits would cost what eight do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,15 @@ class PerGroup:
                 expected="one scale per group",
             )
         return parameter.repeat_interleave(self.size, dim=self.axis).narrow(self.axis, 0, shape[self.axis])
+
+
+def dividing_group(extent: int, most: int) -> int | None:
+    """Return the largest power of two, ``SMALLEST_GROUP`` to ``most``, that divides ``extent``: no group is cut short.
+
+    None where there is none.
+    """
+    sizes = (most >> step for step in range(most.bit_length()))
+    return next((size for size in sizes if size >= SMALLEST_GROUP and extent % size == 0), None)
 
 
 def _check_axis(axis: int) -> None:

@@ -16,6 +16,7 @@ from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, query
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.passes.quantize_tables import QuantizeTables
+from normfuse.quant import IntegerType
 from normfuse.runtime.onnx_session import open_onnx
 from normfuse.testing import Golden, Small, check_pass_contract, picture, randomized, seeded
 
@@ -88,6 +89,54 @@ def test_the_file_holds_codes_and_the_engine_computes_the_graph(tmp_path: Path) 
     session = open_onnx(tmp_path / "model.onnx", threads=1)
     (found,) = session.run({session.inputs[0].name: x.numpy()}).values()
     np.testing.assert_allclose(found, graph.run(x)[0].numpy(), rtol=0, atol=1e-5)
+
+
+FOUR = IntegerType(4, signed=True)
+
+
+def test_four_bits_look_groups_up(tmp_path: Path) -> None:
+    """The engine's lookup in packed codes and the graph's give the same numbers, for indices of every shape."""
+    parts: dict[str, Any] = {
+        "words": nn.Embedding(51, 96),
+        "positions": torch.randn(1, 43, 96, generator=seeded(2)) * torch.logspace(-3, 3, 43)[:, None],
+    }
+    module = Small(lambda m, ids: m.words(ids) + m.positions, **parts)
+    x = ids(3)
+    graph = capture(module, (x,))
+    assert QuantizeTables(type=FOUR).run(graph).applied == {"grouped lookup": 1, "grouped sum": 1}
+    assert PlaceQuantizers(placement=X86_VNNI).run(graph).refused == ()
+    export_onnx(graph, path := tmp_path / "model.onnx")
+    held = {tuple(each.dims): each.data_type for each in onnx.load(path).graph.initializer}
+    assert held[51, 96] == held[43 * 3, 32] == onnx.TensorProto.INT4
+    assert path.stat().st_size < 96 * (51 + 43) * 5 / 8 + 3000
+    session = open_onnx(path, threads=1)
+    for some in (x, ids(1), torch.full((2, 43), 50), torch.zeros(1, 43, dtype=torch.int64)):
+        (found,) = session.run({session.inputs[0].name: some.numpy()}).values()
+        np.testing.assert_array_equal(found, graph.run(some)[0].numpy())
+    words, positions = module.words(x).detach(), module.positions.detach()  # type: ignore[operator, union-attr]
+    error = (graph.run(x)[0] - (words + positions)).unflatten(-1, (3, 32)).norm(dim=-1)
+    largest = sum(table.unflatten(-1, (3, 32)).abs().amax(-1) for table in (words, positions))
+    assert (error <= 32**0.5 * 1.001 * largest / 14).all(), "half a step of 7 to the largest of a group"
+    assert (error > 0).all()
+
+
+def test_four_bits_are_nearer_than_the_largest_magnitude_would_be() -> None:
+    """One outlier per group: ends of ranges are chosen by squared error."""
+    weight = torch.randn(64, 64, generator=seeded(4))
+    weight[:, ::32] *= 4
+    graph = capture(Small(lambda m, ids: m.words(ids), words=nn.Embedding(64, 64, _weight=weight)), (ids(2),))
+    QuantizeTables(type=FOUR).run(graph)
+    every = torch.arange(43).expand(2, 43)
+    step = weight.reshape(64, 2, 32).abs().amax(-1, keepdim=True) / 7
+    plain = ((weight.reshape(64, 2, 32) / step).round() * step).reshape(64, 64)
+    squares = [(table[:43] - weight[:43]).square().sum() for table in (graph.run(every)[0][0], plain)]
+    assert squares[0] < 0.9 * squares[1]
+
+
+@pytest.mark.parametrize(("channels", "rules"), [(24, {"lookup": 1}), (48, {"grouped lookup": 1})])
+def test_rows_that_groups_do_not_divide_have_eight_bits(channels: int, rules: dict[str, int]) -> None:
+    graph = capture(Small(lambda m, ids: m.words(ids), words=nn.Embedding(50, channels)), (ids(2),))
+    assert QuantizeTables(type=FOUR).run(graph).applied == rules
 
 
 def mask() -> Tensor:

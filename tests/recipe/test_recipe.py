@@ -93,3 +93,12 @@ def test_zero_points_without_a_kernel_are_refused(bits: str) -> None:
 @pytest.mark.parametrize("bits", ["w4a16", "w2a16", "8", "w4a4"])
 def test_zero_points_that_run_are_taken(bits: str) -> None:
     assert Recipe(bits=bits).with_options(weights="asymmetric").weights is WeightCodes.ASYMMETRIC
+
+
+def test_tables_have_eight_bits_or_four() -> None:
+    recipe = Recipe().with_options(table_bits="4")
+    assert recipe.table_bits == 4
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    for wrong in ({"table_bits": 6}, {"table_bits": 4, "bits": "32"}):
+        with pytest.raises(UsageError, match="table_bits cannot be"):
+            Recipe().with_options(**wrong)
