@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", nargs="+", default=["8", "w4a8", "w4a16"])
     parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--table-bits", type=int, default=8, help="of word vectors and positions: 8 or 4")
     parser.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
@@ -65,11 +66,13 @@ def main() -> None:
     found: dict[str, Any] = {"environment": describe_environment().as_dict()}
     ways = {f"{bits}{', equalized' * equalize}": (bits, equalize) for bits in given.bits for equalize in (False, True)}
     for way, (bits, equalize) in ways.items():
-        choices = {"effort": given.effort, "equalize": equalize, "benchmark": given.benchmark}
-        found[way] = measure(model, tokenizer, exact, Recipe(bits=bits, min_speedup=0.0, **choices))
+        choices = {"effort": given.effort, "table_bits": given.table_bits, "benchmark": given.benchmark}
+        recipe = Recipe(bits=bits, equalize=equalize, min_speedup=0.0, **choices)
+        found[way] = measure(model, tokenizer, exact, recipe)
     rows = [(way, *_cells(found[way])) for way in ways]
     columns = ("bits", "cosine, mean", "cosine, least", "rank correlation", "file MB", "of float", "speed")
-    render.table(f"MiniLM-L6, effort {given.effort}, {len(exact)} sentences, against float", columns, rows)
+    title = f"MiniLM-L6, effort {given.effort}, tables of {given.table_bits} bits, {len(exact)} sentences"
+    render.table(title, columns, rows)
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -48,7 +48,16 @@ class ErrorFeedback:
 
 
 def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback) -> Quantization:
-    """Return the decision with this block's weights rounded by GPTQ, each behind those before it."""
+    """Return the decision with this block's weights rounded by GPTQ, each behind those before it.
+
+    Args:
+        block: transposed convolutions in it are left as they are.
+        decided: where scales and zero points come from, and the codes of all that stands before; biases stay.
+        chosen: the parts that are on.
+
+    Raises:
+        BadInput: what a map reads is not finite; the message names layer and sample.
+    """
     for node, linear in _maps(block, decided).items():
         start, wide = decided.weights[node.name], linear.weight
         codes = _rounded(_problem(block, decided, node, linear, chosen), descends=chosen.descends)
@@ -83,7 +92,14 @@ def _rounded(problem: RoundingProblem, *, descends: bool) -> Tensor:
 
 
 def correct_biases(block: Block, decided: Quantization) -> Quantization:
-    """Return the decision with biases that give every map of the block the mean output it has in float."""
+    """Return the decision with biases that give every map of the block the mean output it has in float.
+
+    Nagel et al., 2019, arXiv 1906.04721, section 4.2, on data. Maps without a bias stay as they are, and so does a bias
+    that would not fit an int32 any more.
+
+    Raises:
+        BadInput: what a map reads is not finite; the message names layer and sample.
+    """
     scales = input_scales(block.graph, decided.activations)
     for node, linear in _maps(block, decided).items():
         start = decided.weights[node.name]
@@ -104,7 +120,7 @@ def refit_affines(block: Block, decided: Quantization) -> Quantization:
 
     That is "QwT-v2" (Tang et al., 2025, arXiv 2505.20932) for every map in place of a block: a regression of the float
     outputs on the quantized ones, a factor and an offset per channel, taken into the dequantization. Maps without a
-    bias get the factor alone.
+    bias get the factor alone; where the new bias would not fit an int32 the map stays as it is.
     """
     scales = input_scales(block.graph, decided.activations)
     for node in _maps(block, decided):

@@ -87,6 +87,11 @@ def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> 
     """Return the decision with this block's part learned by straight-through gradients (LSQ, arXiv 1902.08153).
 
     What is minimized is the block's squared output error on the chunks that teach.
+
+    Args:
+        block: its maps and quantizers learn.
+        decided: where learning starts; what stands before the block stays.
+        chosen: how long, how fast and what.
     """
     student = _Student(block, decided, chosen)
     generator = torch.Generator().manual_seed(chosen.seed)
