@@ -11,9 +11,9 @@ from torch import Tensor
 
 from normfuse.bench.accuracy import Score
 from normfuse.build import Engine
-from normfuse.feeding import Stream, fixed_batch
+from normfuse.feeding import Stream
 from normfuse.planning import Plan
-from normfuse.precision import chunked
+from normfuse.precision import chunk_size, chunked
 from normfuse.precision.put_back import QuantizedBlock, output_error, put_back, quantized_blocks
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
@@ -118,8 +118,7 @@ class AccuracyControl:
         """Return what was tried and chosen; ``samples`` are what blocks are ranked on."""
         trials = [self._trial(plan, ())]
         if trials[0].drop > self.allowed:
-            size = 1 if fixed_batch(plan.graph) else RANKED_ON
-            chunks = chunked(islice(samples(), RANKED_ON), size)
+            chunks = chunked(islice(samples(), RANKED_ON), chunk_size(plan.graph))
             for level, placement in self.levels.items():
                 found = self._search(trials[-1], level, placement, chunks)
                 trials += found

@@ -198,9 +198,10 @@ def _widened(histogram: DyadicHistogram, request: QuantizationRequest, samples: 
     than two of them, and what is clipped costs more.
     """
     (seen,) = request.candidates(histogram, [RangeMethod.MIN_MAX]).values()
+    if query.is_call(request.source, ops.SOFTMAX):
+        return seen
     factor = WIDEST ** (1 - math.log2(samples) / math.log2(FEW))
-    maximum = seen.maximum if query.is_call(request.source, ops.SOFTMAX) else factor * seen.maximum
-    return Range(factor * seen.minimum, maximum)
+    return Range(factor * seen.minimum, factor * seen.maximum)
 
 
 def _compete(

@@ -25,6 +25,7 @@ from normfuse.precision import (
     BlockReport,
     Quantization,
     choose_equalizations,
+    chunk_size,
     chunked,
     refine_blockwise,
     refinements,
@@ -40,14 +41,11 @@ from normfuse.rotating import rotated_if_better
 
 __all__ = ["Plan", "plan_quantization"]
 
-CHUNK: Final = 16
-"""Samples of one update while a block learns."""
-
 FORESIGHT: Final = 1.0
 """The weight of the error at the network's outputs beside that at a block's."""
 
 CHOOSING_SAMPLES: Final = 64
-"""How many samples choose rotations, and scales and shifts of channels, the last quarter of them held out."""
+"""How many samples choose rotations, and scales and shifts of channels, a quarter of them held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +102,9 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     place = Phase("precision", (QuantizeTables(type=placement.table), PlaceQuantizers(placement=placement)))
     reports = list[PassReport]()
     if recipe.rotate:
-        graph, reports = rotated_if_better(graph, place, _some_chunks(graph, samples), progress=progress)
+        graph, reports = rotated_if_better(
+            graph, place, _some_chunks(graph, samples), seed=recipe.seed, progress=progress
+        )
     reports += _equalize(graph, samples, place, progress) if recipe.equalize else []
     reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
@@ -133,8 +133,7 @@ def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -
 
 def _some_chunks(graph: Graph, samples: Stream) -> list[tuple[Tensor, ...]]:
     """Return the first samples, as many as choices of the graph's form need, in chunks."""
-    size = CHUNK if graph.has_dynamic_batch else 1
-    return chunked(islice(samples(), CHOOSING_SAMPLES // (fixed_batch(graph) or 1)), size)
+    return chunked(islice(samples(), CHOOSING_SAMPLES // (fixed_batch(graph) or 1)), chunk_size(graph))
 
 
 def _ranges(
@@ -168,7 +167,7 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     # The chunks have no name here: the first block is the last that needs them.
     return refine_blockwise(
         graph,
-        chunked(samples(), CHUNK if graph.has_dynamic_batch else 1, numbers=numbers),
+        chunked(samples(), chunk_size(graph), numbers=numbers),
         nearest,
         tried,
         numbers=numbers,

@@ -12,10 +12,10 @@ from torch import Tensor
 from normfuse.calibration import calibrate
 from normfuse.graph import Graph
 from normfuse.passes.find_affines import FindAffines
-from normfuse.passes.presets import LOWER, ROTATE
+from normfuse.passes.presets import LOWER, rotations
 from normfuse.passes.recentre_stream import RecentreStream
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import round_all_to_nearest
+from normfuse.precision import round_all_to_nearest, samples_in, split
 from normfuse.precision.put_back import Decided, output_error
 from normfuse.progress import Progress
 from normfuse.quant.calibration_method import CalibrationMethod
@@ -24,39 +24,39 @@ from normfuse.report import PassReport, Reason, Refusal
 __all__ = ["rotated_if_better"]
 
 HELD_OUT: Final = 4
-"""One of so many chunks judges; the others give ranges."""
-
-ROTATIONS: Final = Phase("rotations", (FindAffines(), RecentreStream(), *ROTATE.passes, *LOWER.passes))
-"""Layer norms of a stream that can be centred become RMS norms first: those turn with their stream."""
+"""One of so many samples judges; the others give ranges."""
 
 
 def rotated_if_better(
-    graph: Graph, place: Phase, chunks: Sequence[Sequence[Tensor]], *, progress: Progress
+    graph: Graph, place: Phase, chunks: Sequence[Sequence[Tensor]], *, seed: int, progress: Progress
 ) -> tuple[Graph, list[PassReport]]:
     """Return a rotated copy if its outputs err less than the graph's, else the graph; and what was done (ours).
 
     Both are quantized to the nearest codes, with ranges of least squared error from the chunks that do not judge; the
     error is that of the network's outputs on those that do. A rotation is of a whole stream, so no block can be asked.
+    Layer norms of a stream that can be centred become RMS norms first: those turn with their stream.
 
     Args:
         graph: a folded float graph; it is not changed.
         place: the passes that say what is quantized.
         chunks: batches of samples, one tensor per input.
+        seed: of the rotations.
         progress: shows the two trials.
     """
-    rotated = graph.copy()
-    reports = Pipeline(phases=(ROTATIONS,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(rotated)
-    turns = [report for report in reports if report.name in {step.name for step in ROTATE.passes}]
+    rotated, rotate = graph.copy(), rotations(seed)
+    phase = Phase("rotations", (FindAffines(), RecentreStream(), *rotate.passes, *LOWER.passes))
+    reports = Pipeline(phases=(phase,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(rotated)
+    turns = [report for report in reports if report.name in {step.name for step in rotate.passes}]
     if not any(report.applied for report in turns):
         return graph, turns
-    judging = max(len(chunks) // HELD_OUT, 1)
-    teaching = chunks[:-judging] or chunks
+    places = split([samples_in(chunk) for chunk in chunks], HELD_OUT)
+    teaching, judging = ([chunks[at] for at in each] for each in (places.teaching, places.judging))
     with torch.no_grad():
-        targets = [graph.run(*chunk) for chunk in chunks[-judging:]]
+        targets = [graph.run(*chunk) for chunk in judging]
     errors = list[float]()
     with progress.task("judging rotations", 2) as advance:
         for each in (graph, rotated):
-            errors.append(output_error(_nearest(each, place, teaching), chunks[-judging:], targets))
+            errors.append(output_error(_nearest(each, place, teaching), judging, targets))
             advance(1)
     before, after = errors
     told = f"error of the outputs {before:.3g} without, {after:.3g} with"

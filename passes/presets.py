@@ -23,7 +23,7 @@ from normfuse.passes.split_joint_projections import SplitJointProjections
 from normfuse.pipeline import Pass, Phase
 from normfuse.rewrite import Audit
 
-__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "ROTATE", "LayerNorms", "folds"]
+__all__ = ["AFFINES", "CANONICAL", "FOLD", "LOWER", "PLAIN", "LayerNorms", "folds", "rotations"]
 
 PLAIN: Final = Phase(
     "canonical",
@@ -78,13 +78,11 @@ def folds(*, audit: Audit | None = None, rescales: bool = True, layer_norms: Lay
 
 FOLD: Final = Phase("norms", (*AFFINES.passes, *folds().passes))
 
-ROTATE: Final = Phase(
-    "rotations",
-    (
-        RotateStream(),  # behind all folds: it reads streams without gammas
-        RotateHeads(),  # of attention spelled out; the order of the two does not matter
-    ),
-)
-"""For activations of few bits."""
+
+def rotations(seed: int) -> Phase:
+    """Return the rotations for activations of few bits; the order of the two does not matter."""
+    streams = RotateStream(seed=seed)  # behind all folds: it reads streams without gammas
+    return Phase("rotations", (streams, RotateHeads(seed=seed)))  # heads of attention spelled out
+
 
 LOWER: Final = Phase("lower", (LowerAffines(),))  # the exporter knows no affine

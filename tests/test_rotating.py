@@ -57,7 +57,7 @@ def samples(count: int, seed: int) -> Tensor:
 
 def chosen(graph: Graph) -> tuple[Graph, PassReport]:
     chunks = chunked(([x[None]] for x in samples(64, 1)), 16)
-    found, reports = rotated_if_better(graph, PLACE, chunks, progress=Silent())
+    found, reports = rotated_if_better(graph, PLACE, chunks, seed=0, progress=Silent())
     return found, reports[-1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import ml_dtypes
@@ -45,20 +47,20 @@ def pack_grouped_codes(model: ir.Model) -> None:
     become uint8 [out, groups, bytes of a group] and zero points, if there are any, [out, bytes of the groups];
     of two values in a byte the low nibble is the first. Without zero points zero stands at the middle code.
     """
-    for node in list(model.graph):
+    graph = model.graph
+    for node in list(graph):
         if node.op_type == "GatherBlockQuantized":
-            (table,) = node.inputs[:1]
-            assert table is not None
-            _replace(model.graph, node, 0, _constant(table).astype(ml_dtypes.int4), ir.DataType.INT4)
+            _replace(graph, node, 0, ir.DataType.INT4, "int4", lambda codes: codes.astype(ml_dtypes.int4))
         if node.op_type == "MatMulNBits":
             held = [value for value in (*node.inputs[1:2], *node.inputs[3:4]) if value is not None]
-            is_small = all(_fits(_constant(value)) for value in held)
-            size, bits = node.attributes["block_size"].as_int(), FOUR if is_small else EIGHT
+            bits = FOUR if all(_fits(_constant(value)) for value in held) else EIGHT
             node.attributes["bits"] = ir.AttrInt64("bits", bits)
-            rows = _unsigned(_constant(held[0]), bits)
-            _replace(model.graph, node, 1, rows.reshape(len(rows), -1, size * bits // EIGHT))
+            size = node.attributes["block_size"].as_int() * bits // EIGHT
+            layout = f"{bits}_bits"
+            rows = partial(_rows, bits=bits, size=size)
+            _replace(graph, node, 1, ir.DataType.UINT8, f"{layout}_of_{size}", rows)
             if held[1:]:
-                _replace(model.graph, node, 3, _unsigned(_constant(held[1]), bits))
+                _replace(graph, node, 3, ir.DataType.UINT8, layout, partial(_unsigned, bits=bits))
 
 
 def _constant(value: ir.Value) -> Codes:
@@ -70,6 +72,11 @@ def _fits(codes: Codes) -> bool:
     return int(codes.min()) >= SMALLEST and int(codes.max()) <= LARGEST
 
 
+def _rows(codes: Codes, bits: int, size: int) -> Codes:
+    """Return codes as MatMulNBits takes them, [rows, groups, bytes of a group]."""
+    return _unsigned(codes, bits).reshape(len(codes), -1, size)
+
+
 def _unsigned(codes: Codes, bits: int) -> Codes:
     """Return signed codes, [rows, columns], with zero at the middle, two to a byte where they have four bits."""
     raw = codes.astype(np.int16) + (1 << (bits - 1))
@@ -79,20 +86,23 @@ def _unsigned(codes: Codes, bits: int) -> Codes:
     return raw.astype(np.uint8)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, index: int, packed: Codes, dtype: ir.DataType = ir.DataType.UINT8) -> None:
-    """Let an input of a node be a constant, named after the one before, which goes unless somebody else reads it."""
+def _replace(
+    graph: ir.Graph, node: ir.Node, index: int, dtype: ir.DataType, layout: str, pack: Callable[[Codes], Codes]
+) -> None:
+    """Let an input of a node be a packed constant, named after the one before and its layout.
+
+    What several nodes read in one layout is packed once; what nobody reads any more goes.
+    """
     before = node.inputs[index]
     assert before is not None
     assert before.name is not None
-    name = f"{before.name}_packed"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(packed.shape),
-        type=ir.TensorType(dtype),
-        const_value=ir.tensor(packed, dtype=dtype, name=name),
-    )
-    node.replace_input_with(index, value)
-    graph.register_initializer(value)
+    name = f"{before.name}_{layout}"
+    if name not in graph.initializers:
+        packed = pack(_constant(before))
+        const = ir.tensor(packed, dtype=dtype, name=name)
+        shape, type_ = ir.Shape(packed.shape), ir.TensorType(dtype)
+        graph.register_initializer(ir.Value(name=name, shape=shape, type=type_, const_value=const))
+    node.replace_input_with(index, graph.initializers[name])
     if not before.uses():
         del graph.initializers[before.name]
 

@@ -5,6 +5,7 @@ Both are for simulation (see ``Placement.head_scales`` and ``Placement.logarithm
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -20,6 +21,7 @@ from normfuse.quant import (
     DynamicParams,
     PerChannel,
     PerGroup,
+    PerTensor,
     QuantParams,
     WeightClip,
     logarithmic_params,
@@ -40,9 +42,9 @@ def scale_heads(block: Block, decided: Quantization) -> Quantization:
     for node in _operands(block):
         params = params_of_request(node, decided)
         if isinstance(params, QuantParams) and (heads := _heads(node)) is not None:
-            values = _values(block, node, decided)
-            found = weight_params(values, heads.axis, params.type, clip=WeightClip.MSE, is_symmetric=False)
-            decided = _with(decided, node, found)
+            values = _values(block, node, decided, heads)
+            found = weight_params(values, 0, params.type, clip=WeightClip.MSE, is_symmetric=False)
+            decided = _with(decided, node, replace(found, granularity=heads))
     return decided
 
 
@@ -61,9 +63,10 @@ def take_logarithms(block: Block, decided: Quantization, *, per_octave: int) -> 
         if not params.type.signed and query.is_call(source, ops.SOFTMAX):
             scales = params.granularity
             assert not isinstance(scales, PerGroup)
-            values = _values(block, node, decided)
-            found = logarithmic_params(values, params.type, per_octave=per_octave, granularity=scales)
-            decided = _with(decided, node, found)
+            values = _values(block, node, decided, scales)
+            among = PerChannel(0) if isinstance(scales, PerChannel) else scales
+            found = logarithmic_params(values, params.type, per_octave=per_octave, granularity=among)
+            decided = _with(decided, node, replace(found, granularity=scales))
     return decided
 
 
@@ -84,11 +87,16 @@ def _heads(node: fx.Node) -> PerChannel | None:
     return PerChannel(len(shape) + HEADS)
 
 
-def _values(block: Block, node: fx.Node, decided: Quantization) -> Tensor:
-    """Return what a request is given behind what was decided, the teaching chunks joined."""
-    simulation = Simulation(decided)
+def _values(block: Block, node: fx.Node, decided: Quantization, on: PerTensor | PerChannel) -> Tensor:
+    """Return what a request is given behind what was decided, on all chunks that teach, whose lengths may differ.
+
+    [channels, values] with a scale per channel, else [1, values].
+    """
+    simulation, axis = Simulation(decided), on.axis if isinstance(on, PerChannel) else None
     with torch.no_grad():
-        return torch.cat([block.inputs_of(node, chunk, simulation, is_exact=False) for chunk in block.teaching])
+        found = (block.inputs_of(node, chunk, simulation, is_exact=False) for chunk in block.split.teaching)
+        rows = [x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1) for x in found]
+    return torch.cat(rows, dim=1)
 
 
 def _with(decided: Quantization, node: fx.Node, params: ActivationParams) -> Quantization:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
+from normfuse.graph.quantization import requested_weights
 from normfuse.graph.quickly import quickly
 from normfuse.graph.segments import Compute, Segment, leading_to, run_segment
 from normfuse.heap import give_back_memory
+from normfuse.precision.chunks import Split
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation, in_float
+from normfuse.precision.whereabouts import not_finite
 
 __all__ = ["Block"]
 
@@ -34,7 +37,7 @@ class Block:
         rest: all that comes after the segment.
         answers: per chunk the floating-point outputs of the float network.
         foresight: the weight of their error in the loss.
-        held_out: how many chunks at the end judge and do not teach.
+        split: the chunks to learn from, and those that decide what is kept.
         weights: what an error at each element of the floating-point exits counts; None: all alike.
         targets: of the chunks that were asked for, see ``target``.
     """
@@ -47,20 +50,9 @@ class Block:
     rest: Segment
     answers: Sequence[Sequence[Tensor]]
     foresight: float
-    held_out: int
+    split: Split
     weights: Sequence[Tensor] | None = None
     targets: dict[int, Sequence[Tensor]] = field(default_factory=dict)
-
-    @property
-    def teaching(self) -> range:
-        """The chunks to learn from; all, if there are too few to hold some out."""
-        return range(max(len(self.entries) - self.held_out, 1))
-
-    @property
-    def judging(self) -> range:
-        """The chunks that decide what is kept."""
-        first = len(self.entries) - self.held_out if len(self.entries) > self.held_out else 0
-        return range(first, len(self.entries))
 
     def inputs_of(self, node: fx.Node, chunk: int, compute: Compute, *, is_exact: bool) -> Tensor:
         """Return what one linear map of the block reads, behind quantizers or in the float network."""
@@ -72,11 +64,21 @@ class Block:
         return found
 
     def target(self, chunk: int) -> Sequence[Tensor]:
-        """Return the segment's floating-point exits in the float network; made when first asked for, as few may be."""
+        """Return the segment's floating-point exits in the float network; made when first asked for, as few may be.
+
+        Raises:
+            BadInput: what a linear map reads is not finite; the message names layer and sample.
+        """
         if (found := self.targets.get(chunk)) is None:
-            values = dict(self.exact[chunk])
+            values, maps = dict(self.exact[chunk]), requested_weights(self.graph)
+
+            def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if node in maps and not bool(args[0].isfinite().all()):
+                    raise not_finite(node, ~args[0].isfinite(), self.numbers[chunk])
+                return quickly(node, args, kwargs)
+
             with torch.no_grad():
-                run_segment(self.graph, self.segment, values, quickly)
+                run_segment(self.graph, self.segment, values, compute)
             found = self.targets[chunk] = tensors_of(self.segment.exits, values)
         return found
 
@@ -95,14 +97,15 @@ class Block:
         return near + self.foresight * summed_error(tensors_of(self.graph.outputs, values), self.answers[chunk])
 
     def error(self, decided: Quantization, chunks: Iterable[int]) -> float:
-        """Return the mean loss of a decision over chunks."""
+        """Return the mean loss of a decision over the samples of chunks."""
         simulation = Simulation(decided)
-        losses = list[float]()
+        losses, counts = list[float](), list[int]()
         for chunk in chunks:
             with torch.no_grad():
                 losses.append(float(self.loss(chunk, simulation)))
+            counts.append(len(self.numbers[chunk]))
             give_back_memory()
-        return sum(losses) / len(losses)
+        return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
 
 def tensors_of(nodes: Iterable[fx.Node], values: Values) -> list[Tensor]:

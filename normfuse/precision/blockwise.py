@@ -17,6 +17,7 @@ from normfuse.graph.quickly import quickly
 from normfuse.graph.segments import Compute, Segment, joined, read_after, run_segment, segments, with_floats
 from normfuse.heap import give_back_memory
 from normfuse.precision.block import Block, Values, forget
+from normfuse.precision.chunks import samples_in, split
 from normfuse.precision.curvature import exit_weights
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
@@ -26,7 +27,7 @@ from normfuse.progress import Progress, Silent
 __all__ = ["BlockReport", "Keeper", "Refinement", "refine_blockwise"]
 
 HELD_OUT: Final = 8
-"""One of so many chunks judges what the others taught."""
+"""One of so many samples judges what the others taught."""
 
 Refinement = Callable[[Block, Quantization], Quantization]
 """From a block and the decision so far to a better one, if it succeeds."""
@@ -100,11 +101,12 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     if not chunks:
         raise BadInput("there are no calibration samples", expected="at least one sample")
     maps, reports = requested_weights(graph), list[BlockReport]()
+    numbers = _in_order(chunks) if numbers is None else numbers
+    judges = split([len(samples) for samples in numbers], HELD_OUT)
     parts = segments(graph, wanted=lambda node: node in maps)
     exact = [_inputs(graph, chunk) for chunk in chunks]
-    quantized, count = [dict(values) for values in exact], len(chunks)
+    quantized = [dict(values) for values in exact]
     inputs = [dict(values) for values in exact] if at_once else []
-    numbers = _in_order(chunks) if numbers is None else numbers
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
     del chunks  # the inputs live as long as a block reads them
@@ -120,7 +122,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 rest=joined(parts[index + 1 :]),
                 answers=answers,
                 foresight=foresight,
-                held_out=max(count // HELD_OUT, 1),
+                split=judges,
             )
             if any(node in maps for node in segment.nodes):
                 decided, report = _refined(block, index, decided, refinements, keeper, curvature=curvature)
@@ -141,7 +143,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 rest=joined([]),
                 answers=answers,
                 foresight=0.0,
-                held_out=max(count // HELD_OUT, 1),
+                split=judges,
             )
             decided, report = _refined(block, len(parts), decided, at_once, keeper)
             reports.append(report)
@@ -172,12 +174,12 @@ def _refined(
 def _refine(
     block: Block, decided: Quantization, refinements: Mapping[str, Refinement]
 ) -> tuple[Quantization, BlockReport]:
-    before = error = block.error(decided, block.judging)
+    before = error = block.error(decided, block.split.judging)
     kept, reverted = dict[str, float](), dict[str, float]()
     for name, refine in refinements.items():
         with torch.enable_grad():
             trial = refine(block, decided)
-        found = block.error(trial, block.judging)
+        found = block.error(trial, block.split.judging)
         if found < error:
             decided, error, kept[name] = trial, found, found
         else:
@@ -209,7 +211,7 @@ def _inputs(graph: Graph, chunk: Sequence[Tensor]) -> Values:
 
 
 def _in_order(chunks: Sequence[Sequence[Tensor]]) -> list[list[int]]:
-    sizes = [max((len(tensor) for tensor in chunk if tensor.ndim), default=1) for chunk in chunks]
+    sizes = [samples_in(chunk) for chunk in chunks]
     return [list(range(sum(sizes[:at]), sum(sizes[: at + 1]))) for at in range(len(sizes))]
 
 

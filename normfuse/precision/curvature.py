@@ -36,7 +36,7 @@ def exit_weights(block: Block, decided: Quantization) -> list[Tensor]:
     exits = [node for node in block.segment.exits if query.is_float(node)]
     free = [[axis for axis, size in enumerate(query.shape(node)) if not isinstance(size, int)] for node in exits]
     seen = list[list[tuple[Tensor, Tensor]]]()
-    for chunk in block.teaching:
+    for chunk in block.split.teaching:
         parts = zip(*_gradients(block, chunk, exits, simulation), free, strict=True)
         seen.append([(_summed(g * d, axes), _summed(d.square(), axes)) for g, d, axes in parts])
     return [_weights(sums) for sums in zip(*seen, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from statistics import mean
 from typing import Any, Final
 
 import torch
@@ -16,6 +15,7 @@ from normfuse.graph.quantization import QuantizationRequest, WeightRequest, is_r
 from normfuse.graph.quickly import quickly
 from normfuse.graph.segments import Compute, Segment, read_after, run_segment, segments
 from normfuse.precision.block import Values, forget, summed_error, tensors_of
+from normfuse.precision.chunks import samples_in, split
 from normfuse.precision.equalization_offers import NOTHING, Candidate, Offer, taken
 from normfuse.precision.simulation import call_with
 from normfuse.progress import Progress, Silent
@@ -37,7 +37,7 @@ from normfuse.rewrite.linear_map import LinearMap, read_linear_map
 __all__ = ["choose_equalizations"]
 
 HELD_OUT: Final = 4
-"""One of so many chunks judges what the others have chosen."""
+"""One of so many samples judges what the others have chosen."""
 
 
 def choose_equalizations(
@@ -61,7 +61,7 @@ def choose_equalizations(
     found = [site for site in free if any(reader in weights for reader in site.readers)]
     found += _product_sites(graph, asked, {reader for site in free for reader in site.readers})
     _offer(graph, found, _observed(graph, found, chunks))
-    return taken(found, _Judge(placed, asked, weights).run(found, chunks, progress or Silent()))
+    return taken(found, _Judge(placed, asked, weights, chunks).run(found, progress or Silent()))
 
 
 def _sites(graph: Graph) -> list[Candidate]:
@@ -155,17 +155,21 @@ class _Judge:
     """Adds up what every offer leaves as error at the exits of the blocks."""
 
     def __init__(
-        self, placed: Graph, asked: Mapping[str, QuantizationRequest], weights: Mapping[str, WeightRequest]
+        self,
+        placed: Graph,
+        asked: Mapping[str, QuantizationRequest],
+        weights: Mapping[str, WeightRequest],
+        chunks: Sequence[Sequence[Tensor]],
     ) -> None:
-        self._placed, self._asked, self._weights = placed, asked, weights
+        self._placed, self._asked, self._weights, self._chunks = placed, asked, weights, chunks
+        self._sizes = [samples_in(chunk) for chunk in chunks]
+        self._split = split(self._sizes, HELD_OUT)
 
-    def run(
-        self, found: Sequence[Candidate], chunks: Sequence[Sequence[Tensor]], progress: Progress
-    ) -> dict[int, float]:
+    def run(self, found: Sequence[Candidate], progress: Progress) -> dict[int, float]:
         """Go through the blocks, in float; return what each errs with all its maps quantized, where it is judged."""
         placed, whole = self._placed, dict[int, float]()
         parts = segments(placed, wanted=lambda node: node.name in self._weights)
-        values = [dict(zip(placed.inputs, chunk, strict=True)) for chunk in chunks]
+        values = [dict(zip(placed.inputs, chunk, strict=True)) for chunk in self._chunks]
         with progress.task("equalizing channels", len(parts)) as advance, torch.no_grad():
             for index, segment in enumerate(parts):
                 later = read_after(placed, parts[index + 1 :])
@@ -180,14 +184,17 @@ class _Judge:
                     tried += [(offer, readers) for offer in site.offers.values() if readers]
                 for offer, readers in tried:
                     errors = self._errors(segment, before, targets, self._simulated(offer, readers, inputs))
-                    count = _teaching(len(errors))
-                    offer.teaching += mean(errors[:count])
-                    offer.judging[index] = mean(errors[count:] or errors)
+                    offer.teaching += self._mean(errors, self._split.teaching)
+                    offer.judging[index] = self._mean(errors, self._split.judging)
                 whole[index] = plain.judging[index]
                 for each in values:
                     forget(each, later)
                 advance(1)
         return whole
+
+    def _mean(self, errors: Sequence[float], chunks: Sequence[int]) -> float:
+        """Return the mean over the samples of these chunks."""
+        return sum(errors[at] * self._sizes[at] for at in chunks) / sum(self._sizes[at] for at in chunks)
 
     def _errors(
         self, segment: Segment, entries: list[Values], targets: list[list[Tensor]], compute: Compute
@@ -230,8 +237,8 @@ class _Judge:
             params = DynamicParams(size=asked.group)
         elif asked is not None:
             histogram = DyadicHistogram()
-            for x in inputs[: _teaching(len(inputs))]:
-                histogram.update(_applied(now, x))
+            for chunk in self._split.teaching:
+                histogram.update(_applied(now, inputs[chunk]))
             (range_,) = asked.candidates(histogram, [RangeMethod.MSE]).values()
             params = asked.quantizer(range_)
         return lambda x: _applied(now, x) if params is None else snap(_applied(now, x), params)
@@ -261,8 +268,3 @@ def _source(node: fx.Node) -> fx.Node:
 def _applied(found: Affine, x: Tensor) -> Tensor:
     wide = x.double() * along(found.scale, found.axis, x.ndim) + along(found.shift, found.axis, x.ndim)
     return wide.to(x.dtype)
-
-
-def _teaching(count: int) -> int:
-    """Return how many chunks choose; all, if there are too few to hold some out."""
-    return max(count - max(count // HELD_OUT, 1), 1)

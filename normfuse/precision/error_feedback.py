@@ -140,7 +140,7 @@ def _outputs(block: Block, decided: Quantization, node: fx.Node) -> OutputSums:
     assert linear is not None
     sums, axis = OutputSums(len(linear.weight)), -1 if node.target is ops.LINEAR else -(linear.weight.ndim - 1)
     rest = (None, None, *node.args[3:])
-    for chunk in block.teaching:
+    for chunk in block.split.teaching:
         x = block.inputs_of(node, chunk, simulation, is_exact=False)
         quantized = call_with(node, (x, *rest), node.kwargs, weight, None)
         x = block.inputs_of(node, chunk, quickly, is_exact=True)
@@ -185,7 +185,7 @@ def _rows_read(
         BadInput: it is not finite.
     """
     compute = quickly if is_exact else Simulation(decided)
-    for chunk in block.teaching:
+    for chunk in block.split.teaching:
         x = block.inputs_of(node, chunk, compute, is_exact=is_exact)
         if not bool(x.isfinite().all()):
             raise not_finite(node, ~x.isfinite(), block.numbers[chunk])

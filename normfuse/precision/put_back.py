@@ -21,6 +21,7 @@ from normfuse.graph.quantization import (
 )
 from normfuse.graph.segments import segments
 from normfuse.precision.block import summed_error
+from normfuse.precision.chunks import samples_in
 from normfuse.precision.decision import Quantization, decide_again
 from normfuse.precision.simulation import Simulation
 from normfuse.quant import Range
@@ -93,18 +94,19 @@ def _withdraw(graph: Graph, nodes: Sequence[fx.Node]) -> None:
 
 @torch.no_grad()
 def output_error(decided: Decided, chunks: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> float:
-    """Return the squared error of the network's outputs over their squares, the mean over chunks.
+    """Return the squared error of the network's outputs over their squares, the mean over samples.
 
     Args:
         decided: what is simulated.
         chunks: batches of samples, one tensor per input.
         targets: the float network's outputs.
     """
-    simulation, total = Simulation(decided.quantization), 0.0
+    simulation, total, count = Simulation(decided.quantization), 0.0, 0
     for chunk, wanted in zip(chunks, targets, strict=True):
         found = decided.graph.run_as(chunk, simulation)
-        total += float(summed_error(_floats(found), _floats(wanted)))
-    return total / len(chunks)
+        total += float(summed_error(_floats(found), _floats(wanted))) * samples_in(chunk)
+        count += samples_in(chunk)
+    return total / count
 
 
 def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -101,9 +101,9 @@ def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> 
     )
     order: list[int] = []
     for step in range(chosen.steps):
-        order = order or torch.randperm(len(block.teaching), generator=generator).tolist()
+        order = order or torch.randperm(len(block.split.teaching), generator=generator).tolist()
         optimizer.zero_grad()
-        loss = block.loss(block.teaching[order.pop()], student) + student.penalty(step / chosen.steps)
+        loss = block.loss(block.split.teaching[order.pop()], student) + student.penalty(step / chosen.steps)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()

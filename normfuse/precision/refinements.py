@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from normfuse.precision.attention_codes import scale_heads, take_logarithms
 from normfuse.precision.blockwise import Refinement
@@ -16,12 +12,12 @@ from normfuse.precision.reconstruction import AFFINE_TUNING, Reconstruction, Rou
 from normfuse.quant.levers import Levers
 from normfuse.quant.placement import Placement
 
-__all__ = ["chunked", "refinements", "refinements_at_once"]
+__all__ = ["refinements", "refinements_at_once"]
 
 
 def refinements(levers: Levers, *, seed: int, placement: Placement | None = None) -> dict[str, Refinement]:
-    """Return what is tried on every block, by name, in order; other codes only where the placement has them."""
-    found = _other_codes(placement) if levers.attention_codes else {}
+    """Return what is tried on every block, by name, in order; codes of another kind where the placement has them."""
+    found = _other_codes(placement)
     if levers.error_feedback:
         chosen = ErrorFeedback(asymmetric=levers.asymmetric_correction, descends=levers.coordinate_descent)
         found["error feedback"] = partial(feed_back_errors, chosen=chosen)
@@ -57,27 +53,3 @@ def _other_codes(placement: Placement | None) -> dict[str, Refinement]:
         found["log2 codes"] = partial(take_logarithms, per_octave=1)
         found["log sqrt 2 codes"] = partial(take_logarithms, per_octave=2)
     return found
-
-
-def chunked(
-    samples: Iterable[Sequence[Tensor]], size: int, *, numbers: list[list[int]] | None = None
-) -> list[tuple[Tensor, ...]]:
-    """Return single samples joined to chunks of at most ``size`` along their first axis, each of one shape.
-
-    To ``numbers`` those of every chunk's samples are added, so that the chunks need no name where they are handed on.
-    """
-    growing, chunks = dict[tuple[torch.Size, ...], dict[int, Sequence[Tensor]]](), list[dict[int, Sequence[Tensor]]]()
-    for number, sample in enumerate(samples):
-        shape = tuple(tensor.shape for tensor in sample)
-        group = growing.setdefault(shape, {})
-        group[number] = sample
-        if len(group) == size:
-            chunks.append(growing.pop(shape))
-    chunks += growing.values()
-    if numbers is not None:
-        numbers += [list(group) for group in chunks]
-    return [_joined(list(group.values())) for group in chunks]
-
-
-def _joined(group: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(tensors) if tensors[0].ndim else tensors[0] for tensors in zip(*group, strict=True))

@@ -38,15 +38,14 @@ NEEDED: Final = {
 class Levers:
     """What is tried.
 
-    Six are refinements, kept where they lower the error on samples held out (with one chunk of samples, on these):
-    ``error_feedback``, ``attention_codes``, ``bias_correction``, ``affine_refit``, ``reconstruction`` and
+    Five are refinements, kept where they lower the error on samples held out (with one chunk of samples, on these):
+    ``error_feedback``, ``bias_correction``, ``affine_refit``, ``reconstruction`` and
     ``affine_tuning``. The others say how these work, or by what error they are judged.
 
     Attributes:
         error_feedback: weights rounded by GPTQ, in the order of their inputs' size.
         asymmetric_correction: it counts the error of quantized inputs too.
         coordinate_descent: its codes are improved one by one.
-        attention_codes: one scale per head and logarithmic codes, where the placement has them (simulation only).
         bias_correction: biases give every map the mean output that it has in float.
         affine_refit: a factor and an offset for every output, by least squares.
         reconstruction: weights, scales, zero points and biases learned block by block.
@@ -61,7 +60,6 @@ class Levers:
     error_feedback: bool = False
     asymmetric_correction: bool = False
     coordinate_descent: bool = True
-    attention_codes: bool = False
     bias_correction: bool = False
     affine_refit: bool = False
     reconstruction: bool = False
@@ -78,7 +76,6 @@ class Levers:
         closed = learns or (effort is Effort.CLOSED_FORM and is_low)
         return cls(
             error_feedback=closed,
-            attention_codes=closed,
             bias_correction=closed,
             affine_refit=closed,
             reconstruction=learns,

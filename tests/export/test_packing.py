@@ -16,8 +16,9 @@ from normfuse.export.placement import onnx_placement
 from normfuse.graph import capture
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
+from normfuse.passes.quantize_tables import QuantizeTables
 from normfuse.precision import round_all_to_nearest
-from normfuse.quant import Range
+from normfuse.quant import IntegerType, Range
 from normfuse.quant.bits import Bits
 from normfuse.runtime.agreement import compare_codes, output_error
 from normfuse.runtime.onnx_session import open_onnx
@@ -69,6 +70,42 @@ def test_groups_are_onnxruntimes_packed_product(bits: str, inputs: int, size: in
     (expected,) = graph.run(x)
     (engine,) = open_onnx(path, threads=1).run({graph.input_names[0]: x.numpy()}).values()
     assert output_error(engine, expected.numpy()) < 1e-5
+
+
+class Towers(nn.Module):
+    """A map and a table that are read twice, beside a map of equal weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(80, width), nn.Linear(width, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.second.weight.copy_(self.first.weight[:, :16])
+
+    def forward(self, ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        left, right = self.first(self.words(ids)), self.first(self.words(others))
+        return left * right + self.second(left)
+
+
+@pytest.mark.parametrize("width", [16, 128])
+def test_what_is_read_twice_is_packed_once(width: int, tmp_path: Path) -> None:
+    """The exporter joins equal constants of up to 1,024 elements: at a width of 16 all codes of the maps."""
+    ids, others = torch.arange(6)[None] + 3, torch.arange(6)[None] + 40
+    graph = capture(Towers(width), (ids, others))
+    QuantizeTables(type=IntegerType(4, signed=True)).run(graph)
+    PlaceQuantizers(placement=onnx_placement("avx512_vnni", Bits.parse("w4a16"))).run(graph)
+    decided = round_all_to_nearest(graph, {})
+    InsertQuantizers(activations={}, weights=decided.weights).run(graph)
+    export_onnx(graph, path := tmp_path / "model.onnx")
+    nodes = onnx.load(path).graph.node
+    for kind, readers in (("MatMulNBits", 3), ("GatherBlockQuantized", 2)):
+        assert len([node for node in nodes if node.op_type == kind]) == readers
+    codes = {node.input[1] for node in nodes if node.op_type == "MatMulNBits"}
+    tables = {node.input[0] for node in nodes if node.op_type == "GatherBlockQuantized"}
+    assert len(tables) == 1
+    assert len(codes) == (1 if width == 16 else 3)
+    names = graph.input_names
+    (engine,) = open_onnx(path, threads=1).run({names[0]: ids.numpy(), names[1]: others.numpy()}).values()
+    assert output_error(engine, graph.run(ids, others)[0].numpy()) < 1e-5
 
 
 def test_two_codes_share_a_byte(tmp_path: Path) -> None:

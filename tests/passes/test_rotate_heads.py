@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfuse.graph import Graph, capture, ops, query
-from normfuse.passes.presets import AFFINES, CANONICAL, ROTATE, folds
+from normfuse.passes.presets import AFFINES, CANONICAL, folds, rotations
 from normfuse.passes.rotate_heads import RotateHeads
 from normfuse.pipeline import Pipeline
 from normfuse.report import Reason
@@ -170,7 +170,7 @@ def test_one_huge_channel_of_the_keys_is_spread() -> None:
         model.k.bias[3] = 40.0
     graph, x = ready(model, sample(2, 7, 5)), sample(2, 7, 5)
     before = keys_of(graph, x)
-    Pipeline(phases=(ROTATE,), given=frozenset(RotateHeads.requires)).run(graph)
+    Pipeline(phases=(rotations(0),), given=frozenset(RotateHeads.requires)).run(graph)
     after = keys_of(graph, x)
     torch.testing.assert_close(after.square().sum(), before.square().sum())
     assert float(after.abs().max()) < float(before.abs().max()) / 1.7

@@ -146,3 +146,17 @@ def test_the_simulation_is_the_quantized_graph(effort: Effort) -> None:
     # Biases are int32 codes there and floats here: a code at a tie may fall to the other side.
     assert (simulated - output).abs().median() < 1e-3 * output.abs().max()
     assert (simulated - output).square().sum() < 0.05 * (simulated - exact).square().sum()
+
+
+def test_sentences_of_different_lengths_have_scales_too() -> None:
+    placement = placed(head_scales=True, logarithmic_softmax=True)
+    model = randomized(Small(attention, **{name: nn.Linear(24, 24) for name in ("q", "k", "v", "out")})).eval()
+    free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    graph = capture(torch.export.export(model, (tokens(2, 0),), dynamic_shapes=(free,), strict=False))
+    PlaceQuantizers(placement=placement).run(graph)
+    ranges = {request.source.name: Range(-4.0, 4.0) for request in requests(graph)}
+    start = round_all_to_nearest(graph, ranges)
+    chunks = [(tokens(16, 1)[:, :length],) for length in (5, 7, 9, 11)]
+    tried = refinements(Levers.of(Effort.CLOSED_FORM, BITS), seed=0, placement=placement)
+    _, reports = refine_blockwise(graph, chunks, start, tried)
+    assert any("head scales" in report.kept for report in reports)

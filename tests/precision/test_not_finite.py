@@ -96,6 +96,17 @@ def test_nan_is_named_by_layer_and_sample(value: float, layers: tuple[str, ...],
     assert any(layer in str(caught.value) for layer in layers)  # what makes it, or the first map that reads it
 
 
+def test_infinity_is_named_by_learning_alone_too() -> None:
+    """Weights alone are codes: no range is observed, and of the refinements only learning reads the samples."""
+    graph, start = decided(network(logged, "fc1", "fc2", "head"), "w4a16")
+    samples = tokens(32, 3)
+    samples[5, 4, 1] = float("inf")
+    tried = refinements(Levers(reconstruction=True), seed=0)
+    with pytest.raises(BadInput, match="calibration sample 5") as caught:
+        refine_blockwise(graph, chunked(([x[None]] for x in samples), 16), start, tried)
+    assert "fc1" in str(caught.value)
+
+
 def test_samples_keep_their_numbers_where_shapes_differ() -> None:
     numbers = list[list[int]]()
     samples = [torch.full((1, 2 + number % 2), float(number)) for number in range(7)]

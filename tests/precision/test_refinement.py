@@ -279,13 +279,6 @@ def test_a_network_that_returns_integers_alone_is_refined_by_what_they_are_read_
     assert any(report.kept for report in reports)
 
 
-def test_chunks_keep_every_sample() -> None:
-    found = chunked(((torch.full((1, 2), float(i)), torch.tensor(5)) for i in range(7)), 3)
-    assert [len(chunk[0]) for chunk in found] == [3, 3, 1]
-    assert torch.cat([chunk[0] for chunk in found])[:, 0].tolist() == list(range(7))
-    assert all(int(chunk[1]) == 5 for chunk in found)
-
-
 @pytest.mark.slow
 def test_foresight_serves_the_output_where_the_blocks_own_error_does_not() -> None:
     graph, start = decided("w3a4")
@@ -303,10 +296,10 @@ def test_the_loss_with_foresight_adds_the_error_of_the_networks_outputs() -> Non
     def watch(weight: float) -> Any:
         def watched(block: Block, found: Quantization) -> Quantization:
             name = block.segment.exits[-1].name
-            losses[name, weight] = block.error(found, block.judging)
+            losses[name, weight] = block.error(found, block.split.judging)
             wide = block.exact[1]  # behind a float network, a block of floats has no error in either sense
             floats = replace(block, entries=[wide, wide])
-            assert floats.error(Quantization(activations={}, weights={}), floats.judging) < 1e-9
+            assert floats.error(Quantization(activations={}, weights={}), floats.split.judging) < 1e-9
             return found
 
         return watched
@@ -317,10 +310,3 @@ def test_the_loss_with_foresight_adds_the_error_of_the_networks_outputs() -> Non
     last = graph.outputs[0].name
     assert losses[last, 2.0] == losses[last, 0.0]
     assert all(losses[name, 2.0] > losses[name, 0.0] for name in names - {last})
-
-
-def test_a_chunk_has_samples_of_one_shape() -> None:
-    samples = [(torch.full((1, length), float(i)),) for i, length in enumerate([2, 3, 2, 3, 3, 2, 5])]
-    found = [chunk for (chunk,) in chunked(samples, 2)]
-    assert [list(chunk.shape) for chunk in found] == [[2, 2], [2, 3], [1, 3], [1, 2], [1, 5]]
-    assert sorted(chunk[row, 0].item() for chunk in found for row in range(len(chunk))) == list(range(7))
