@@ -33,7 +33,7 @@ from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
 from normfuse.recipe import ActivationCodes, Recipe, WeightCodes
 
-__all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized"]
+__all__ = ["folded", "held_out", "main", "percent", "percent_of_graph", "quantized", "spread"]
 
 BATCH: Final = 250
 SAMPLES: Final = 128
@@ -179,7 +179,7 @@ def _show(
         columns = []
         for operands in given.operands:
             lost = [drop for cell, drop in drops.items() if (cell.setting, cell.operands) == (setting, operands)]
-            columns.append(f"{mean(lost):.2f} ± {pstdev(lost):.2f}" if lost else "")
+            columns.append(spread(lost, "{:.2f}") if lost else "")
             if lost:
                 figures[f"{_described(setting)}, {operands}"] = lost
         wanted = "" if setting.wanted is None else f"{setting.wanted}"
@@ -190,6 +190,12 @@ def _show(
     title = ", ".join([f"{name}: {exact:.2f} % in float", f"mean and deviation of {given.seeds} seeds", *unusual])
     render.table(title, head, rows)
     return {"float": exact, "lost": figures}
+
+
+def spread(values: Sequence[float], written: str) -> str:
+    """Return mean and deviation, each written so; one value has no deviation."""
+    shown = [mean(values), pstdev(values)] if len(values) > 1 else list(values)
+    return " ± ".join(written.format(value) for value in shown)
 
 
 def _described(setting: Setting) -> str:

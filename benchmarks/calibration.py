@@ -6,11 +6,13 @@ import argparse
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -99,12 +101,19 @@ def _run(tool: str, given: argparse.Namespace, model: Path) -> list[dict[str, fl
             return []
         # Without -P the script's folder comes first, and nncf.py beside it is taken for NNCF.
         command = [str(python), "-P", str(NNCF_WORKER), str(model), str(given.samples), str(given.threads)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    bound = partial(_bind, given.threads)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=bound)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
         render.line(f"{tool}: skipped, its process ended with {ended.returncode}: {last}")
         return []
     return [json.loads(ended.stdout.splitlines()[-1])]
+
+
+def _bind(threads: int) -> None:
+    """Leave the process so many cores: a thread count that onnxruntime's own calibration cannot ignore."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _ours(given: argparse.Namespace) -> dict[str, float]:
@@ -162,7 +171,7 @@ def _onnxruntime(given: argparse.Namespace) -> dict[str, float]:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    from benchmarks.peers.onnxruntime_static import _Reader
+    from benchmarks.peers.onnxruntime_static import Reader
 
     logging.getLogger().setLevel(logging.ERROR)
     ready = given.model.with_name("ready.onnx")
@@ -175,7 +184,7 @@ def _onnxruntime(given: argparse.Namespace) -> dict[str, float]:
     quantize_static(
         str(ready),
         str(given.model.with_name("quantized.onnx")),
-        _Reader("image", (image.numpy() for image in _images(given.samples))),
+        Reader("image", (image.numpy() for image in _images(given.samples))),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,

@@ -6,17 +6,17 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import BATCH, folded, held_out, percent, quantized
+from benchmarks.accuracy import BATCH, folded, held_out, percent, quantized, spread
 from benchmarks.peers.calling import PEERS, Peer, PeerMissing, ask
 from benchmarks.peers.order import Order
 from benchmarks.plain_export import export_plainly
@@ -73,13 +73,8 @@ class Row:
         name = f"{self.tool}, {self.setting}"
         if self.missing:
             return (name, self.bits, f"skipped: {self.missing}", "", "", "")
-        figures = _spread(self.lost, "{:.2f}"), _spread(self.errors, "{:.3g}"), f"{mean(self.seconds):.0f}"
+        figures = spread(self.lost, "{:.2f}"), spread(self.errors, "{:.3g}"), f"{mean(self.seconds):.0f}"
         return (name, self.bits, self.tensors, *figures)
-
-
-def _spread(values: Sequence[float], written: str) -> str:
-    shown = [mean(values), pstdev(values)] if len(values) > 1 else list(values)
-    return " ± ".join(written.format(value) for value in shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,24 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+
+class Images:
+    """Random images, made as they are read, as for the other tools."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield [1, 3, 224, 224], the same ones each time."""
+        import numpy as np
+
+        generator = np.random.default_rng(0)
+        for _ in range(self.count):
+            yield generator.standard_normal((1, 3, 224, 224), dtype=np.float32)
 
 
 def main() -> None:
@@ -14,13 +31,10 @@ def main() -> None:
     path, count, threads = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     os.environ["OMP_NUM_THREADS"] = threads
     import nncf  # type: ignore[import-not-found]
-    import numpy as np
     import onnx
 
     before = _status("VmRSS")
-    model, generator = onnx.load(path), np.random.default_rng(0)
-    images = [generator.standard_normal((1, 3, 224, 224), dtype=np.float32) for _ in range(count)]
-    data = nncf.Dataset(images, lambda image: {"image": image})
+    model, data = onnx.load(path), nncf.Dataset(Images(count), lambda image: {"image": image})
     start, cpu = time.perf_counter(), time.process_time()
     nncf.quantize(model, data, subset_size=count, model_type=nncf.ModelType.TRANSFORMER)
     figures = {

@@ -18,7 +18,7 @@ __all__ = ["quantize_u8s8"]
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
+class Reader(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, name: str, batches: Iterable[Floats]) -> None:
         self._feeds: Iterator[dict[str, Floats]] = ({name: batch} for batch in batches)
 
@@ -52,7 +52,7 @@ def quantize_u8s8(
         quantize_static(
             str(ready),
             str(target),
-            _Reader(input_name, batches),
+            Reader(input_name, batches),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
