@@ -59,14 +59,22 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
     arch, trust, shown = options.pop("arch"), options.pop("trust_pickle"), render.progress(quiet=quiet)
     recipe = (Recipe.read(recipe_file) if recipe_file else Recipe()).with_options(**options)
     check_output(output)
-    built = compile_model(
-        opened_model(model, arch=arch, trust_pickle=trust, progress=shown),
-        calibration=opened_samples(calib, preprocess, other=evaluation, progress=shown),
-        evaluation=opened_samples(evaluation, preprocess, other=calib, progress=shown),
-        recipe=recipe,
-        progress=shown,
-        resume=Path(f"{output.absolute()}.resume"),
-    )
+    resume = Path(f"{output.absolute()}.resume")
+    if resume.is_dir():
+        render.talk(f"{resume.name} is there: what it holds of this model, data and recipe is not computed again")
+    try:
+        built = compile_model(
+            opened_model(model, arch=arch, trust_pickle=trust, progress=shown),
+            calibration=opened_samples(calib, preprocess, other=evaluation, progress=shown),
+            evaluation=opened_samples(evaluation, preprocess, other=calib, progress=shown),
+            recipe=recipe,
+            progress=shown,
+            resume=resume,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        if resume.is_dir():
+            render.talk(f"{resume.name} holds what is finished: the same command goes on from there")
+        raise
     built.save(output)
     render.as_json(built.report) if as_json else render.report(built.report, output)
     return 0 if built.holds else 1

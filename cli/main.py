@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Final
 
@@ -14,6 +15,7 @@ from normfuse.errors import InternalError, NormfuseError
 __all__ = ["cli", "main"]
 
 INTERRUPTED: Final = 130
+TERMINATED: Final = 143
 
 COMMANDS: Final = {
     "compile": "Fold, quantize, verify and measure MODEL; write the artifact to a folder.",
@@ -54,10 +56,11 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with architecture's codes (0, 1, 2, 3, 4, 5, 70, 130)."""
+    """Run the command line and exit with architecture's codes (0, 1, 2, 3, 4, 5, 70, 130, 143)."""
     from normfuse.cli import render
 
     stdout = sys.stdout
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = cli.main(standalone_mode=False)
     except NormfuseError as error:
@@ -80,6 +83,11 @@ def main() -> None:
         render.error(InternalError(f"{type(error).__name__}: {error}", where="set NORMFUSE_TRACEBACK=1 to see it all"))
         code = InternalError.exit_code
     sys.exit(code or 0)
+
+
+def _terminate(*_: object) -> None:
+    """End as schedulers, ``timeout`` and containers ask for, but with what was left on the way removed."""
+    sys.exit(TERMINATED)
 
 
 if __name__ == "__main__":

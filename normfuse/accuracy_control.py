@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from normfuse.bench.accuracy import Score
 from normfuse.build import Engine
+from normfuse.calibration import calibrate
 from normfuse.feeding import Stream
+from normfuse.graph.quantization import requests
 from normfuse.planning import Plan
 from normfuse.precision import chunk_size, chunked
-from normfuse.precision.put_back import QuantizedBlock, output_error, put_back, quantized_blocks
+from normfuse.precision.put_back import QuantizedBlock, output_error, put_back, quantized_blocks, widened
 from normfuse.progress import Progress
+from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.placement import Placement
 
 __all__ = ["AccuracyControl", "Control", "Levels", "PutBack"]
@@ -106,6 +109,7 @@ class AccuracyControl:
         build: writes the engine of a plan.
         drop_of: measures the points of the score that an engine loses.
         progress: shows the ranking.
+        method: how ranges are chosen for activations that get more bits.
     """
 
     levels: Levels
@@ -113,6 +117,7 @@ class AccuracyControl:
     build: Callable[[Plan], Engine]
     drop_of: Callable[[Engine], float]
     progress: Progress
+    method: CalibrationMethod = CalibrationMethod.AUTO
 
     def run(self, plan: Plan, samples: Stream) -> Control:
         """Return what was tried and chosen; ``samples`` are what blocks are ranked on."""
@@ -120,11 +125,22 @@ class AccuracyControl:
         if trials[0].drop > self.allowed:
             chunks = chunked(islice(samples(), RANKED_ON), chunk_size(plan.graph))
             for level, placement in self.levels.items():
-                found = self._search(trials[-1], level, placement, chunks)
+                start = trials[-1] if placement is None else self._ranged(trials[-1], placement, samples)
+                found = self._search(start, level, placement, chunks)
                 trials += found
                 if any(trial.drop <= self.allowed for trial in found):
                     break
         return Control(trials=tuple(trials), chosen=self._choose(trials), allowed=self.allowed)
+
+    def _ranged(self, start: Trial, placement: Placement, samples: Stream) -> Trial:
+        """Return the trial with ranges for what will have more bits; its own were clipped for few."""
+        wide = widened(start.plan.graph, quantized_blocks(start.plan.graph), placement)
+        before = {request.source.name: request.type for request in requests(start.plan.graph)}
+        if all(before[request.source.name] == request.type for request in requests(wide)):
+            return start
+        chosen = calibrate(wide, samples, method=self.method, progress=self.progress).chosen
+        ranges = {**start.plan.decided.ranges, **{name: found.range for name, found in chosen.items()}}
+        return replace(start, plan=start.plan.changed(replace(start.plan.decided, ranges=ranges)))
 
     def _choose(self, trials: Sequence[Trial]) -> Trial:
         enough = [trial for trial in trials if trial.drop <= self.allowed]

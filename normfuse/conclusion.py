@@ -16,6 +16,8 @@ from normfuse.capturing import Model
 from normfuse.export.packing import is_packed
 from normfuse.graph import Graph, query
 from normfuse.loading import LoadedModel
+from normfuse.precision.put_back import quantized_blocks
+from normfuse.quant.bits import MOST
 from normfuse.recipe import Recipe
 from normfuse.report import Reason
 
@@ -53,7 +55,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
         "quantization": _quantization(quantized),
         "accuracy_control": None if control is None else control.as_dict(),
         "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
-        "warnings": list(warnings),
+        "warnings": [*warnings, *_told_by(control, recipe)],
         "comparison": comparison.as_dict(),
         "verdict": {**judgement.as_dict(), "ships": ships},
         "environment": describe_environment().as_dict(),
@@ -79,6 +81,20 @@ def _left_float(engine: Engine) -> list[str]:
     refused = [refusal for step in engine.passes for refusal in step.refused if refusal.reason in STAYED_FLOAT]
     layers = [refusal.layer or refusal.node for refusal in refused]
     return [f"left in float: {', '.join(layers)}"] if layers else []
+
+
+def _told_by(control: Control | None, recipe: Recipe) -> list[str]:
+    """Return what the search for a smaller drop says about the bits that were asked for."""
+    if control is None or not control.chosen.backs:
+        return []
+    found = list[str]()
+    if len(control.chosen.backs) == len(quantized_blocks(control.trials[0].plan.graph)):
+        found.append(f"every block was put back: no block has the {recipe.bits} that were asked for; ask for more bits")
+    if recipe.table_bits < MOST:
+        found.append(
+            f"tables keep {recipe.table_bits} bits whatever is put back; --table-bits 8 may be what is missing"
+        )
+    return found
 
 
 def _put_back(control: Control | None) -> list[str]:

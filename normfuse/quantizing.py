@@ -81,6 +81,7 @@ class Quantizing:
             build=self._write,
             drop_of=drop_of,
             progress=self.progress,
+            method=self.recipe.calibration,
         ).run(plan, self.samples)
         return replace(control, scores={what.engines[0].label: base, label: scores[control.chosen.engine.path]})
 

@@ -17,6 +17,7 @@ from normfuse.export.placement import onnx_placement
 from normfuse.graph import capture
 from normfuse.graph.quantization import requested_weights
 from normfuse.planning import Plan, plan_quantization
+from normfuse.precision.put_back import output_error
 from normfuse.progress import Silent
 from normfuse.quant.bits import Bits
 from normfuse.recipe import Recipe
@@ -172,3 +173,15 @@ def test_what_cannot_be_reached_falls_back() -> None:
     assert built.report["accuracy_control"]["holds"] is False
     assert [len(built.report["accuracy_control"][name]) for name in ("put_back", "trials")] == [1, 2]
     assert built.report["verdict"]["ships"] == "float"
+
+
+def test_activations_that_get_more_bits_get_ranges_for_them() -> None:
+    """Ranges for three bits are clipped far too much for eight."""
+    scored = Scored({**dict.fromkeys(range(5), 9.0), 5: 0.0})
+    found = control(scored, allowed=0.0, levels={"8": onnx_placement("avx512_vnni")}, bits="w3a3")
+    everything = found.trials[1].plan.decided
+    assert {weight.params.type.bits for weight in everything.quantization.weights.values()} == {8}
+    chunks = [(torch.randn(64, 12, generator=seeded(3)),)]
+    wanted = [everything.graph.run(*chunks[0])]
+    errors = [output_error(each, chunks, wanted) for each in (everything, plan("8").decided)]
+    assert errors[0] <= 1.1 * errors[1]

@@ -24,8 +24,8 @@ Codes = np.ndarray[Any, np.dtype[Any]]
 
 
 def is_packed(codes: Tensor) -> bool:
-    """Return whether the file holds this constant with four bits per element."""
-    is_large = codes.dtype is torch.int8 and codes.numel() >= FEWEST
+    """Return whether the file holds this constant with four bits per element: codes, not the zero points of rows."""
+    is_large = codes.dtype is torch.int8 and codes.numel() >= FEWEST and codes.ndim > 1
     return is_large and int(codes.min()) >= SMALLEST and int(codes.max()) <= LARGEST
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
@@ -125,8 +126,16 @@ def _grouped_linear(  # noqa: PLR0913, PLR0917 - as the operator
 
 
 def _grouped_lookup(codes: Any, scale: Any, indices: Any, size: int) -> Any:
-    """Write onnxruntime's lookup in packed codes, which ``pack_grouped_codes`` lays out."""
-    return GATHER_BLOCK_QUANTIZED(codes, indices, scale, gather_axis=0, quantize_axis=1, block_size=size)
+    """Write onnxruntime's lookup in packed codes, which ``pack_grouped_codes`` lays out.
+
+    Of an index that no row has it makes zeros without a word (onnxruntime 1.31.1). Gather refuses such an index, so
+    the indices get what Gather finds for them in as many zeros added.
+    """
+    rows = codes.shape[0]
+    zeros: Any = op.Constant(value=ir.serde.serialize_tensor(ir.tensor(np.zeros(rows, np.uint8))))
+    found: Any = op.Gather(zeros, indices)
+    known = op.Add(indices, op.Cast(found, to=int(indices.dtype)))
+    return GATHER_BLOCK_QUANTIZED(codes, known, scale, gather_axis=0, quantize_axis=1, block_size=size)
 
 
 def _as(dtype: ir.DataType, zero_point: Any) -> Any:

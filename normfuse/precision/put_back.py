@@ -27,7 +27,7 @@ from normfuse.precision.simulation import Simulation
 from normfuse.quant import Range
 from normfuse.quant.placement import Placement
 
-__all__ = ["Decided", "QuantizedBlock", "output_error", "put_back", "quantized_blocks"]
+__all__ = ["Decided", "QuantizedBlock", "output_error", "put_back", "quantized_blocks", "widened"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +63,21 @@ def quantized_blocks(graph: Graph) -> list[QuantizedBlock]:
 def put_back(decided: Decided, block: QuantizedBlock, wider: Placement | None) -> Decided:
     """Return the decision with a block in the types of ``wider``, in float without one.
 
-    Weights and activations elsewhere stay what they are; the block's are rounded to nearest.
+    Weights and activations elsewhere stay what they are; the block's are rounded to nearest, its activations by the
+    decision's ranges: those for few bits are clipped too much for more (see ``widened``).
     """
     graph = decided.graph.copy()
     nodes = [node for node in graph.nodes if node.name in block.nodes]
     _withdraw(graph, nodes) if wider is None else _widen(graph, nodes, wider)
     found = decide_again(graph, decided.ranges, decided.quantization)
     return replace(decided, graph=graph, quantization=found)
+
+
+def widened(graph: Graph, blocks: Sequence[QuantizedBlock], wider: Placement) -> Graph:
+    """Return a copy with all these blocks in the types of ``wider``, for ranges to be chosen for them."""
+    found, names = graph.copy(), {name for block in blocks for name in block.nodes}
+    _widen(found, [node for node in found.nodes if node.name in names], wider)
+    return found
 
 
 def _widen(graph: Graph, nodes: Sequence[fx.Node], wider: Placement) -> None:

@@ -87,7 +87,8 @@ class Levers:
         """Return them with some pulled or let go: ``"+soft-rounding -foresight"``, divided by blanks or commas.
 
         Raises:
-            UsageError: a word is no lever, has neither sign, or pulls one that does nothing without another.
+            UsageError: a word is no lever, has neither sign, pulls one that does nothing without another, or changes
+                nothing.
         """
         known = {field.name.replace("_", "-"): field.name for field in fields(self)}
         words = text.replace(",", " ").split()
@@ -103,13 +104,29 @@ class Levers:
                     hint=f"did you mean {sign if sign in '+-' else '+'}{close[0]}?" if close else "",
                 )
             found = replace(found, **{known[name]: sign == "+"})
-        for word in (word for word in words if word[0] == "+"):
-            needed = NEEDED.get(known[word[1:]], ())
-            if needed and not any(getattr(found, name) for name in needed):
-                raise UsageError(
-                    f"the lever {word} does nothing here",
-                    where="recipe",
-                    expected=" or ".join(name.replace("_", "-") for name in needed) + " beside it",
-                    hint="pull that too, or choose an effort that has it",
-                )
+        for word in words:
+            self._refuse_idle(found, word, known[word[1:]])
         return found
+
+    def _refuse_idle(self, found: Self, word: str, name: str) -> None:
+        """Refuse a word that makes no difference between these levers and those found with all words."""
+        needed, pulls = NEEDED.get(name, ()), word[0] == "+"
+        if pulls and not found._works(name):
+            raise UsageError(
+                f"the lever {word} does nothing here",
+                where="recipe",
+                expected=" or ".join(each.replace("_", "-") for each in needed) + " beside it",
+                hint="pull that too, or choose an effort that has it",
+            )
+        if self._works(name) is pulls:
+            raise UsageError(
+                f"the lever {word} changes nothing",
+                where="recipe",
+                expected=f"a lever that is not {'pulled' if pulls else 'let go'} already at this effort and bits",
+                hint="leave it out, or choose another effort; docs/quantization.md says what is on where",
+            )
+
+    def _works(self, name: str) -> bool:
+        """Return whether a lever is pulled and something that it works on is."""
+        needed = NEEDED.get(name, ())
+        return getattr(self, name) and (not needed or any(getattr(self, each) for each in needed))

@@ -130,7 +130,8 @@ def test_two_codes_share_a_byte(tmp_path: Path) -> None:
     ],
 )
 def test_what_fits_four_bits_is_packed(codes: np.ndarray, is_small: bool) -> None:
-    wide = torch.from_numpy(np.resize(codes, FEWEST).astype(np.int8))
+    wide = torch.from_numpy(np.resize(codes, (2, FEWEST // 2)).astype(np.int8))
     assert is_packed(wide) is is_small
-    assert not is_packed(wide[: FEWEST - 1])
+    assert not is_packed(wide[:, 1:])
+    assert not is_packed(wide.flatten()), "zero points of rows are no codes"
     assert not is_packed(wide.int())

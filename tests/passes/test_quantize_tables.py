@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normfuse.errors import BadInput
 from normfuse.export.onnx import export_onnx
 from normfuse.export.placement import X86_VNNI
 from normfuse.graph import Graph, capture, query
@@ -108,11 +109,14 @@ def test_four_bits_look_groups_up(tmp_path: Path) -> None:
     export_onnx(graph, path := tmp_path / "model.onnx")
     held = {tuple(each.dims): each.data_type for each in onnx.load(path).graph.initializer}
     assert held[51, 96] == held[43 * 3, 32] == onnx.TensorProto.INT4
-    assert path.stat().st_size < 96 * (51 + 43) * 5 / 8 + 3000
+    assert path.stat().st_size < 96 * (51 + 43) * 5 / 8 + 4000
     session = open_onnx(path, threads=1)
     for some in (x, ids(1), torch.full((2, 43), 50), torch.zeros(1, 43, dtype=torch.int64)):
         (found,) = session.run({session.inputs[0].name: some.numpy()}).values()
         np.testing.assert_array_equal(found, graph.run(some)[0].numpy())
+    for wrong in (51, -52, 10**7):
+        with pytest.raises(BadInput, match="out of data bounds"):
+            session.run({session.inputs[0].name: torch.full((1, 43), wrong).numpy()})
     words, positions = module.words(x).detach(), module.positions.detach()  # type: ignore[operator, union-attr]
     error = (graph.run(x)[0] - (words + positions)).unflatten(-1, (3, 32)).norm(dim=-1)
     largest = sum(table.unflatten(-1, (3, 32)).abs().amax(-1) for table in (words, positions))

@@ -54,6 +54,22 @@ def test_what_does_nothing_is_refused(text: str, needed: str) -> None:
     assert Levers().changed(f"{text} +{pulled}") != Levers()
 
 
+@pytest.mark.parametrize(
+    ("effort", "bits", "text"),
+    [
+        (Effort.CLOSED_FORM, Bits(8, 8), "-affine-refit"),
+        (Effort.NEAREST, Bits(4, 8), "-error-feedback"),
+        (Effort.CLOSED_FORM, Bits(4, 8), "-drop"),
+        (Effort.LEARNED, Bits(4, 8), "+drop"),
+        (Effort.CLOSED_FORM, Bits(4, 8), "-coordinate-descent +error-feedback"),
+        (Effort.NEAREST, Bits(4, 8), "-coordinate-descent"),
+    ],
+)
+def test_what_changes_nothing_is_refused(effort: Effort, bits: Bits, text: str) -> None:
+    with pytest.raises(UsageError, match="changes nothing"):
+        Levers.of(effort, bits).changed(text)
+
+
 @pytest.mark.parametrize("text", ["foresight", "+forsight", "+", "soft_rounding"])
 def test_what_is_no_lever_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="levers cannot have") as caught:
