@@ -52,7 +52,7 @@ def calibration_key(
     return {
         "model": model.hexdigest(),
         "samples": data.hexdigest(),
-        "choices": choice.hexdigest(),
+        "recipe": choice.hexdigest(),
         "normfuse": normfuse.__version__,
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),  # sums of other parts differ in their last digit
@@ -80,7 +80,7 @@ class Checkpoint:
         found = _read(folder / KEY)
         with writing(folder):
             if found is not None and found != text.encode():
-                self.notes.append(f"{folder} is of {_difference(found, key)}: the calibration starts anew")
+                self.notes.append(f"{folder} belongs to {_difference(found, key)}: the calibration starts anew")
                 remove_checkpoint(folder)
             folder.mkdir(parents=True, exist_ok=True)
         if found != text.encode():
@@ -173,7 +173,7 @@ def _difference(found: bytes, key: Mapping[str, str]) -> str:
         names = [name for name, value in key.items() if kept.get(name) != value]
     except (ValueError, AttributeError):
         names = []
-    return f"a run with different {' and '.join(names)}" if names else "something else"
+    return f"another {' and '.join(names)}" if names else "something else"
 
 
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:

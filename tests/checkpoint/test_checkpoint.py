@@ -121,8 +121,8 @@ def test_only_what_is_left_is_computed_and_the_result_is_the_same(
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        pytest.param({"recipe": Recipe(bits="w3a8")}, "choices", id="bits"),
-        pytest.param({"recipe": Recipe(bits="w3a4", seed=1)}, "choices", id="seed"),
+        pytest.param({"recipe": Recipe(bits="w3a8")}, "recipe", id="bits"),
+        pytest.param({"recipe": Recipe(bits="w3a4", seed=1)}, "recipe", id="seed"),
         pytest.param({"model": 5}, "model", id="weights"),
         pytest.param({"data": 2}, "samples", id="samples"),
     ],
