@@ -138,8 +138,8 @@ class AccuracyControl:
         before = {request.source.name: request.type for request in requests(start.plan.graph)}
         if all(before[request.source.name] == request.type for request in requests(wide)):
             return start
-        chosen = calibrate(wide, samples, method=self.method, progress=self.progress).chosen
-        ranges = {**start.plan.decided.ranges, **{name: found.range for name, found in chosen.items()}}
+        found = calibrate(wide, samples, method=self.method, progress=self.progress)
+        ranges = {**start.plan.decided.ranges, **found.by_name}
         return replace(start, plan=start.plan.changed(replace(start.plan.decided, ranges=ranges)))
 
     def _choose(self, trials: Sequence[Trial]) -> Trial:

@@ -56,6 +56,11 @@ class Ranges:
     chosen: Mapping[str, ChosenRange]
     samples: int
 
+    @property
+    def by_name(self) -> dict[str, Range]:
+        """The ranges alone."""
+        return {name: found.range for name, found in self.chosen.items()}
+
     def as_dict(self) -> dict[str, object]:
         """Return the ranges for JSON."""
         return {"samples": self.samples, "tensors": {name: _as_dict(found) for name, found in self.chosen.items()}}

@@ -108,7 +108,7 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     reports += _equalize(graph, samples, place, progress) if recipe.equalize else []
     reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
-    ranges = {name: chosen.range for name, chosen in found.chosen.items()}
+    ranges = found.by_name
     with progress.task("quantizing"):
         nearest = round_all_to_nearest(graph, ranges)
     give_back_memory()

@@ -33,14 +33,14 @@ class Recipe:
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``activations`` says whether the scales of their codes are known from calibration (``static``) or
     found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of weights are 0
-    (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the width of embedding and
-    position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back
-    and corrects outputs below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of
-    that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less
-    for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
-    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores,
-    two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled),
-    in points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the width of embedding
+    and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects outputs below eight bits,
+    2 also learns block by block; ``levers`` pulls or lets go single parts of that (see ``Levers``). ``rotate``
+    turns residual streams and heads, exactly, if the quantized network errs less for it (see ``RotateStream``).
+    ``equalize`` scales channels, exactly, where that makes quantized blocks better (see ``EqualizeChannels``).
+    ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most.
+    ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled), in
+    points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX

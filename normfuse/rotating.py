@@ -75,5 +75,5 @@ def _nearest(graph: Graph, place: Phase, chunks: Sequence[Sequence[Tensor]]) -> 
     placed = graph.copy()
     Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(placed)
     found = calibrate(placed, lambda: chunks, method=CalibrationMethod.MSE)
-    ranges = {name: chosen.range for name, chosen in found.chosen.items()}
+    ranges = found.by_name
     return Decided(graph=placed, ranges=ranges, quantization=round_all_to_nearest(placed, ranges))

@@ -17,7 +17,6 @@ from normfuse.precision.block import Block
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation, params_of_request, source_of_request
 from normfuse.quant import (
-    ActivationParams,
     DynamicParams,
     PerChannel,
     PerGroup,
@@ -44,7 +43,7 @@ def scale_heads(block: Block, decided: Quantization) -> Quantization:
         if isinstance(params, QuantParams) and (heads := _heads(node)) is not None:
             values = _values(block, node, decided, heads)
             found = weight_params(values, 0, params.type, clip=WeightClip.MSE, is_symmetric=False)
-            decided = _with(decided, node, replace(found, granularity=heads))
+            decided = decided.changed(activations={source_of_request(node): replace(found, granularity=heads)})
     return decided
 
 
@@ -66,7 +65,7 @@ def take_logarithms(block: Block, decided: Quantization, *, per_octave: int) -> 
             values = _values(block, node, decided, scales)
             among = PerChannel(0) if isinstance(scales, PerChannel) else scales
             found = logarithmic_params(values, params.type, per_octave=per_octave, granularity=among)
-            decided = _with(decided, node, replace(found, granularity=scales))
+            decided = decided.changed(activations={source_of_request(node): replace(found, granularity=scales)})
     return decided
 
 
@@ -97,8 +96,3 @@ def _values(block: Block, node: fx.Node, decided: Quantization, on: PerTensor | 
         found = (block.inputs_of(node, chunk, simulation, is_exact=False) for chunk in block.split.teaching)
         rows = [x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1) for x in found]
     return torch.cat(rows, dim=1)
-
-
-def _with(decided: Quantization, node: fx.Node, params: ActivationParams) -> Quantization:
-    activations = {**decided.activations, source_of_request(node): params}
-    return Quantization(activations=activations, weights=decided.weights)

@@ -162,7 +162,7 @@ def _refined(
     """Return the decision after a block was refined, or as an earlier run has left it."""
     if keeper is not None and (done := keeper.block(index)) is not None:
         changes, report = done
-        return _together(decided, changes), report
+        return decided.changed(activations=changes.activations, weights=changes.weights), report
     if curvature and block.rest.nodes:
         block = replace(block, weights=exit_weights(block, decided))
     refined, report = _refine(block, decided, refinements)
@@ -197,12 +197,6 @@ def _changed(before: Quantization, after: Quantization) -> Quantization:
     return Quantization(
         activations={n: each for n, each in after.activations.items() if each is not before.activations.get(n)},
         weights={n: each for n, each in after.weights.items() if each is not before.weights.get(n)},
-    )
-
-
-def _together(before: Quantization, changes: Quantization) -> Quantization:
-    return Quantization(
-        activations={**before.activations, **changes.activations}, weights={**before.weights, **changes.weights}
     )
 
 

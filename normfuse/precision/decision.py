@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import fx
 
@@ -29,6 +30,15 @@ class Quantization:
 
     activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
+
+    def changed(
+        self,
+        *,
+        activations: Mapping[str, ActivationParams] = MappingProxyType({}),
+        weights: Mapping[str, RoundedWeight] = MappingProxyType({}),
+    ) -> Quantization:
+        """Return the decision with these in the place of what it had by their names."""
+        return Quantization(activations={**self.activations, **activations}, weights={**self.weights, **weights})
 
     @property
     def kinds(self) -> dict[str, int]:

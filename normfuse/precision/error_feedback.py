@@ -22,7 +22,6 @@ from normfuse.quant import (
     InputMoments,
     OutputSums,
     QuantParams,
-    RoundedWeight,
     RoundingProblem,
     corrected_bias,
     descended,
@@ -62,7 +61,7 @@ def feed_back_errors(block: Block, decided: Quantization, chosen: ErrorFeedback)
         start, wide = decided.weights[node.name], linear.weight
         codes = _rounded(_problem(block, decided, node, linear, chosen), descends=chosen.descends)
         codes = codes.reshape(wide.shape).to(wide.device)
-        decided = _with(decided, node, replace(start, codes=codes))
+        decided = decided.changed(weights={node.name: replace(start, codes=codes)})
         give_back_memory()
     return decided
 
@@ -111,7 +110,7 @@ def correct_biases(block: Block, decided: Quantization) -> Quantization:
         bias = corrected_bias(linear.bias, linear.weight, start.values, **both).float()
         corrected = replace(start, bias=bias)
         if corrected.holds_bias(scales[node]):
-            decided = _with(decided, node, corrected)
+            decided = decided.changed(weights={node.name: corrected})
     return decided
 
 
@@ -129,7 +128,7 @@ def refit_affines(block: Block, decided: Quantization) -> Quantization:
         params = replace(start.params, scale=_per_output(start.params, factor) * start.params.scale)
         refitted = replace(start, params=params, bias=None if start.bias is None else offset.float())
         if refitted.holds_bias(scales[node]):
-            decided = _with(decided, node, refitted)
+            decided = decided.changed(weights={node.name: refitted})
     return decided
 
 
@@ -213,7 +212,3 @@ def _rows(node: fx.Node, linear: LinearMap, x: Tensor) -> Tensor:
 def _each(value: Any, count: int) -> list[int]:
     sizes = [int(size) for size in value] if isinstance(value, (list, tuple)) else [int(value)]
     return sizes * count if len(sizes) == 1 else sizes
-
-
-def _with(decided: Quantization, node: fx.Node, weight: RoundedWeight) -> Quantization:
-    return Quantization(activations=decided.activations, weights={**decided.weights, node.name: weight})

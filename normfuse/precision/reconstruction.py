@@ -86,7 +86,7 @@ and beta). Few numbers learn, so that few samples are enough for a whole network
 def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> Quantization:
     """Return the decision with this block's part learned by straight-through gradients (LSQ, arXiv 1902.08153).
 
-    What is minimized is the block's squared output error on the chunks that teach.
+    What is minimized is the block's loss (``Block.loss``) on the chunks that teach.
 
     Args:
         block: its maps and quantizers learn.
@@ -177,4 +177,4 @@ class _Student:
             if reader in self._weights
         }
         weights = {node.name: each.rounded(scales.get(node)) for node, each in self._weights.items()}
-        return Quantization(activations=activations, weights={**self._decided.weights, **weights})
+        return self._decided.changed(activations=learned, weights=weights)

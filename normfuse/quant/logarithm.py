@@ -3,7 +3,7 @@
     value = scale * 2^(-code / per_octave)          the last code stands for 0 where ``top_is_zero``
 
 With one code per octave this is the log2 quantizer of FQ-ViT (Lin et al. 2022, arXiv 2111.13824), with two the
-log-sqrt-2 quantizer of RepQ-ViT (Li et al. 2023, arXiv 2212.08254). A value gets the nearest value that has a code,
+log-sqrt-2 quantizer of RepQ-ViT (Li et al., 2022, arXiv 2212.08254). A value gets the nearest value that has a code,
 not the nearest logarithm (ours): that is where the squared error is least. Simulation only: no runtime that normfuse
 writes for multiplies such codes.
 """

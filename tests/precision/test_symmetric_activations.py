@@ -37,7 +37,7 @@ def placed(bits: Bits) -> tuple[Graph, Quantization]:
     graph = capture(randomized(Small(lambda m, x: m.last(m.first(x).relu()), **parts)), (samples(2, 0),))
     PlaceQuantizers(placement=with_bits(TENSORRT, bits)).run(graph)
     found = calibrate(graph, lambda: ([x[None]] for x in samples(32, 1)))
-    return graph, round_all_to_nearest(graph, {name: chosen.range for name, chosen in found.chosen.items()})
+    return graph, round_all_to_nearest(graph, found.by_name)
 
 
 def params(found: Quantization) -> list[QuantParams]:
