@@ -120,7 +120,7 @@ class AccuracyControl:
     method: CalibrationMethod = CalibrationMethod.AUTO
 
     def run(self, plan: Plan, samples: Stream) -> Control:
-        """Return what was tried and chosen; ``samples`` are what blocks are ranked on."""
+        """Return what was tried and chosen; blocks are ranked, and given new ranges, on ``samples``."""
         trials = [self._trial(plan, ())]
         if trials[0].drop > self.allowed:
             chunks = chunked(islice(samples(), RANKED_ON), chunk_size(plan.graph))
@@ -135,8 +135,8 @@ class AccuracyControl:
     def _ranged(self, start: Trial, placement: Placement, samples: Stream) -> Trial:
         """Return the trial with ranges for what will have more bits; its own were clipped for few."""
         wide = widened(start.plan.graph, quantized_blocks(start.plan.graph), placement)
-        before = {request.source.name: request.type for request in requests(start.plan.graph)}
-        if all(before[request.source.name] == request.type for request in requests(wide)):
+        before = {request.node.name: request.type for request in requests(start.plan.graph)}
+        if all(before[request.node.name] == request.type for request in requests(wide)):
             return start
         found = calibrate(wide, samples, method=self.method, progress=self.progress)
         ranges = {**start.plan.decided.ranges, **found.by_name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -109,20 +110,14 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     inputs = [dict(values) for values in exact] if at_once else []
     with torch.no_grad():
         answers = [_answers(graph, chunk) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
+    block_of = partial(Block, graph=graph, numbers=numbers, answers=answers, split=judges)
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
         for index, segment in enumerate(parts):
             later = read_after(graph, parts[index + 1 :])
-            block = Block(
-                graph=graph,
-                segment=with_floats(segment),
-                entries=quantized,
-                exact=exact,
-                numbers=numbers,
-                rest=joined(parts[index + 1 :]),
-                answers=answers,
-                foresight=foresight,
-                split=judges,
+            rest = joined(parts[index + 1 :])
+            block = block_of(
+                segment=with_floats(segment), entries=quantized, exact=exact, rest=rest, foresight=foresight
             )
             if any(node in maps for node in segment.nodes):
                 decided, report = _refined(block, index, decided, refinements, keeper, curvature=curvature)
@@ -134,17 +129,8 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
                 _advance(graph, segment, values, Simulation(decided), later)
             advance(1)
         if at_once:
-            block = Block(
-                graph=graph,
-                segment=with_floats(joined(parts)),
-                entries=inputs,
-                exact=inputs,
-                numbers=numbers,
-                rest=joined([]),
-                answers=answers,
-                foresight=0.0,
-                split=judges,
-            )
+            whole = with_floats(joined(parts))
+            block = block_of(segment=whole, entries=inputs, exact=inputs, rest=joined([]), foresight=0.0)
             decided, report = _refined(block, len(parts), decided, at_once, keeper)
             reports.append(report)
     return decided, reports
