@@ -1,0 +1,1 @@
+"""How much each part of a network matters: scores of layers that decide where bits are spent."""

@@ -1,0 +1,112 @@
+"""Bits by several scores; the network says itself which of them it bears best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normfuse.graph import Graph
+from normfuse.precision.assignment import assigned
+from normfuse.precision.chunks import samples_in
+from normfuse.precision.decision import Quantization, round_all_to_nearest
+from normfuse.precision.simulation import Simulation, in_float
+from normfuse.progress import Progress
+from normfuse.quant.allocation import Allocation, allocate
+from normfuse.quant.bits import Bits
+from normfuse.sensitivity.output_loss import OutputLoss
+from normfuse.sensitivity.sensitivity import Sensitivity
+from normfuse.sensitivity.subject import Subject
+from normfuse.sensitivity.units import Member, bits_by_map, units
+
+__all__ = ["Choice", "Decide", "choose", "outputs_lose", "rounded"]
+
+Decide = Callable[[Mapping[str, Bits]], tuple[Graph, Quantization]]
+"""From bits by the name of the linear map to the graph with those requests, and what is decided for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """Bits by the name of the linear map, and the network that they make.
+
+    Attributes:
+        method: the score that they are the optimum of.
+        bits: by the name of the linear map.
+        allocation: by the name of the member.
+        graph: with requests of these bits.
+        decided: parameters and codes.
+        loss: of the outputs, on samples that were not scored; not measured where there was one candidate.
+    """
+
+    method: str
+    bits: Mapping[str, Bits]
+    allocation: Allocation
+    graph: Graph
+    decided: Quantization
+    loss: float | None
+
+
+def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and who judges
+    members: Sequence[Member],
+    scores: Sequence[Sensitivity],
+    choices: Sequence[Bits],
+    limits: Mapping[str, float],
+    *,
+    decide: Decide,
+    judging: Sequence[Sequence[Tensor]],
+    progress: Progress,
+) -> list[Choice]:
+    """Return the choice of every score, the one whose outputs lose least first (ours).
+
+    Each is the optimum of its own score under the limits. Scores add up the damage of single parts as if they did not
+    meet; which sum is nearest to the truth is measured on networks as they would ship. Equal bits are decided once.
+
+    Args:
+        members: what gets bits.
+        scores: one or more.
+        choices: bits that members can have.
+        limits: of resources, by name.
+        decide: makes the network of some bits.
+        judging: chunks of samples, best others than were scored.
+        progress: shows the candidates.
+
+    Raises:
+        BudgetTooSmall: no bits keep the limits.
+    """
+    allocations = {score.method: allocate(units(members, score, choices), limits) for score in scores}
+    bits = {method: bits_by_map(members, found.bits) for method, found in allocations.items()}
+    candidates = {tuple(each.values()): each for each in bits.values()}
+    found = dict[tuple[Bits, ...], tuple[Graph, Quantization, float | None]]()
+    with progress.task("comparing allocations", len(candidates)) as advance:
+        for key, each in candidates.items():
+            graph, decided = decide(each)
+            found[key] = (graph, decided, outputs_lose(graph, decided, judging) if len(candidates) > 1 else None)
+            advance(1)
+    made = []
+    for method, each in bits.items():
+        graph, decided, loss = found[tuple(each.values())]
+        allocation = allocations[method]
+        made.append(Choice(method=method, bits=each, allocation=allocation, graph=graph, decided=decided, loss=loss))
+    return sorted(made, key=lambda choice: choice.loss or 0.0)
+
+
+def rounded(subject: Subject, bits: Mapping[str, Bits]) -> tuple[Graph, Quantization]:
+    """Return the graph with requests of these bits, and the decision that rounds every part of it to nearest."""
+    graph = assigned(subject.graph, bits, subject.placement_of)
+    return graph, round_all_to_nearest(graph, subject.ranges_of(graph).by_name)
+
+
+@torch.no_grad()
+def outputs_lose(graph: Graph, decided: Quantization, chunks: Sequence[Sequence[Tensor]]) -> float:
+    """Return the loss of the outputs of a quantized network (``OutputLoss.of``), the mean over samples."""
+    loss, simulation, total = OutputLoss.of(graph), Simulation(decided), 0.0
+    for chunk in chunks:
+        found, wanted = (_floats(graph.run_as(chunk, compute)) for compute in (simulation, in_float))
+        total += float(loss.per_sample(found, wanted).sum())
+    return total / sum(samples_in(chunk) for chunk in chunks)
+
+
+def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

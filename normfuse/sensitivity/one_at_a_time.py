@@ -1,0 +1,88 @@
+"""One part quantized alone, the rest of the network as it is: what that costs at the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments
+from normfuse.heap import give_back_memory
+from normfuse.precision.block import Values, forget, tensors_of
+from normfuse.precision.decision import Quantization
+from normfuse.precision.simulation import Simulation
+from normfuse.progress import Progress
+from normfuse.sensitivity.output_loss import OutputLoss
+from normfuse.sensitivity.sensitivity import Kind, Sensitivity, Tally
+from normfuse.sensitivity.subject import Subject
+from normfuse.sensitivity.watched_run import NOTHING
+
+__all__ = ["one_at_a_time"]
+
+Trial = tuple[Kind, str, int, Quantization]
+"""Kind, name and bits of the part that changes, and the decision with it."""
+
+
+@torch.no_grad()
+def one_at_a_time(
+    subject: Subject, losses: Sequence[OutputLoss], *, progress: Progress, base: Quantization = NOTHING
+) -> list[Sensitivity]:
+    """Return for every loss what each part costs at each width, measured, the mean over samples.
+
+    The float network's values in front of a segment are kept, so that a part is tried on what comes behind it only.
+
+    Args:
+        subject: what is scored.
+        losses: all are measured on the same runs.
+        progress: shows the segments.
+        base: the rest of the network; float where it says nothing.
+    """
+    graph, maps = subject.graph, set(subject.maps)
+    parts = segments(graph, wanted=lambda node: node in maps)
+    tallies = [Tally() for _ in losses]
+    values = [dict(zip(graph.inputs, chunk, strict=True)) for chunk in subject.chunks]
+    wanted = [_floats(graph.run(*chunk)) for chunk in subject.chunks]
+    simulation = Simulation(base)
+    with progress.task("quantizing one part at a time", len(parts)) as advance:
+        for index, segment in enumerate(parts):
+            rest, later = joined(parts[index + 1 :]), read_after(graph, parts[index + 1 :])
+            behind = Simulation(base)
+            for kind, name, bits, decided in _trials(subject, segment, base):
+                changed = Simulation(decided)
+                for chunk, exact in zip(values, wanted, strict=True):
+                    outputs = _outputs(subject, segment, rest, dict(chunk), changed, behind)
+                    for tally, loss in zip(tallies, losses, strict=True):
+                        tally.add(kind, name, bits, float(loss.per_sample(outputs, exact).sum()) / subject.samples)
+            for chunk in values:
+                run_segment(graph, segment, chunk, simulation)
+                forget(chunk, later)
+            give_back_memory()
+            advance(1)
+    return [tally.sensitivity(loss.value) for tally, loss in zip(tallies, losses, strict=True)]
+
+
+def _trials(subject: Subject, segment: Segment, base: Quantization) -> Iterator[Trial]:
+    nodes = set(segment.nodes)
+    for request in subject.activations:
+        if request.node in nodes:
+            for bits in subject.activation_widths:
+                if (params := subject.params(request, bits)) is not None:
+                    name = request.source.name
+                    yield Kind.ACTIVATION, name, bits, base.changed(activations={name: params})
+    for node in subject.maps:
+        if node in nodes:
+            for bits in subject.weight_widths:
+                yield Kind.WEIGHT, node.name, bits, base.changed(weights={node.name: subject.weight(node, bits)})
+
+
+def _outputs(
+    subject: Subject, segment: Segment, rest: Segment, values: Values, changed: Simulation, behind: Simulation
+) -> list[Tensor]:
+    run_segment(subject.graph, segment, values, changed)
+    run_segment(subject.graph, rest, values, behind)
+    return tensors_of(subject.graph.outputs, values)
+
+
+def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

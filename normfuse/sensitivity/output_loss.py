@@ -1,0 +1,75 @@
+"""What an error of the network's outputs costs, sample by sample, and random directions in which it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from normfuse.graph import Graph, query
+
+__all__ = ["OutputLoss", "surprise"]
+
+CLASSES: Final = 1
+"""The axis of class scores: [samples, classes, ...]."""
+
+RANKS: Final = (2, 4)
+"""Axes of class scores: [samples, classes], or [samples, classes, height, width]."""
+
+
+class OutputLoss(Enum):
+    """How outputs are compared; the value is what recipes and reports write."""
+
+    DIVERGENCE = "divergence"
+    """The Kullback-Leibler divergence of class probabilities, quantized from float, the mean over an image's pixels."""
+    NOISE = "noise"
+    """The squared error over the squares of the float outputs: the inverse of the SQNR."""
+
+    @classmethod
+    def of(cls, graph: Graph) -> OutputLoss:
+        """Return how the outputs of a graph are best compared: as class scores if they can all be such."""
+        outputs = [node for node in graph.outputs if query.is_float(node)]
+        are_classes = all(query.rank(node) in RANKS and query.shape(node)[CLASSES] != 1 for node in outputs)
+        return cls.DIVERGENCE if outputs and are_classes else cls.NOISE
+
+    def per_sample(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return the loss of every sample, float64 [n], summed over the outputs."""
+        losses = [self._loss(*each) for each in zip(found, wanted, strict=True)]
+        return torch.stack(losses).sum(dim=0)
+
+    def _loss(self, found: Tensor, wanted: Tensor) -> Tensor:
+        found, wanted = found.double(), wanted.double()
+        if self is OutputLoss.NOISE:
+            error = (found - wanted).square().flatten(1).sum(dim=1)
+            return error / wanted.square().flatten(1).sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        exact, guessed = wanted.log_softmax(CLASSES), found.log_softmax(CLASSES)
+        return (exact.exp() * (exact - guessed)).sum(dim=CLASSES).reshape(len(wanted), -1).mean(dim=1)
+
+    def probe(self, wanted: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Return random cotangents ``S v`` of the outputs, for normal v, with ``S S^T`` the curvature of the loss.
+
+        For a small change d of the outputs the loss is ``d^T S S^T d / 2`` (twice that for ``NOISE``, which has no
+        half), so that the mean of ``(d . S v)^2`` over v is the loss, but for that factor. For the divergence
+        ``S = diag(sqrt p) - p sqrt(p)^T``, since ``S S^T = diag p - p p^T``.
+        """
+        return [self._probe(each, generator) for each in wanted]
+
+    def _probe(self, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        v = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+        found: Tensor
+        if self is OutputLoss.NOISE:
+            size = wanted.double().flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+            found = v * 2**0.5 / size.reshape(-1, *[1] * (wanted.ndim - 1))
+            return found.to(wanted.dtype)
+        p = wanted.double().softmax(CLASSES)
+        found = (p.sqrt() * v - p * (p.sqrt() * v).sum(dim=CLASSES, keepdim=True)) / wanted[0, 0].numel() ** 0.5
+        return found.to(wanted.dtype)
+
+
+def surprise(outputs: Sequence[Tensor]) -> Tensor:
+    """Return ``-log p`` of the class that the network finds, summed over samples (the mean over the pixels of each)."""
+    losses = [-value.log_softmax(CLASSES).amax(dim=CLASSES).reshape(len(value), -1).mean(dim=1) for value in outputs]
+    return torch.stack(losses).sum()
