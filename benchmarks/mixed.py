@@ -30,8 +30,9 @@ from normfuse.precision.simulation import Simulation
 from normfuse.progress import Silent
 from normfuse.quant.bits import MOST, Bits
 from normfuse.quant.levers import Effort, Levers
+from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
 from normfuse.sensitivity.choosing import choose, rounded
-from normfuse.sensitivity.methods import DEFAULT, Method, score
+from normfuse.sensitivity.methods import score
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.subject import Subject, ranges_by_width
 from normfuse.sensitivity.units import BOPS, WEIGHT_BITS, Member, bits_by_map, members_of, options, use_of
@@ -113,7 +114,7 @@ def points_lost(cell: Cell) -> Lost:
     torch.set_num_threads(1)
     samples, _ = make(MODELS[cell.model].task, "calib", SAMPLES, cell.seed)
     subject, members = _subject(cell.model, samples)
-    scores = {method: score(subject, method, seed=cell.seed) for method in Method}
+    scores = {method: score(subject, method, seed=cell.seed) for method in ScoreMethod}
     return {budget.name: _row(cell, budget, subject, members, scores, samples) for budget in BUDGETS}
 
 
@@ -139,7 +140,7 @@ def _row(
     budget: Budget,
     subject: Subject,
     members: Sequence[Member],
-    scores: Mapping[Method, Sensitivity],
+    scores: Mapping[ScoreMethod, Sensitivity],
     samples: Tensor,
 ) -> dict[str, float]:
     """Return the points lost by score, the default and uniform bits among them; equal bits are measured once."""
@@ -154,7 +155,7 @@ def _row(
             lost[key] = _lost(cell, *networks[key])
         return networks[key]
 
-    def chosen(methods: Sequence[Method]) -> Mapping[str, Bits]:
+    def chosen(methods: Sequence[ScoreMethod]) -> Mapping[str, Bits]:
         found = choose(
             members,
             [scores[each] for each in methods],
@@ -168,8 +169,8 @@ def _row(
 
     bits = {"uniform": bits_by_map(members, uniform)}
     decide(bits["uniform"])
-    bits |= {method.value: dict(chosen([method])) for method in Method}
-    bits["default"] = dict(chosen(DEFAULT))
+    bits |= {method.value: dict(chosen([method])) for method in ScoreMethod}
+    bits["default"] = dict(chosen(scores_called(DEFAULT_SCORE)))
     return {name: lost[tuple(each.values())] for name, each in bits.items()}
 
 
@@ -208,7 +209,7 @@ def _judge(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> 
     for model, budgets in found.items():
         for budget, scores in budgets.items():
             lost = {name: mean(values) for name, values in scores.items()}
-            singles = {method.value: lost[method.value] for method in Method}
+            singles = {method.value: lost[method.value] for method in ScoreMethod}
             best = min(singles, key=lambda name: singles[name])
             behind.append((lost["default"] - singles[best], f"{model}, {budget}, {best}"))
             if lost["uniform"] > MATTERS:

@@ -19,7 +19,17 @@ __all__ = ["command"]
 @output_option
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file; options here override it.")
 @click.option("--target", help="Where it runs: onnx.")
-@click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w6a6, w4a16 ...; 32: float, folded only.")
+@click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w4a16 ...; mixed: --budget; 32: folded float.")
+@click.option(
+    "--budget",
+    help="Of mixed bits: bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=2MB, latency=0.8x, drop=0.5.",
+)
+@click.option("--score", help="Of mixed bits: what fewer bits of a layer cost, as in `normfuse score --method`.")
+@click.option("--overrides", help="Bits of layers by name, as in 'head=8 blocks.*.fc2=w4a8'; they always win.")
+@click.option("--weight-widths", help="Of mixed bits: what weights may have (default: what the target gains from).")
+@click.option("--activation-widths", help="Of mixed bits: what activations may have.")
+@click.option("--pareto/--no-pareto", default=None, help="Build and measure the whole front of mixed bits.")
+@click.option("--point", type=int, help="Which point of the front ships (0: the smallest that is kept).")
 @click.option(
     "--activations", help="Scales of activations: static (from calibration) or dynamic (per row, as it runs)."
 )

@@ -20,6 +20,7 @@ TERMINATED: Final = 143
 COMMANDS: Final = {
     "compile": "Fold, quantize, verify and measure MODEL; write the artifact to a folder.",
     "fold": "Fold every norm of MODEL that can fold; write the model and its certificate to a folder.",
+    "score": "Say what fewer bits of every layer of MODEL cost.",
     "benchmark": "Measure artifacts again, side by side.",
     "inspect": "Show what a model holds and what would be folded, or what an artifact is.",
     "verify": "Check that an artifact's files are the ones that were written.",

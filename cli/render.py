@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from normfuse.cli import render_bits
 from normfuse.errors import NormfuseError
 from normfuse.progress import Advance, Progress, Silent
 
@@ -30,6 +31,7 @@ __all__ = [
     "line",
     "progress",
     "report",
+    "sensitivity",
     "table",
     "talk",
 ]
@@ -125,6 +127,8 @@ def report(found: Mapping[str, Any], output: Path) -> None:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in found["quantization"]["constants_by_type"].items())
         line(f"ranges: {len(ranges)} tensors from {found['quantization']['samples']} samples ({chosen})")
         line(f"constants: {kinds}; {found['quantization']['effective_bits']:.2f} bits each on average")
+    for text in render_bits.mixed(found.get("mixed") or {}):
+        line(text)
     rows = [
         (
             "holds" if check["holds"] else "FAILS",
@@ -138,6 +142,8 @@ def report(found: Mapping[str, Any], output: Path) -> None:
     table("checks", ("", "check", "value", "bound", "of"), rows)
     _accuracy_control(found["accuracy_control"])
     comparison(found)
+    if shown := render_bits.front(found.get("pareto") or {}):
+        table(*shown)
     verdict = found["verdict"]
     line(f"verdict: {verdict['verdict']}, ships {verdict['ships']}")
     for reason in verdict["reasons"]:
@@ -243,6 +249,15 @@ def comparison(found: Mapping[str, Any]) -> None:
     table(f"batch {measured['batch']}, {measured['threads']} threads, against {measured['baseline']}", columns, rows)
     for text in found.get("warnings", ()):
         line(f"warning: {text}")
+
+
+def sensitivity(found: Mapping[str, Any]) -> None:
+    """Show the most sensitive layers, and how they were scored."""
+    shown, said = render_bits.sensitivity(found)
+    if shown:
+        table(*shown)
+    if said:
+        line("; ".join(said))
 
 
 def inspection(found: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -35,7 +35,10 @@ FOLDING: Final = Pipeline(phases=(CANONICAL, FOLD, LOWER))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A graph, the ONNX file made of it, what each pass did on the way, and the checks that it went through."""
+    """A graph, the ONNX file made of it, what each pass did on the way, and the checks that it went through.
+
+    ``mixed`` says how layers got bits of their own, ``front`` which engines it was chosen from, both for the report.
+    """
 
     graph: Graph
     path: Path
@@ -47,6 +50,8 @@ class Engine:
     blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    mixed: Mapping[str, Any] = field(default_factory=dict)
+    front: tuple[Mapping[str, Any], ...] = ()
 
     def spec(self, label: str) -> EngineSpec:
         """Return how to open it, under the name that reports call it."""
@@ -93,6 +98,7 @@ def write_quantized(plan: Plan, path: Path, *, placement: Placement) -> Engine:
         blocks=plan.blocks,
         session_config=dict(placement.session_config),
         notes=plan.notes,
+        mixed=plan.mixed,
     )
 
 

@@ -83,7 +83,7 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         )
         total = min(len(seen), recipe.samples or len(seen))
         engine, control = quantizing.run(floating.graph, measured, total)
-        engines[recipe.precision.label] = engine
+        engines[recipe.label] = engine
         warnings += engine.notes
     comparison = compare_engines(
         replace(

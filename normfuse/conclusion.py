@@ -42,7 +42,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
 ) -> Built:
     """Return the finished compile: the quantized engine if all that was promised holds, else the float one."""
     judgement = Judgement(Verdict.KEPT, ("folded float model, as asked",))
-    label = recipe.precision.label
+    label = recipe.label
     quantized = engines[label] if label != FLOAT else None
     if quantized is not None:
         judgement = _judge(quantized, comparison, recipe, control)
@@ -53,6 +53,8 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
         "recipe": recipe.to_toml(),
         "passes": [report.as_dict() for engine in engines.values() for report in engine.passes],
         "quantization": _quantization(quantized),
+        "mixed": {} if quantized is None else dict(quantized.mixed),
+        "pareto": {"points": list(quantized.front)} if quantized is not None and quantized.front else {},
         "accuracy_control": None if control is None else control.as_dict(),
         "checks": [check.as_dict() for engine in engines.values() for check in engine.checks],
         "warnings": [*warnings, *_told_by(control, recipe)],
@@ -68,7 +70,7 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Cont
         return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     judgement = judge(
         comparison,
-        recipe.precision.label,
+        recipe.label,
         max_drop=recipe.max_drop,
         min_speedup=recipe.min_speedup,
         exceptions=[*_left_float(engine), *_put_back(control)],

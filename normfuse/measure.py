@@ -17,7 +17,7 @@ from normfuse.data import Batch, Samples
 from normfuse.progress import Progress
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
 
-__all__ = ["Measured", "accuracy", "compare_engines"]
+__all__ = ["Measured", "accuracy", "compare_engines", "file_bytes"]
 
 EVALUATION_BATCH = 50
 LIMIT_WITHOUT_LABELS = 256
@@ -70,7 +70,7 @@ def compare_engines(
                     label=engine.label,
                     timing=timings.get(engine.label),
                     peak_bytes=peaks.get(engine.label),
-                    file_bytes=_size(engine.path),
+                    file_bytes=file_bytes(engine.path),
                     score=found,
                     closeness=near,
                 )
@@ -111,7 +111,8 @@ def _speed(
     return timings, peaks
 
 
-def _size(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Return the size of a model's file, external data with it."""
     data = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 

@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
+from normfuse.page_charts import CHART_STYLE, finite, front_chart, share_chart, shortened
+
 __all__ = ["render_page"]
 
 Section = Mapping[str, Any]
+Column = tuple[str, Callable[[Any], object]]
+"""What a row calls the value, and how a value that is there is shown."""
 
 STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1c1e21; --dim: #667; --line: #d8dbe0; --paper: #fff; --shade: #f4f5f7;
-  --good: #11733b; --fair: #8a5a00; --bad: #b3261e; --bar: #4a7bd0; }
+  --good: #11733b; --fair: #8a5a00; --bad: #b3261e; --bar: #4a7bd0; --other: #c07a12; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --dim: #9aa0aa; --line: #3a3e45; --paper: #16181c;
-  --shade: #1f2227; --good: #62c98a; --fair: #e0ad4a; --bad: #ff8a80; --bar: #6c9bea; } }
+  --shade: #1f2227; --good: #62c98a; --fair: #e0ad4a; --bad: #ff8a80; --bar: #6c9bea;
+  --other: #e0ad4a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 70rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -29,7 +34,7 @@ pre { background: var(--shade); padding: .7rem 1rem; overflow-x: auto; }
 .good { color: var(--good); } .fair { color: var(--fair); } .bad { color: var(--bad); } .dim { color: var(--dim); }
 .verdict { border-left: .4rem solid; padding: .2rem 1rem; background: var(--shade); }
 .verdict p, .verdict li { color: var(--ink); } .verdict strong { font-size: 1.2rem; }
-.bar { background: var(--bar); height: .8rem; min-width: 1px; }
+.bar { background: var(--bar); height: .8rem; min-width: 1px; } .track { min-width: 8rem; }
 """
 
 TONES: Final = {"kept": "good", "partly kept": "fair", "fell back": "bad"}
@@ -52,16 +57,27 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``trials`` (``put_back``, ``level``, ``drop`` each).
             ``warnings``: sentences.
             ``comparison``: ``Comparison.as_dict()``.
+            ``pareto``: ``points`` (``number``, ``budget``, ``average_weight_bits``, ``file_bytes``, ``file`` as a share
+            of float's, ``p50_ms``, ``speedup``, ``score``, ``metric``, ``drop``, ``agreement``, ``sqnr_db``, ``ships``
+            each).
+            ``mixed``: ``budget``, ``score``, ``candidates`` (``score``, ``loss`` each), ``used`` (``amount`` and
+            ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``, ``parameters`` each), and
+            ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``, ``overridden`` each).
+            ``sensitivity``: ``method``, ``facts``, ``samples``, and ``layers`` in the network's order (``layer``,
+            ``kind``, ``node``, ``damage`` by width, ``share`` each).
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.
     """
     sections: dict[str, Callable[[Any], str]] = {
         "verdict": _verdict,
         "warnings": _warnings,
         "comparison": _comparison,
+        "pareto": _front,
         "accuracy_control": _accuracy_control,
         "checks": _checks,
         "passes": _passes,
         "quantization": _quantization,
+        "mixed": _mixed,
+        "sensitivity": _sensitivity,
         "model": lambda facts: _heading("Model") + _facts(facts),
         "recipe": _recipe,
         "environment": lambda facts: _heading("Environment") + _facts(facts),
@@ -71,7 +87,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>normfuse report</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>normfuse report</title>\n<style>{STYLE}{CHART_STYLE}</style>\n</head>\n"
         f"<body>\n<h1>normfuse report</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -120,6 +136,26 @@ def _speedup(row: Section) -> str | None:
     low, high = (_fixed(ratios.get(f"speedup_{end}"), 2) for end in ("lowest", "highest"))
     middle = _fixed(row.get("speedup"), 2)
     return f"{middle}× ({low} to {high})" if middle and low and high else middle and f"{middle}×"
+
+
+def _front(found: Section) -> str:
+    rows = [{key: value for key, value in point.items() if value is not None} for point in found.get("points", ())]
+    metrics = {shortened(row["metric"], 30) for row in rows if "metric" in row}
+    columns: dict[str, Column] = {
+        "point": ("number", str),
+        "budget": ("budget", _name),
+        "bits per weight": ("average_weight_bits", lambda bits: _fixed(bits, 2)),
+        "file MB": ("file_bytes", lambda size: _fixed(size, 2, unit=1e6)),
+        "% of float's": ("file", lambda share: _fixed(share, 1, unit=0.01)),
+        "p50 ms": ("p50_ms", lambda time: _fixed(time, 3)),
+        "speed-up ×": ("speedup", lambda ratio: _fixed(ratio, 2)),
+        f"{min(metrics) if len(metrics) == 1 else 'score'} %": ("score", lambda score: _fixed(score, 2)),
+        "points lost": ("drop", lambda drop: _fixed(drop, 2)),
+        "like float %": ("agreement", lambda share: _fixed(share, 2)),
+        "SQNR dB": ("sqnr_db", lambda distance: _fixed(distance, 1)),
+        "ships": ("ships", _plain),
+    }
+    return _heading("Front") + front_chart(rows) + _listed(rows, columns) if rows else ""
 
 
 def _accuracy_control(found: Section) -> str:
@@ -185,10 +221,7 @@ def _sites(sites: Sequence[Section]) -> str:
 def _quantization(quantization: Section) -> str:
     counts: Mapping[str, int] = quantization.get("constants_by_type", {})
     total = sum(counts.values()) or 1
-    bars = [
-        [kind, f"{count:,}", _Html(f'<div class="bar" style="width:{100 * count / total:.1f}%"></div>')]
-        for kind, count in counts.items()
-    ]
+    bars = [[kind, f"{count:,}", _bar(count, total)] for kind, count in counts.items()]
     bits = quantization.get("effective_bits")
     caption = f"{_fixed(bits, 2)} bits per constant on average" if bits is not None else ""
     tensors: Mapping[str, Section] = quantization.get("tensors", {})
@@ -215,13 +248,65 @@ def _quantization(quantization: Section) -> str:
     return drawn
 
 
+def _mixed(found: Section) -> str:
+    candidates: Sequence[Section] = found.get("candidates") or ()
+    histogram: Sequence[Section] = found.get("histogram") or ()
+    layers: Sequence[Section] = found.get("layers") or ()
+    parameters = sum(finite(kind.get("parameters")) or 0.0 for kind in histogram)
+    largest = max((finite(layer.get("share")) or 0.0 for layer in layers), default=0.0)
+    scores: dict[str, Column] = {"score": ("score", _name), "loss": ("loss", _number)}
+    kinds: dict[str, Column] = {
+        "bits": ("bits", _name),
+        "layers": ("layers", _number),
+        "parameters": ("parameters", _number),
+        "share": ("parameters", lambda count: _bar(count, parameters)),
+    }
+    columns: dict[str, Column] = {
+        "layer": ("layer", _name),
+        "bits": ("bits", _name),
+        "parameters": ("parameters", _number),
+        "multiply-adds": ("macs", _number),
+        "damage %": ("share", lambda share: _fixed(share, 2, unit=0.01)),
+        "share of the expected damage at the fewest bits": ("share", lambda share: _bar(share, largest)),
+        "set by hand": ("overridden", _plain),
+    }
+    return (
+        _heading("Bits per layer")
+        + _paragraph(_bits_said(found))
+        + (_listed(candidates, scores) if candidates[1:] else "")
+        + _listed(histogram, kinds)
+        + _listed(layers, columns)
+    )
+
+
+def _bits_said(found: Section) -> list[str]:
+    said = [
+        f"{words} {_plain(found[key])}"
+        for key, words in (("budget", "budget"), ("score", "bits chosen by"))
+        if key in found
+    ]
+    if "average_weight_bits" in found:
+        said.append(f"{_fixed(found['average_weight_bits'], 2) or ABSENT} bits per weight on average")
+    for name, spent in (found.get("used") or {}).items():
+        limit = f" of {_plain(spent['limit'])}" if "limit" in spent else ""
+        said.append(f"{name} {_plain(spent.get('amount'))}{limit}")
+    return said
+
+
+def _sensitivity(found: Section) -> str:
+    said = [f"by {_plain(found['method'])}"] if "method" in found else []
+    said += [f"{_plain(found['samples'])} samples"] if "samples" in found else []
+    said += [f"{name} {_plain(value)}" for name, value in (found.get("facts") or {}).items()]
+    return _heading("Sensitivity") + _paragraph(said) + share_chart(found.get("layers") or ())
+
+
 def _recipe(recipe: Section | str) -> str:
     shown = f"<pre>{_text(recipe)}</pre>" if isinstance(recipe, str) else _facts(recipe)
     return _heading("Recipe") + shown
 
 
 class _Html(str):
-    """Text that is markup already; made here alone, from constants and numbers."""
+    """Text that is markup already; made here alone, from constants, numbers and escaped text."""
 
     __slots__ = ()
 
@@ -234,6 +319,18 @@ def _facts(facts: Section) -> str:
     return _table(["fact", "value"], ([name.replace("_", " "), value] for name, value in facts.items()))
 
 
+def _paragraph(clauses: Sequence[str]) -> str:
+    said = "; ".join(clauses)
+    return f"<p>{_text(said[:1].upper() + said[1:])}.</p>\n" if said else ""
+
+
+def _listed(rows: Sequence[Section], columns: Mapping[str, Column]) -> str:
+    """Draw the columns that some row has."""
+    kept = {heading: column for heading, column in columns.items() if any(column[0] in row for row in rows)}
+    cells = ([None if row.get(key) is None else show(row[key]) for key, show in kept.values()] for row in rows)
+    return _table(list(kept), cells) if kept else ""
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -241,6 +338,15 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: st
     return (
         f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n'
     )
+
+
+def _bar(value: object, whole: float) -> _Html:
+    share = max(finite(value) or 0.0, 0.0) / whole if whole > 0 else 0.0
+    return _Html(f'<div class="track"><div class="bar" style="width:{100 * share:.1f}%"></div></div>')
+
+
+def _name(value: object) -> _Html:
+    return _Html(f'<span title="{_text(value)}">{_text(shortened(value, 60))}</span>')
 
 
 def _cell(value: object) -> str:

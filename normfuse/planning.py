@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -32,14 +33,16 @@ from normfuse.precision import (
     refinements_at_once,
     round_all_to_nearest,
 )
+from normfuse.precision.assignment import PlacementOf, assigned
 from normfuse.precision.put_back import Decided
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 from normfuse.rotating import rotated_if_better
+from normfuse.sensitivity.units import bits_by_map, members_of, overridden
 
-__all__ = ["Plan", "plan_quantization"]
+__all__ = ["Placed", "Plan", "place", "plan_quantization", "refined"]
 
 FORESIGHT: Final = 1.0
 """The weight of the error at the network's outputs beside that at a block's."""
@@ -49,14 +52,26 @@ CHOOSING_SAMPLES: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A float graph with requests, and what each pass did on the way."""
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was decided for a folded graph, and how it came to be; ``notes`` say what was gone on with."""
+    """What was decided for a folded graph, and how it came to be.
+
+    ``notes`` say what was gone on with, ``mixed`` how every layer got its own bits, for the report; empty if none did.
+    """
 
     decided: Decided
     passes: tuple[PassReport, ...]
     ranges: Ranges
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
+    mixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -83,6 +98,7 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     placement: Placement,
     total: int,
     progress: Progress,
+    placement_of: PlacementOf | None = None,
     resume: Path | None = None,
 ) -> Plan:
     """Decide the parameters of every activation and the codes of every weight of a folded float graph.
@@ -94,41 +110,60 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
         placement: what the target wants quantized.
         total: the number of samples, for the progress bar.
         progress: shows what takes long.
+        placement_of: the same for the bits that the recipe's overrides give; not needed without.
         resume: a folder that holds what is finished, for a run that is killed and started again (``Checkpoint``).
     """
     checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
-    graph = folded.copy()
-    give_back_memory()  # folding computes in float64
-    place = Phase("precision", (QuantizeTables(type=placement.table), PlaceQuantizers(placement=placement)))
-    reports = list[PassReport]()
-    if recipe.rotate:
-        graph, reports = rotated_if_better(
-            graph, place, _some_chunks(graph, samples), seed=recipe.seed, progress=progress
-        )
-    reports += _equalize(graph, samples, place, progress) if recipe.equalize else []
-    reports += Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(graph)
+    placed = place(folded, samples, recipe=recipe, placement=placement, progress=progress)
+    graph = placed.graph
+    if recipe.overrides:
+        assert placement_of is not None
+        graph = _overridden(graph, next(iter(samples())), recipe, placement_of)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
     ranges = found.by_name
     with progress.task("quantizing"):
         nearest = round_all_to_nearest(graph, ranges)
     give_back_memory()
-    chosen, blocks = _refined(graph, samples, nearest, recipe, placement, checkpoint, progress)
+    chosen, blocks = refined(graph, samples, nearest, recipe, placement, checkpoint, progress)
     return Plan(
         decided=Decided(graph=graph, ranges=ranges, quantization=chosen),
-        passes=tuple(reports),
+        passes=placed.passes,
         ranges=found,
         blocks=tuple(blocks),
         notes=tuple(checkpoint.notes) if checkpoint else (),
     )
 
 
-def _equalize(graph: Graph, samples: Stream, place: Phase, progress: Progress) -> list[PassReport]:
+def place(folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, progress: Progress) -> Placed:
+    """Return a copy of a folded graph, rotated and equalized if the recipe wants it, with the target's requests."""
+    graph = folded.copy()
+    give_back_memory()  # folding computes in float64
+    phase = Phase("precision", (QuantizeTables(type=placement.table), PlaceQuantizers(placement=placement)))
+    reports = list[PassReport]()
+    if recipe.rotate:
+        graph, reports = rotated_if_better(
+            graph, phase, _some_chunks(graph, samples), seed=recipe.seed, progress=progress
+        )
+    reports += _equalize(graph, samples, phase, progress) if recipe.equalize else []
+    reports += Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(graph)
+    return Placed(graph=graph, passes=tuple(reports))
+
+
+def _overridden(graph: Graph, sample: Sequence[Tensor], recipe: Recipe, placement_of: PlacementOf) -> Graph:
+    """Return the graph in which the layers that the user named have the bits that he gave them."""
+    members = overridden(members_of(graph, sample), recipe.chosen_overrides)
+    given = [member for member in members if member.override is not None]
+    chosen = {member.name: member.allowed(recipe.precision) for member in given}
+    return assigned(graph, bits_by_map(given, chosen), placement_of)
+
+
+def _equalize(graph: Graph, samples: Stream, phase: Phase, progress: Progress) -> list[PassReport]:
     """Make the channels of what will be quantized alike where that helps; some samples are enough to tell."""
     placed = graph.copy()
-    Pipeline(phases=(place,), given=frozenset({Fact.FOLDED})).run(placed)
+    Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(placed)
     chosen = choose_equalizations(graph, placed, _some_chunks(graph, samples), progress=progress)
-    phase = Phase("equalization", (EqualizeChannels(chosen=chosen), *LOWER.passes))
-    return Pipeline(phases=(phase,), given=frozenset({Fact.FOLDED})).run(graph)
+    equalization = Phase("equalization", (EqualizeChannels(chosen=chosen), *LOWER.passes))
+    return Pipeline(phases=(equalization,), given=frozenset({Fact.FOLDED})).run(graph)
 
 
 def _some_chunks(graph: Graph, samples: Stream) -> list[tuple[Tensor, ...]]:
@@ -149,7 +184,7 @@ def _ranges(
     return replace(found, samples=found.samples * batch)  # it counts what it is fed
 
 
-def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
+def refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     graph: Graph,
     samples: Stream,
     nearest: Quantization,
@@ -158,6 +193,7 @@ def _refined(  # noqa: PLR0913, PLR0917 - one step of the plan
     checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> tuple[Quantization, list[BlockReport]]:
+    """Return the decision after what the recipe's effort tries, and what became of every block."""
     levers = recipe.chosen_levers
     tried = refinements(levers, seed=recipe.seed, placement=placement)
     at_once = refinements_at_once(levers, seed=recipe.seed)
@@ -185,6 +221,7 @@ def _checkpoint(
     choices = {
         "bits": recipe.bits,
         "levers": recipe.chosen_levers,
+        "overrides": recipe.overrides,
         "calibration": recipe.calibration.value,
         "seed": recipe.seed,
         "rotate": recipe.rotate,

@@ -9,10 +9,12 @@ from normfuse.accuracy_control import AccuracyControl, Control, Levels
 from normfuse.bench.accuracy import Score
 from normfuse.build import Engine, check_quantized, write_quantized
 from normfuse.built import Workspace
+from normfuse.choosing_point import ChoosingPoint, Front
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream
 from normfuse.graph import Graph
 from normfuse.measure import Measured, accuracy
+from normfuse.mixing import prepare_mixing
 from normfuse.planning import Plan, plan_quantization
 from normfuse.progress import Progress
 from normfuse.quant.bits import MOST, Bits
@@ -42,32 +44,52 @@ class Quantizing:
             what: the float engine first, and the samples that engines are scored on.
             total: the number of calibration samples.
         """
-        placement, control = self._placement(self.recipe.precision), None
-        plan = plan_quantization(
-            folded,
-            self.samples,
-            recipe=self.recipe,
-            placement=placement,
-            total=total,
-            progress=self.progress,
-            resume=self.resume,
-        )
         base, _ = accuracy(what, what.engines[0], threads=self.threads)
+        plan, front = self._plan(folded, what, base, total)
         if base is None:
-            engine = self._write(plan)
+            engine, control = self._write(plan), None
         else:
             control = self._control(plan, what, base)
             engine = control.chosen.engine
         with self.progress.task("comparing engine and simulation"):
-            return check_quantized(engine, self.samples, threads=self.threads), control
+            return replace(check_quantized(engine, self.samples, threads=self.threads), front=front), control
+
+    def _plan(self, folded: Graph, what: Measured, base: Score | None, total: int) -> tuple[Plan, Front]:
+        """Return the plan; with mixed bits also the front that it was chosen from, if the user wants one."""
+        if not self.recipe.is_mixed:
+            plan = plan_quantization(
+                folded,
+                self.samples,
+                recipe=self.recipe,
+                placement=self._placement(self.recipe.precision),
+                placement_of=self._placement,
+                total=total,
+                progress=self.progress,
+                resume=self.resume,
+            )
+            return plan, ()
+        mixing = prepare_mixing(
+            folded,
+            self.samples,
+            recipe=self.recipe,
+            placement_of=self._placement,
+            floating=what.engines[0],
+            folder=self.folder,
+            threads=self.threads,
+            progress=self.progress,
+        )
+        choosing = ChoosingPoint(
+            mixing=mixing, recipe=self.recipe, write=self._write, what=what, base=base, threads=self.threads
+        )
+        return choosing.run()
 
     def _write(self, plan: Plan) -> Engine:
         with self.progress.task("writing the quantized engine"):
-            path = self.folder.model(self.recipe.precision.label)
+            path = self.folder.model(self.recipe.label)
             return write_quantized(plan, path, placement=self._placement(self.recipe.precision))
 
     def _control(self, plan: Plan, what: Measured, base: Score) -> Control:
-        scores, label = dict[Path, Score](), self.recipe.precision.label
+        scores, label = dict[Path, Score](), self.recipe.label
 
         def drop_of(engine: Engine) -> float:
             found, _ = accuracy(what, engine.spec(label), threads=self.threads)

@@ -9,15 +9,25 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from normfuse.errors import UsageError
-from normfuse.quant.bits import MOST, MOST_GROUPED, Bits
+from normfuse.quant.bits import FLOAT, MOST, MOST_GROUPED, Bits
+from normfuse.quant.budget import Budget
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.levers import Effort, Levers
+from normfuse.quant.overrides import Overrides
+from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
+from normfuse.quant.widths import parse_widths
 
-__all__ = ["ActivationCodes", "CalibrationMethod", "Recipe", "Target", "WeightCodes"]
+__all__ = ["MIXED", "POINTS", "ActivationCodes", "CalibrationMethod", "Recipe", "Target", "WeightCodes"]
+
+MIXED: Final = "mixed"
+POINTS: Final = 8
+"""Points of a front at most."""
+
+BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=0.5x, latency=0.8x or drop=0.5"
 
 
 class Target(Enum):
@@ -26,25 +36,41 @@ class Target(Enum):
     ONNX = "onnx"
 
 
+WEIGHT_WIDTHS: Final = {Target.ONNX: "4,8"}
+ACTIVATION_WIDTHS: Final = {Target.ONNX: "8"}
+"""What each target gains from: fewer bits make no smaller file or no faster engine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What to build and how.
 
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
-    ``precision``. ``activations`` says whether the scales of their codes are known from calibration (``static``) or
-    found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of weights are 0
-    (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the width of embedding
-    and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects outputs below eight bits,
-    2 also learns block by block; ``levers`` pulls or lets go single parts of that (see ``Levers``). ``rotate``
-    turns residual streams and heads, exactly, if the quantized network errs less for it (see ``RotateStream``).
-    ``equalize`` scales channels, exactly, where that makes quantized blocks better (see ``EqualizeChannels``).
-    ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most.
-    ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled), in
-    points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    ``precision``. ``mixed`` gives every layer its own, within ``budget`` (see ``Budget``), among ``weight_widths``
+    and ``activation_widths`` (empty: those that the target gains from), by ``score`` (see ``ScoreMethod``;
+    ``default``: the best of several). ``pareto`` builds and measures the whole front of average bits, of which
+    ``point`` ships (1: the smallest; 0: the smallest whose drop is kept). ``overrides`` gives layers bits by name
+    (see ``Overrides``), whatever ``bits`` says. ``activations`` says whether the scales of their codes are known
+    from calibration (``static``) or found for every row while the engine runs (``dynamic``), ``weights`` whether
+    zero points of weights are 0 (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8
+    or 4 is the width of embedding and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and
+    corrects outputs below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of
+    that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less
+    for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better
+    (see ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible
+    cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are
+    labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
+    budget: str = ""
+    score: str = DEFAULT_SCORE
+    overrides: str = ""
+    weight_widths: str = ""
+    activation_widths: str = ""
+    pareto: bool = False
+    point: int = 0
     activations: ActivationCodes = ActivationCodes.STATIC
     weights: WeightCodes = WeightCodes.SYMMETRIC
     table_bits: int = 8
@@ -67,7 +93,11 @@ class Recipe:
         Raises:
             UsageError: a field is out of range; the message names it.
         """
-        object.__setattr__(self, "bits", str(Bits.parse(self.bits)))
+        object.__setattr__(self, "bits", _written_bits(self.bits))
+        object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
+        for refuses_what_is_none in ("chosen_overrides", "chosen_scores"):
+            getattr(self, refuses_what_is_none)
+        self._check_mixed()
         self._check_codes()
         _check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
         _check(
@@ -84,6 +114,29 @@ class Recipe:
         # TOML and JSON files with an infinity could not be read again.
         _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
         _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+
+    def _check_mixed(self) -> None:
+        """Refuse mixed bits without a budget, and what is of mixed bits without them."""
+        if self.is_mixed:
+            self.widths  # noqa: B018 - refuses what is none
+            if not (self.budget or self.pareto):
+                raise UsageError(
+                    "mixed bits need a budget", where="recipe", expected="how much they may take", hint=BUDGETS
+                )
+            if self.activations is ActivationCodes.DYNAMIC:
+                raise UsageError(
+                    "activations cannot be dynamic with mixed bits",
+                    where="recipe",
+                    expected="static activations",
+                    hint="--activations static, or one width, as --bits w4a8",
+                )
+            _check(0 <= self.point <= POINTS, "point", self.point, f"1 to {POINTS}, or 0 for the smallest that is kept")
+            _check(self.pareto or not self.point, "point", self.point, "0 unless the front is asked for (--pareto)")
+            return
+        for name in ("budget", "weight_widths", "activation_widths", "pareto", "point"):
+            _check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
+        _check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
+        _check(not (self.overrides and self.precision.is_float), "overrides", self.overrides, "empty beside 32 bits")
 
     def _check_codes(self) -> None:
         """Refuse kinds of codes that onnxruntime, the only target so far, does not run."""
@@ -105,14 +158,50 @@ class Recipe:
             )
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether every layer gets its own bits."""
+        return self.bits == MIXED
+
+    @property
+    def label(self) -> str:
+        """How reports call the engine."""
+        return MIXED if self.is_mixed else self.precision.label
+
+    @property
     def precision(self) -> Bits:
-        """``bits`` as numbers."""
-        return Bits.parse(self.bits)
+        """``bits`` as numbers; of mixed ones the widest codes, which are asked for before any are narrowed."""
+        if not self.is_mixed:
+            return Bits.parse(self.bits)
+        return Bits(MOST, MOST if min(self.widths[1]) <= MOST else FLOAT)
+
+    @property
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The widths that weights and activations may have where bits are mixed, fewest first."""
+        weights = parse_widths(self.weight_widths or WEIGHT_WIDTHS[self.target], name="weight_widths")
+        activations = parse_widths(self.activation_widths or ACTIVATION_WIDTHS[self.target], name="activation_widths")
+        _check(weights != (FLOAT,), "weight_widths", self.weight_widths, "a width of codes among them")
+        return weights, activations
+
+    @property
+    def chosen_budget(self) -> Budget:
+        """``budget`` as limits."""
+        return Budget.parse(self.budget)
+
+    @property
+    def chosen_scores(self) -> tuple[ScoreMethod, ...]:
+        """The scores of ``score``."""
+        return scores_called(self.score)
+
+    @property
+    def chosen_overrides(self) -> Overrides:
+        """``overrides`` as patterns with bits."""
+        return Overrides.parse(self.overrides)
 
     @property
     def chosen_levers(self) -> Levers:
         """The levers of ``effort``, changed as ``levers`` says."""
-        return Levers.of(Effort(self.effort), self.precision).changed(self.levers)
+        bits = Bits(min(self.widths[0]), self.precision.activation) if self.is_mixed else self.precision
+        return Levers.of(Effort(self.effort), bits).changed(self.levers)
 
     def with_options(self, **options: Any) -> Self:
         """Return the recipe with those options changed that are not None (as text, number or enum)."""
@@ -171,7 +260,7 @@ class Recipe:
 def _parse(kind: type[Any], name: str, value: Any) -> Any:
     """Return the value as the field's type; nothing is rounded, and no truth value is a number."""
     if name == "bits":
-        return str(Bits.parse(value))
+        return _written_bits(value)
     expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
     if isinstance(value, bool) is not (kind is bool):
         raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected)
@@ -182,6 +271,10 @@ def _parse(kind: type[Any], name: str, value: Any) -> Any:
     except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected) from error
     return parsed
+
+
+def _written_bits(value: object) -> str:
+    return MIXED if str(value).strip().lower() == MIXED else str(Bits.parse(value))
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:

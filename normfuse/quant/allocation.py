@@ -47,6 +47,7 @@ NODES: Final = 20_000
 """Nodes searched at most in each, some minutes. Counted, not timed, so that every machine finds the same bits."""
 
 OUTPUT: Final = threading.Lock()
+"""Held while standard output is exchanged, so that two threads put it back in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -400,7 +401,8 @@ def _rules(problem: _Problem, options: Picks, refused: Sequence[Picks]) -> list[
 def _quiet() -> Iterator[None]:
     """Keep out of standard output what HiGHS 1.12 writes there whenever it repairs an answer, told to or not.
 
-    It does so in C (https://github.com/jump-dev/HiGHS.jl/issues/312), so the file itself is exchanged.
+    It does so in C (https://github.com/jump-dev/HiGHS.jl/issues/312), so the file itself is exchanged; what other
+    threads write there meanwhile is lost with it.
     """
     if os.name != "posix":
         yield

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from normfuse.errors import UsageError
 
-__all__ = ["FLOAT", "MOST", "MOST_GROUPED", "Bits"]
+__all__ = ["FLOAT", "LEAST", "MOST", "MOST_GROUPED", "Bits"]
 
 FLOAT: Final = 32
 """Bits of what stays float; 16 means the same for activations, as in ``w4a16``."""
@@ -70,9 +70,12 @@ class Bits:
             return "float"
         return "int8" if self.weight == self.activation == MOST else str(self)
 
+    @property
+    def spelled(self) -> str:
+        """Both widths, as in tables that compare layers: ``w8a8``."""
+        return "float" if self.is_float else f"w{self.weight}a{16 if self.is_weight_only else self.activation}"
+
     def __str__(self) -> str:
         if self.is_float:
             return str(FLOAT)
-        if self.weight == self.activation == MOST:
-            return str(MOST)
-        return f"w{self.weight}a{16 if self.is_weight_only else self.activation}"
+        return str(MOST) if self.weight == self.activation == MOST else self.spelled

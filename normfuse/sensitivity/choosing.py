@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from normfuse.quant.bits import Bits
 from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.subject import Subject
-from normfuse.sensitivity.units import Member, bits_by_map, units
+from normfuse.sensitivity.units import Member, UseOf, bits_by_map, units, use_of
 
 __all__ = ["Choice", "Decide", "choose", "outputs_lose", "rounded"]
 
@@ -54,6 +55,8 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     choices: Sequence[Bits],
     limits: Mapping[str, float],
     *,
+    use: UseOf = use_of,
+    rest: Mapping[str, float] = MappingProxyType({}),
     decide: Decide,
     judging: Sequence[Sequence[Tensor]],
     progress: Progress,
@@ -68,6 +71,8 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
         scores: one or more.
         choices: bits that members can have.
         limits: of resources, by name.
+        use: what a member uses of them.
+        rest: what is used whatever the bits.
         decide: makes the network of some bits.
         judging: chunks of samples, best others than were scored.
         progress: shows the candidates.
@@ -75,7 +80,9 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     Raises:
         BudgetTooSmall: no bits keep the limits.
     """
-    allocations = {score.method: allocate(units(members, score, choices), limits) for score in scores}
+    allocations = {
+        score.method: allocate(units(members, score, choices, use=use, rest=rest), limits) for score in scores
+    }
     bits = {method: bits_by_map(members, found.bits) for method, found in allocations.items()}
     candidates = {tuple(each.values()): each for each in bits.values()}
     found = dict[tuple[Bits, ...], tuple[Graph, Quantization, float | None]]()

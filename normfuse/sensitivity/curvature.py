@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normfuse.precision.chunks import samples_in
 from normfuse.progress import Progress
+from normfuse.sensitivity.keeping import FORGETFUL, Keeper, steps
 from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.rounding_errors import rounding_errors
 from normfuse.sensitivity.sensitivity import Sensitivity, Tally
@@ -21,7 +22,13 @@ PROBES: Final = 8
 
 
 def curvature(
-    subject: Subject, loss: OutputLoss, *, seed: int, progress: Progress, probes: int = PROBES
+    subject: Subject,
+    loss: OutputLoss,
+    *,
+    seed: int,
+    progress: Progress,
+    probes: int = PROBES,
+    keeper: Keeper = FORGETFUL,
 ) -> Sensitivity:
     """Return ``e^T J^T H J e / 2``, the mean over samples: e a part's rounding error, J the network behind it.
 
@@ -30,9 +37,13 @@ def curvature(
     parts and widths, and errors count as they are, with their signs and correlations. (Ours; Gauss-Newton. The
     literature takes the trace or diagonal of the curvature times the square of the error.)
     """
-    generator, tally = torch.Generator().manual_seed(seed), Tally()
+    tally = Tally()
     with progress.task("following errors to the outputs", len(subject.chunks)) as advance:
-        for chunk in subject.chunks:
+        for at, is_done in steps(keeper, "curvature-chunks", [tally], len(subject.chunks)):
+            advance(1)
+            if is_done:
+                continue
+            chunk, generator = subject.chunks[at], torch.Generator().manual_seed(seed * len(subject.chunks) + at)
             run, count = WatchedRun.of(subject, chunk), samples_in(chunk)
             wanted = [value.detach() for value in run.outputs]
             found = [run.gradients(loss.probe(wanted, generator)) for _ in range(probes)]
@@ -41,7 +52,6 @@ def curvature(
                 dots = torch.einsum("pnk,nk->pn", gradients[each.place], each.error.reshape(count, -1))
                 amount = float(dots.double().square().mean(dim=0).sum()) / 2
                 tally.add(each.kind, each.name, each.bits, amount / subject.samples)
-            advance(1)
     return tally.sensitivity("curvature")
 
 

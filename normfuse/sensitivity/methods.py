@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -10,9 +10,11 @@ import torch
 from normfuse.errors import UsageError
 from normfuse.progress import Progress, Silent
 from normfuse.quant.bits import Bits
+from normfuse.quant.score_method import ScoreMethod
 from normfuse.sensitivity.contribution import relevance_score, relevance_times_error
 from normfuse.sensitivity.curvature import curvature
 from normfuse.sensitivity.gradient_error import gradient_error
+from normfuse.sensitivity.keeping import FORGETFUL, Keeper
 from normfuse.sensitivity.one_at_a_time import one_at_a_time
 from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.sensitivity import Kind, Sensitivity, Tally
@@ -20,45 +22,59 @@ from normfuse.sensitivity.squared_errors import squared_errors, weighted_by_trac
 from normfuse.sensitivity.subject import Subject
 from normfuse.sensitivity.traces import Traces, fisher_traces, hessian_traces
 
-__all__ = ["DEFAULT", "Method", "score"]
+__all__ = ["score", "scores_of"]
+
+MEASURED: Final = {ScoreMethod.DIVERGENCE: OutputLoss.DIVERGENCE, ScoreMethod.NOISE: OutputLoss.NOISE}
+"""Scores that quantize one part at a time, and what they measure."""
 
 GRADIENTS_AT: Final = 4
 """Bits of the network that ``GRADIENT_ERROR`` takes its gradients from, or the fewest above."""
 
 
-class Method(Enum):
-    """A score; the value is what the command line and files write."""
+def scores_of(
+    subject: Subject,
+    methods: Sequence[ScoreMethod],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keeper: Keeper = FORGETFUL,
+) -> list[Sensitivity]:
+    """Return several scores; of those that need class scores only what the network allows.
 
-    CURVATURE = "curvature"
-    """Rounding errors followed to the outputs by gradients (Gauss-Newton): the loss to second order."""
-    DIVERGENCE = "kl"
-    """One part quantized at a time: the divergence of the class probabilities, measured."""
-    NOISE = "sqnr"
-    """One part quantized at a time: the relative squared error of the outputs, measured."""
-    GRADIENT_ERROR = "gradient-error"
-    """Gradients of a quantized network times rounding errors, and a least-squares curvature."""
-    RELEVANCE = "lrp"
-    """The layer's share of the relevance times the power of uniform noise."""
-    RELEVANCE_ERROR = "lrp-error"
-    """The layer's share of the relevance times the measured relative error."""
-    FISHER = "fisher"
-    """The trace of the empirical Fisher information times the squared rounding error."""
-    HESSIAN = "hessian"
-    """The trace of the Hessian times the squared rounding error."""
-    RANDOM = "random"
-    """What every score must beat."""
+    Args:
+        subject: what is scored.
+        methods: in the order of the result.
+        seed: see ``score``.
+        progress: shows what takes long.
+        keeper: knows what an earlier run has finished.
 
-    @property
-    def needs_classes(self) -> bool:
-        """Whether the outputs must be class scores."""
-        return self in (Method.DIVERGENCE, Method.FISHER, Method.HESSIAN)
-
-
-DEFAULT: Final = (Method.CURVATURE, Method.DIVERGENCE, Method.NOISE)
-"""The scores among which the network chooses where the user does not, see ``choose``."""
+    Raises:
+        UsageError: the network allows none.
+    """
+    is_free = OutputLoss.of(subject.graph) is OutputLoss.DIVERGENCE
+    wanted = [each for each in methods if is_free or not each.needs_classes] or methods
+    found = {each: Sensitivity.from_dict(kept) for each in wanted if (kept := keeper.get(each.value)) is not None}
+    missing = [each for each in wanted if each not in found]
+    measured = [each for each in MEASURED if each in missing]
+    if len(measured) > 1:  # both from one run
+        losses = [MEASURED[each] for each in measured]
+        both = one_at_a_time(subject, losses, progress=progress or Silent(), keeper=keeper)
+        found |= dict(zip(measured, both, strict=True))
+    for each in missing:
+        if each not in found:
+            found[each] = score(subject, each, seed=seed, progress=progress, keeper=keeper)
+        keeper.put(each.value, found[each].as_dict())
+    return [found[each] for each in wanted]
 
 
-def score(subject: Subject, method: Method, *, seed: int = 0, progress: Progress | None = None) -> Sensitivity:
+def score(
+    subject: Subject,
+    method: ScoreMethod,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keeper: Keeper = FORGETFUL,
+) -> Sensitivity:
     """Return what every width of every part is expected to cost.
 
     Args:
@@ -66,6 +82,7 @@ def score(subject: Subject, method: Method, *, seed: int = 0, progress: Progress
         method: how.
         seed: of random directions and scores.
         progress: shows what takes long.
+        keeper: knows what an earlier run has done of the long scores.
 
     Raises:
         UsageError: the method needs class scores, and the outputs are none.
@@ -76,25 +93,24 @@ def score(subject: Subject, method: Method, *, seed: int = 0, progress: Progress
             f"the score {method.value} needs class scores",
             where="the model's outputs",
             expected="outputs of shape [batch, classes] or [batch, classes, height, width]",
-            hint=f"--method {Method.CURVATURE.value} or {Method.NOISE.value} take any outputs",
+            hint=f"--method {ScoreMethod.CURVATURE.value} or {ScoreMethod.NOISE.value} take any outputs",
         )
     match method:
-        case Method.CURVATURE:
-            return curvature(subject, loss, seed=seed, progress=shown)
-        case Method.DIVERGENCE | Method.NOISE:
-            chosen = OutputLoss.DIVERGENCE if method is Method.DIVERGENCE else OutputLoss.NOISE
-            return one_at_a_time(subject, [chosen], progress=shown)[0]
-        case Method.GRADIENT_ERROR:
+        case ScoreMethod.CURVATURE:
+            return curvature(subject, loss, seed=seed, progress=shown, keeper=keeper)
+        case ScoreMethod.DIVERGENCE | ScoreMethod.NOISE:
+            return one_at_a_time(subject, [MEASURED[method]], progress=shown, keeper=keeper)[0]
+        case ScoreMethod.GRADIENT_ERROR:
             return gradient_error(subject, loss, base=_gradients_at(subject), progress=shown)
-        case Method.RELEVANCE:
+        case ScoreMethod.RELEVANCE:
             return relevance_score(subject, progress=shown)
-        case Method.RELEVANCE_ERROR:
+        case ScoreMethod.RELEVANCE_ERROR:
             return relevance_times_error(subject, progress=shown)
-        case Method.FISHER:
+        case ScoreMethod.FISHER:
             return _traced(subject, method, fisher_traces(subject, progress=shown), shown)
-        case Method.HESSIAN:
+        case ScoreMethod.HESSIAN:
             return _traced(subject, method, hessian_traces(subject, seed=seed, progress=shown), shown)
-        case Method.RANDOM:
+        case ScoreMethod.RANDOM:
             return _random(subject, seed)
 
 
@@ -105,7 +121,7 @@ def _gradients_at(subject: Subject) -> Bits:
     return Bits(nearest(subject.weight_widths), nearest(subject.activation_widths))
 
 
-def _traced(subject: Subject, method: Method, traces: Traces, progress: Progress) -> Sensitivity:
+def _traced(subject: Subject, method: ScoreMethod, traces: Traces, progress: Progress) -> Sensitivity:
     errors = squared_errors(subject, progress=progress)
     return weighted_by_trace(method.value, errors, traces.by_kind, traces.elements)
 
@@ -119,4 +135,4 @@ def _random(subject: Subject, seed: int) -> Sensitivity:
         importance = 100.0 ** float(torch.rand((), generator=generator))
         for bits in widths:
             tally.add(kind, name, bits, importance * 4.0**-bits)
-    return tally.sensitivity(Method.RANDOM.value)
+    return tally.sensitivity(ScoreMethod.RANDOM.value)

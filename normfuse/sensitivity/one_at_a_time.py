@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from normfuse.precision.block import Values, forget, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress
+from normfuse.quant.score_method import ScoreMethod
+from normfuse.sensitivity.keeping import FORGETFUL, Keeper, steps
 from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.sensitivity import Kind, Sensitivity, Tally
 from normfuse.sensitivity.subject import Subject
@@ -20,13 +23,20 @@ from normfuse.sensitivity.watched_run import NOTHING
 
 __all__ = ["one_at_a_time"]
 
+NAMES: Final = {OutputLoss.DIVERGENCE: ScoreMethod.DIVERGENCE.value, OutputLoss.NOISE: ScoreMethod.NOISE.value}
+
 Trial = tuple[Kind, str, int, Quantization]
 """Kind, name and bits of the part that changes, and the decision with it."""
 
 
 @torch.no_grad()
 def one_at_a_time(
-    subject: Subject, losses: Sequence[OutputLoss], *, progress: Progress, base: Quantization = NOTHING
+    subject: Subject,
+    losses: Sequence[OutputLoss],
+    *,
+    progress: Progress,
+    base: Quantization = NOTHING,
+    keeper: Keeper = FORGETFUL,
 ) -> list[Sensitivity]:
     """Return for every loss what each part costs at each width, measured, the mean over samples.
 
@@ -37,6 +47,7 @@ def one_at_a_time(
         losses: all are measured on the same runs.
         progress: shows the segments.
         base: the rest of the network; float where it says nothing.
+        keeper: knows the segments that an earlier run has done.
     """
     graph, maps = subject.graph, set(subject.maps)
     parts = segments(graph, wanted=lambda node: node in maps)
@@ -45,10 +56,12 @@ def one_at_a_time(
     wanted = [_floats(graph.run(*chunk)) for chunk in subject.chunks]
     simulation = Simulation(base)
     with progress.task("quantizing one part at a time", len(parts)) as advance:
-        for index, segment in enumerate(parts):
+        label = "+".join(NAMES[loss] for loss in losses)
+        for index, is_done in steps(keeper, f"{label}-segments", tallies, len(parts)):
+            segment = parts[index]
             rest, later = joined(parts[index + 1 :]), read_after(graph, parts[index + 1 :])
             behind = Simulation(base)
-            for kind, name, bits, decided in _trials(subject, segment, base):
+            for kind, name, bits, decided in () if is_done else _trials(subject, segment, base):
                 changed = Simulation(decided)
                 for chunk, exact in zip(values, wanted, strict=True):
                     outputs = _outputs(subject, segment, rest, dict(chunk), changed, behind)
@@ -59,7 +72,7 @@ def one_at_a_time(
                 forget(chunk, later)
             give_back_memory()
             advance(1)
-    return [tally.sensitivity(loss.value) for tally, loss in zip(tallies, losses, strict=True)]
+    return [tally.sensitivity(NAMES[loss]) for tally, loss in zip(tallies, losses, strict=True)]
 
 
 def _trials(subject: Subject, segment: Segment, base: Quantization) -> Iterator[Trial]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
+from typing import Any, Self
 
 __all__ = ["Kind", "Sensitivity", "Tally"]
 
@@ -34,9 +35,28 @@ class Sensitivity:
     activations: Mapping[str, Mapping[int, float]]
     facts: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the tables for JSON; ``from_dict`` reads them."""
+        tables = {"weights": _for_json(self.weights), "activations": _for_json(self.activations)}
+        return {"method": self.method, "facts": dict(self.facts), **tables}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """Return what ``as_dict`` wrote."""
+        tables = {name: _from_json(found[name]) for name in ("weights", "activations")}
+        return cls(method=found["method"], facts=dict(found["facts"]), **tables)
+
     def of(self, kind: Kind) -> Mapping[str, Mapping[int, float]]:
         """Return one of the two tables."""
         return self.weights if kind is Kind.WEIGHT else self.activations
+
+
+def _for_json(table: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    return {name: {str(bits): amount for bits, amount in row.items()} for name, row in table.items()}
+
+
+def _from_json(table: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    return {name: {int(bits): float(amount) for bits, amount in row.items()} for name, row in table.items()}
 
 
 class Tally:
@@ -49,6 +69,14 @@ class Tally:
         """Add to one part at one width."""
         row = self._sums[kind][name]
         row[bits] = row.get(bits, 0.0) + amount
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the sums for JSON."""
+        return {kind.value: _for_json(self._sums[kind]) for kind in Kind}
+
+    def restore(self, kept: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """Be again what ``as_dict`` was of."""
+        self._sums = {kind: defaultdict(dict, _from_json(kept[kind.value])) for kind in Kind}
 
     def of(self, kind: Kind) -> dict[str, dict[int, float]]:
         """Return the sums of one kind."""

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
 from torch import Tensor, fx
 
+from normfuse.errors import UsageError
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.quantization import is_requested, requested_weights, requests
 from normfuse.precision.assignment import may_narrow
 from normfuse.precision.workload import Work, workload
 from normfuse.quant.allocation import Unit
 from normfuse.quant.bits import FLOAT, Bits
+from normfuse.quant.overrides import Overrides
 from normfuse.sensitivity.sensitivity import Sensitivity
 
-__all__ = ["BOPS", "WEIGHT_BITS", "Member", "bits_by_map", "members_of", "options", "units", "use_of"]
+__all__ = [
+    "BOPS",
+    "WEIGHT_BITS",
+    "Member",
+    "UseOf",
+    "bits_by_map",
+    "members_of",
+    "options",
+    "overridden",
+    "units",
+    "use_of",
+]
 
 WEIGHT_BITS: Final = "weight-bits"
 BOPS: Final = "bops"
 """Products of the bits of weight and activation, summed over all multiplications of a sample (methods.md 7.3)."""
+
+UNTOUCHED: Final = Bits(FLOAT, FLOAT)
 
 UNCHANGED: Final = frozenset({*ops.VIEWS, *ops.POINTWISE_KEEPING, ops.FLATTEN, ops.UNSQUEEZE, ops.RELU})
 """What stands between a tensor and the sum or concatenation that it meets others in."""
@@ -36,6 +52,7 @@ class Member:
         source: the name of the tensor's node; empty where it has no codes, or codes of a fixed width.
         fixed: the width of the input's codes where it cannot be chosen (images have eight bits), else None.
         tie: members with the same tie read tensors that are added or concatenated: one width of activations.
+        override: the bits that the user gave one of its maps: then it has these and no choice.
     """
 
     name: str
@@ -43,12 +60,28 @@ class Member:
     source: str
     fixed: int | None
     tie: str
+    override: Bits | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The elements of its weights."""
+        return sum(work.parameters for work in self.maps.values())
+
+    @property
+    def macs(self) -> int:
+        """Its multiplications for one sample."""
+        return sum(work.macs for work in self.maps.values())
 
     def allowed(self, bits: Bits) -> Bits:
-        """Return the bits with the width of activations that the member can have."""
+        """Return the bits that the member gets where ``bits`` are wanted."""
+        bits = bits if self.override is None else self.override
         if self.source or bits.is_float:
             return bits
         return Bits(bits.weight, FLOAT if self.fixed is None else self.fixed)
+
+
+UseOf = Callable[[Member, Bits], Mapping[str, float]]
+"""What a member uses of every resource at some bits."""
 
 
 def members_of(graph: Graph, sample: Sequence[Tensor]) -> list[Member]:
@@ -81,17 +114,52 @@ def options(weight_widths: Iterable[int], activation_widths: Iterable[int]) -> t
     return (*found, Bits(FLOAT, FLOAT)) if FLOAT in set(weight_widths) else tuple(found)
 
 
-def units(members: Sequence[Member], score: Sensitivity, choices: Sequence[Bits]) -> list[Unit]:
-    """Return what the solver chooses for: expected damage, weight bits and BOPs of every member at every choice."""
+def units(
+    members: Sequence[Member],
+    score: Sensitivity,
+    choices: Sequence[Bits],
+    *,
+    use: UseOf,
+    rest: Mapping[str, float] = MappingProxyType({}),
+) -> list[Unit]:
+    """Return what the solver chooses for: expected damage, and what is used, of every member at every choice.
+
+    What the rest of the network uses is one unit more, without a choice.
+    """
+    everything_else = Unit(name="", damage={UNTOUCHED: 0.0}, use={UNTOUCHED: rest})
     return [
         Unit(
             name=member.name,
             damage={bits: _damage(member, score, bits) for bits in _possible(member, choices)},
-            use={bits: use_of(member, bits) for bits in _possible(member, choices)},
-            tie=member.tie,
+            use={bits: use(member, bits) for bits in _possible(member, choices)},
+            tie=member.tie if member.override is None else None,
         )
         for member in members
-    ]
+    ] + ([everything_else] if rest else [])
+
+
+def overridden(members: Sequence[Member], overrides: Overrides) -> list[Member]:
+    """Return the members with the bits that the user gave their layers.
+
+    Raises:
+        UsageError: a pattern fits no layer, or maps that read one tensor have been given different bits.
+    """
+    overrides.refuse_unused([work.layer for member in members for work in member.maps.values()])
+    return [replace(member, override=_override(member, overrides)) for member in members]
+
+
+def _override(member: Member, overrides: Overrides) -> Bits | None:
+    layers = [work.layer for work in member.maps.values()]
+    given = {bits: layer for layer in layers if (bits := overrides.bits_for(layer)) is not None}
+    if len(given) > 1:
+        told = " and ".join(f"{layer}={bits}" for bits, layer in given.items())
+        raise UsageError(
+            f"overrides cannot have {told}",
+            where="recipe",
+            expected="the same bits for layers that read the same tensor",
+            hint=f"give {', '.join(layers)} one width",
+        )
+    return next(iter(given), None)
 
 
 def bits_by_map(members: Iterable[Member], chosen: Mapping[str, Bits]) -> dict[str, Bits]:
@@ -107,7 +175,8 @@ def _possible(member: Member, choices: Sequence[Bits]) -> list[Bits]:
 def _damage(member: Member, score: Sensitivity, bits: Bits) -> float:
     if bits.is_float:
         return 0.0
-    weights = sum(score.weights[name][bits.weight] for name in member.maps)
+    # Bits that the user gave may be none that were scored: there is no choice, and nothing to compare.
+    weights = sum(score.weights[name].get(bits.weight, 0.0) for name in member.maps)
     if not member.source or bits.activation == FLOAT:
         return weights
     return weights + score.activations.get(member.source, {}).get(bits.activation, 0.0)
@@ -115,9 +184,7 @@ def _damage(member: Member, score: Sensitivity, bits: Bits) -> float:
 
 def use_of(member: Member, bits: Bits) -> dict[str, float]:
     """Return what a member uses of the resources that bits alone decide."""
-    parameters = sum(work.parameters for work in member.maps.values())
-    macs = sum(work.macs for work in member.maps.values())
-    return {WEIGHT_BITS: parameters * bits.weight, BOPS: macs * bits.weight * bits.activation}
+    return {WEIGHT_BITS: member.parameters * bits.weight, BOPS: member.macs * bits.weight * bits.activation}
 
 
 def _ties(graph: Graph) -> dict[str, str]:

@@ -1,0 +1,318 @@
+"""Gives every layer its own bits: scores them, counts what they use, and solves for the least damage in a budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from math import inf
+from typing import Any, Final
+
+from torch import Tensor
+
+from normfuse.bench.timing import EngineSpec, time_engines
+from normfuse.build import write_quantized
+from normfuse.built import Workspace
+from normfuse.errors import UsageError
+from normfuse.feeding import Stream, fixed_batch
+from normfuse.graph import Graph
+from normfuse.graph.quantization import requests
+from normfuse.layer_latency import measure_layers
+from normfuse.measure import file_bytes
+from normfuse.planning import Placed, Plan, place, refined
+from normfuse.precision import BlockReport, Quantization, chunk_size, chunked
+from normfuse.precision.assignment import PlacementOf
+from normfuse.precision.put_back import Decided
+from normfuse.precision.workload import steps_of
+from normfuse.progress import Progress
+from normfuse.quant.allocation import front
+from normfuse.quant.bits import FLOAT, Bits
+from normfuse.quant.budget import Limit, Resource
+from normfuse.recipe import Recipe
+from normfuse.sensitivity.choosing import Choice, choose, rounded
+from normfuse.sensitivity.methods import scores_of
+from normfuse.sensitivity.resources import Resources
+from normfuse.sensitivity.sensitivity import Sensitivity
+from normfuse.sensitivity.subject import Subject, ranges_by_width
+from normfuse.sensitivity.units import Member, bits_by_map, members_of, options, overridden, units
+
+__all__ = ["Mixing", "Prepared", "prepare_mixing", "prepare_subject"]
+
+SCORED: Final = 64
+"""Samples at most that are scored, and as many others that candidates are judged on."""
+
+Key = tuple[Bits, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixing:
+    """A network that is ready to get its bits.
+
+    Attributes:
+        recipe: the user's choices.
+        samples: for what an effort learns from.
+        placed: the graph with requests of the target's widest codes.
+        subject: what was scored.
+        judging: chunks of other samples.
+        members: what gets bits.
+        scores: what fewer bits of each are expected to cost, one table per score.
+        resources: what bits use.
+        placement_of: the target.
+        progress: shows what takes long.
+    """
+
+    recipe: Recipe
+    samples: Stream
+    placed: Placed
+    subject: Subject
+    judging: Sequence[Sequence[Tensor]]
+    members: Sequence[Member]
+    scores: Sequence[Sensitivity]
+    resources: Resources
+    placement_of: PlacementOf
+    progress: Progress
+    _decided: dict[Key, tuple[Graph, Quantization, list[BlockReport]]] = field(default_factory=dict)
+
+    @cached_property
+    def choices(self) -> tuple[Bits, ...]:
+        """The bits that layers may have."""
+        return options(*self.recipe.widths)
+
+    def plan(self, limits: Sequence[Limit]) -> Plan:
+        """Return the plan with the bits of least damage within limits (but that of the drop, which is measured).
+
+        Raises:
+            BudgetTooSmall: no bits keep the limits.
+        """
+        bounds = self.resources.bounds(limits)
+        found = choose(
+            self.members,
+            self.scores,
+            self.choices,
+            bounds,
+            use=self.resources.use,
+            rest=self.resources.rest,
+            decide=self._decide,
+            judging=self.judging,
+            progress=self.progress,
+        )
+        return self._plan(found, bounds, " ".join(str(limit) for limit in limits))
+
+    def front(self, limits: Sequence[Limit], *, points: int) -> list[Limit]:
+        """Return the average bits per weight of the Pareto front within limits, fewest first."""
+        whole = units(self.members, self.scores[0], self.choices, use=self.resources.use, rest=self.resources.rest)
+        found = front(whole, Resource.AVERAGE_BITS.value, self.resources.bounds(limits), points=points)
+        amounts = [each.use[Resource.AVERAGE_BITS.value] for each in found]
+        # Written with few digits, and rounded up, so that the user can ask for a point again.
+        return [Limit(Resource.AVERAGE_BITS, -(-amount * 1000 // 1) / 1000) for amount in amounts]
+
+    def _decide(self, bits: Mapping[str, Bits]) -> tuple[Graph, Quantization]:
+        key = tuple(bits.values())
+        if key not in self._decided:
+            graph, nearest = rounded(self.subject, bits)
+            placement = self.placement_of(self.recipe.precision)
+            decided, blocks = refined(graph, self.samples, nearest, self.recipe, placement, None, self.progress)
+            self._decided[key] = (graph, decided, blocks)
+        graph, decided, _ = self._decided[key]
+        return graph, decided
+
+    def _plan(self, found: Sequence[Choice], bounds: Mapping[str, float], budget: str) -> Plan:
+        best = found[0]
+        graph, decided, blocks = self._decided[tuple(best.bits.values())]
+        ranges = self.subject.ranges_of(graph)
+        return Plan(
+            decided=Decided(graph=graph, ranges=ranges.by_name, quantization=decided),
+            passes=self.placed.passes,
+            ranges=ranges,
+            blocks=tuple(blocks),
+            mixed=self._report(found, bounds, budget),
+        )
+
+    def _report(self, found: Sequence[Choice], bounds: Mapping[str, float], budget: str) -> dict[str, Any]:
+        best = found[0]
+        score = next(each for each in self.scores if each.method == best.method)
+        shares, layers = _shares(self.members, score), list[dict[str, Any]]()
+        for member in self.members:
+            for name, work in member.maps.items():
+                facts = {"layer": work.layer, "bits": best.bits[name].spelled, "share": shares[name]}
+                sizes = {"parameters": work.parameters, "macs": work.macs}
+                layers.append({**facts, **sizes, "overridden": member.override is not None})
+        histogram = Counter(each["bits"] for each in layers)
+        use = best.allocation.use
+        return {
+            "budget": budget,
+            "score": best.method,
+            "candidates": [{"score": each.method, "loss": each.loss} for each in found],
+            "used": {
+                name: {"amount": amount, **({"limit": bounds[name]} if bounds.get(name, inf) < inf else {})}
+                for name, amount in use.items()
+            },
+            "average_weight_bits": use[Resource.AVERAGE_BITS.value],
+            "histogram": [
+                {
+                    "bits": bits,
+                    "layers": count,
+                    "parameters": sum(each["parameters"] for each in layers if each["bits"] == bits),
+                }
+                for bits, count in histogram.most_common()
+            ],
+            "layers": layers,
+        }
+
+
+def _shares(members: Sequence[Member], score: Sensitivity) -> dict[str, float]:
+    """Return the part of every map in the expected damage of all at their fewest bits."""
+    damage = dict[str, float]()
+    for member in members:
+        row = score.activations.get(member.source, {})
+        for name in member.maps:
+            shared = row[min(row)] / len(member.maps) if row else 0.0
+            damage[name] = score.weights[name][min(score.weights[name])] + shared
+    total = sum(damage.values())
+    return {name: amount / total if total > 0 else 0.0 for name, amount in damage.items()}
+
+
+def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
+    folded: Graph,
+    samples: Stream,
+    *,
+    recipe: Recipe,
+    placement_of: PlacementOf,
+    floating: EngineSpec,
+    folder: Workspace,
+    threads: int,
+    progress: Progress,
+) -> Mixing:
+    """Score a folded graph and count what its layers use.
+
+    Args:
+        folded: the float graph; it is not changed.
+        samples: calibration samples.
+        recipe: with mixed bits.
+        placement_of: the target.
+        floating: the float engine, which relative budgets are parts of.
+        folder: for engines that are measured.
+        threads: to measure with.
+        progress: shows what takes long.
+
+    Raises:
+        UsageError: the recipe's scores or overrides do not fit the model.
+    """
+    ready = prepare_subject(folded, samples, recipe=recipe, placement_of=placement_of, progress=progress)
+    subject, members, placed = ready.subject, ready.members, ready.placed
+    scores = scores_of(subject, recipe.chosen_scores, seed=recipe.seed, progress=progress)
+    resources = _resources(ready, recipe, floating, folder, threads, progress)
+    return Mixing(
+        recipe=recipe,
+        samples=samples,
+        placed=placed,
+        subject=subject,
+        judging=ready.judging,
+        members=members,
+        scores=scores,
+        resources=resources,
+        placement_of=placement_of,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """A placed graph, what of it is scored, chunks of other samples, and what gets bits."""
+
+    placed: Placed
+    subject: Subject
+    judging: Sequence[Sequence[Tensor]]
+    members: Sequence[Member]
+
+
+def prepare_subject(
+    folded: Graph, samples: Stream, *, recipe: Recipe, placement_of: PlacementOf, progress: Progress
+) -> Prepared:
+    """Place a folded graph's requests and find the ranges of every width; see ``prepare_mixing``."""
+    placed = place(folded, samples, recipe=recipe, placement=placement_of(recipe.precision), progress=progress)
+    weights, activations = (tuple(width for width in each if width != FLOAT) for each in recipe.widths)
+    scored, judging = _halves(placed.graph, samples)
+    members = overridden(members_of(placed.graph, scored[0]), recipe.chosen_overrides)
+    given = {each.override.activation for each in members if each.override is not None}
+    ranges = ranges_by_width(
+        placed.graph,
+        samples,
+        placement_of=placement_of,
+        widths=[*activations, *given],
+        method=recipe.calibration,
+        progress=progress,
+    )
+    subject = Subject(
+        graph=placed.graph,
+        chunks=chunked(scored, chunk_size(placed.graph)),
+        placement_of=placement_of,
+        weight_widths=weights,
+        activation_widths=activations,
+        ranges=ranges,
+    )
+    if not subject.maps:
+        raise UsageError("no layer of the model can get bits", where="the model", expected="linear maps with weights")
+    return Prepared(placed=placed, subject=subject, judging=chunked(judging, chunk_size(placed.graph)), members=members)
+
+
+def _halves(graph: Graph, samples: Stream) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
+    """Return the samples that are scored and those that judge: the same one if there is but one."""
+    found = list(islice(samples(), 2 * SCORED // (fixed_batch(graph) or 1)))
+    half = -(-len(found) // 2)
+    return found[:half], found[half:] or found
+
+
+def _resources(
+    ready: Prepared,
+    recipe: Recipe,
+    floating: EngineSpec,
+    folder: Workspace,
+    threads: int,
+    progress: Progress,
+) -> Resources:
+    """Return what bits use; what takes time to find out only where it is limited."""
+    subject, members = ready.subject, ready.members
+    sample = [tensor[:1] if tensor.ndim and subject.graph.has_dynamic_batch else tensor for tensor in subject.chunks[0]]
+    limited = {limit.resource for limit in recipe.chosen_budget.limits}
+    found = Resources(
+        parameters=sum(member.parameters for member in members),
+        macs=sum(member.macs for member in members),
+        float_bytes=file_bytes(floating.path),
+    )
+    if Resource.BYTES in limited:
+        found = replace(found, other_bytes=_other_bytes(ready, found, recipe, folder))
+    if Resource.ACTIVATION_BYTES in limited:
+        chosen = {member.source for member in members}
+        fixed = {each.source.name: each.type.bits for each in requests(subject.graph) if each.source.name not in chosen}
+        found = replace(found, steps=steps_of(subject.graph, sample), fixed_bits=fixed)
+    if Resource.LATENCY in limited:
+        table = measure_layers(
+            subject.graph,
+            sample,
+            [*options(*recipe.widths), Bits(FLOAT, FLOAT)],
+            placement_of=subject.placement_of,
+            threads=threads,
+            batch=recipe.batch,
+            progress=progress,
+        )
+        timing = time_engines([floating], batch=recipe.batch, threads=threads, progress=progress)[floating.label]
+        found = replace(found, seconds=table.seconds, float_seconds=timing.p50 / 1e3)
+    return found
+
+
+def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Workspace) -> int:
+    """Return what of a quantized file is no weight, read off a file with the fewest bits everywhere."""
+    subject, members = ready.subject, ready.members
+    fewest = Bits(subject.weight_widths[0], min(recipe.widths[1]))
+    bits = {member.name: member.allowed(fewest) for member in members}
+    graph, decided = rounded(subject, bits_by_map(members, bits))
+    ranges = subject.ranges_of(graph)
+    whole = Decided(graph=graph, ranges=ranges.by_name, quantization=decided)
+    plan = Plan(decided=whole, passes=ready.placed.passes, ranges=ranges, blocks=())
+    path = folder.model("probe")
+    write_quantized(plan, path, placement=subject.placement_of(recipe.precision))
+    weights = sum(counted.use(member, bits[member.name])[Resource.BYTES.value] for member in members)
+    return file_bytes(path) - int(weights)
