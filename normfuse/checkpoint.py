@@ -28,6 +28,8 @@ __all__ = ["Checkpoint", "calibration_key", "remove_checkpoint"]
 
 KEY: Final = "key.json"
 RANGES: Final = "ranges"
+INNER: Final = "bits-"
+"""Folders of networks of other bits, of which the best is taken."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -65,7 +67,7 @@ class Checkpoint:
     ``key.json`` says what the parts belong to. A part is an ``.npz`` without objects beside the SHA-256 of the key,
     its name and its bytes, written after it. A part that was cut off, damaged, changed or made for another key is not
     used.
-    ``notes`` say what was found.
+    ``notes`` say what was found; ``key`` is what the parts belong to.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, str]) -> None:
@@ -76,6 +78,7 @@ class Checkpoint:
         """
         self.notes: list[str] = []
         self._folder, text = folder, strict_json(key)
+        self.key = dict(key)
         self._key = hashlib.sha256(text.encode()).digest()
         found = _read(folder / KEY)
         with writing(folder):
@@ -125,6 +128,19 @@ class Checkpoint:
             _block(index), {**{name: each.numpy() for name, each in tensors.items()}, "facts": _as_array(facts)}
         )
 
+    def get(self, part: str) -> Any | None:
+        """Return the plain data that was kept of a score, if it was."""
+        arrays = self._load(_score(part))
+        return None if arrays is None else _facts(arrays)
+
+    def put(self, part: str, state: Any) -> None:
+        """Write plain data of a score."""
+        self._store(_score(part), {"facts": _as_array(state)})
+
+    def inner(self, name: str, key: Mapping[str, str]) -> Checkpoint:
+        """Return a checkpoint in a folder of this one, for a part of the work under a key of its own."""
+        return Checkpoint(self._folder / f"{INNER}{name}", key)
+
     def _store(self, part: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
@@ -149,11 +165,17 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove the parts, and the folder unless others have put something into it."""
     if not (folder / KEY).is_file():
         return
-    names = [f"{part}.{end}" for part in (RANGES, "block-*") for end in ("npz", "sha256")]
+    for inner in folder.glob(f"{INNER}*"):
+        remove_checkpoint(inner)
+    names = [f"{part}.{end}" for part in (RANGES, "block-*", _score("*")) for end in ("npz", "sha256")]
     for path in [path for name in (*names, KEY) for path in folder.glob(name)]:
         path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _score(part: str) -> str:
+    return f"score-{part}"
 
 
 def _block(index: int) -> str:

@@ -18,6 +18,7 @@ from normfuse.graph import Graph, query
 from normfuse.loading import LoadedModel
 from normfuse.precision.put_back import quantized_blocks
 from normfuse.quant.bits import MOST
+from normfuse.quant.budget import Limit, Resource
 from normfuse.recipe import Recipe
 from normfuse.report import Reason
 
@@ -73,7 +74,7 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Cont
         recipe.label,
         max_drop=recipe.max_drop,
         min_speedup=recipe.min_speedup,
-        exceptions=[*_left_float(engine), *_put_back(control)],
+        exceptions=[*_left_float(engine), *_put_back(control), *_over_budget(comparison, recipe)],
     )
     failed = tuple(f"a check failed: {check.name}" for check in engine.checks if not check.holds)
     return Judgement(Verdict.FELL_BACK, (*failed, *judgement.reasons)) if failed else judgement
@@ -83,6 +84,24 @@ def _left_float(engine: Engine) -> list[str]:
     refused = [refusal for step in engine.passes for refusal in step.refused if refusal.reason in STAYED_FLOAT]
     layers = [refusal.layer or refusal.node for refusal in refused]
     return [f"left in float: {', '.join(layers)}"] if layers else []
+
+
+def _over_budget(comparison: Comparison, recipe: Recipe) -> list[str]:
+    """Return what of a budget the finished engine does not keep: the bits were chosen by what it was expected to take.
+
+    Blocks that accuracy control has put back have more bits than that.
+    """
+    base, row = comparison.row(comparison.baseline), comparison.row(recipe.label)
+    taken = {
+        Resource.BYTES: (row.file_bytes, base.file_bytes),
+        Resource.LATENCY: tuple(each.timing.p50 / 1e3 if each.timing else None for each in (row, base)),
+    }
+    found = []
+    for limit in recipe.chosen_budget.limits if recipe.is_mixed and not recipe.pareto else ():
+        amount, whole = taken.get(limit.resource, (None, None))
+        if amount is not None and whole and amount > limit.amount * (whole if limit.is_relative else 1):
+            found.append(f"over the budget {limit}: measured {Limit(limit.resource, amount)}, {amount / whole:.3g}x")
+    return found
 
 
 def _told_by(control: Control | None, recipe: Recipe) -> list[str]:

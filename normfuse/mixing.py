@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from math import inf
+from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
@@ -15,11 +17,12 @@ from torch import Tensor
 from normfuse.bench.timing import EngineSpec, time_engines
 from normfuse.build import write_quantized
 from normfuse.built import Workspace
+from normfuse.checkpoint import Checkpoint, calibration_key
 from normfuse.errors import UsageError
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requests
-from normfuse.layer_latency import measure_layers
+from normfuse.layer_latency import LatencyTable, measure_layers
 from normfuse.measure import file_bytes
 from normfuse.planning import Placed, Plan, place, refined
 from normfuse.precision import BlockReport, Quantization, chunk_size, chunked
@@ -32,11 +35,12 @@ from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.budget import Limit, Resource
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.choosing import Choice, choose, rounded
+from normfuse.sensitivity.keeping import FORGETFUL
 from normfuse.sensitivity.methods import scores_of
 from normfuse.sensitivity.resources import Resources
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.subject import Subject, ranges_by_width
-from normfuse.sensitivity.units import Member, bits_by_map, members_of, options, overridden, units
+from normfuse.sensitivity.units import UNTOUCHED, Member, bits_by_map, members_of, options, overridden, units
 
 __all__ = ["Mixing", "Prepared", "prepare_mixing", "prepare_subject"]
 
@@ -61,6 +65,7 @@ class Mixing:
         resources: what bits use.
         placement_of: the target.
         progress: shows what takes long.
+        checkpoint: what an earlier run has finished.
     """
 
     recipe: Recipe
@@ -73,6 +78,7 @@ class Mixing:
     resources: Resources
     placement_of: PlacementOf
     progress: Progress
+    checkpoint: Checkpoint | None = None
     _decided: dict[Key, tuple[Graph, Quantization, list[BlockReport]]] = field(default_factory=dict)
 
     @cached_property
@@ -112,8 +118,10 @@ class Mixing:
         key = tuple(bits.values())
         if key not in self._decided:
             graph, nearest = rounded(self.subject, bits)
-            placement = self.placement_of(self.recipe.precision)
-            decided, blocks = refined(graph, self.samples, nearest, self.recipe, placement, None, self.progress)
+            placement, kept = self.placement_of(self.recipe.precision), None
+            if self.checkpoint is not None:
+                kept = _of_bits(self.checkpoint, bits)
+            decided, blocks = refined(graph, self.samples, nearest, self.recipe, placement, kept, self.progress)
             self._decided[key] = (graph, decided, blocks)
         graph, decided, _ = self._decided[key]
         return graph, decided
@@ -127,6 +135,7 @@ class Mixing:
             passes=self.placed.passes,
             ranges=ranges,
             blocks=tuple(blocks),
+            notes=tuple(self.checkpoint.notes) if self.checkpoint else (),
             mixed=self._report(found, bounds, budget),
         )
 
@@ -162,6 +171,13 @@ class Mixing:
         }
 
 
+def _of_bits(checkpoint: Checkpoint, bits: Mapping[str, Bits]) -> Checkpoint:
+    """Return where the finished blocks of a network of these bits are kept."""
+    written = " ".join(f"{name}={each}" for name, each in bits.items())
+    digest = hashlib.sha256(written.encode()).hexdigest()[:16]
+    return checkpoint.inner(digest, {**checkpoint.key, "bits": written})
+
+
 def _shares(members: Sequence[Member], score: Sensitivity) -> dict[str, float]:
     """Return the part of every map in the expected damage of all at their fewest bits."""
     damage = dict[str, float]()
@@ -184,6 +200,7 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
     folder: Workspace,
     threads: int,
     progress: Progress,
+    resume: Path | None = None,
 ) -> Mixing:
     """Score a folded graph and count what its layers use.
 
@@ -196,13 +213,17 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
         folder: for engines that are measured.
         threads: to measure with.
         progress: shows what takes long.
+        resume: a folder that holds what is finished (``Checkpoint``).
 
     Raises:
         UsageError: the recipe's scores or overrides do not fit the model.
     """
     ready = prepare_subject(folded, samples, recipe=recipe, placement_of=placement_of, progress=progress)
     subject, members, placed = ready.subject, ready.members, ready.placed
-    scores = scores_of(subject, recipe.chosen_scores, seed=recipe.seed, progress=progress)
+    checkpoint = None if resume is None else mixed_checkpoint(resume, folded, samples, recipe, progress)
+    scores = scores_of(
+        subject, recipe.chosen_scores, seed=recipe.seed, progress=progress, keeper=checkpoint or FORGETFUL
+    )
     resources = _resources(ready, recipe, floating, folder, threads, progress)
     return Mixing(
         recipe=recipe,
@@ -215,7 +236,16 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
         resources=resources,
         placement_of=placement_of,
         progress=progress,
+        checkpoint=checkpoint,
     )
+
+
+def mixed_checkpoint(folder: Path, folded: Graph, samples: Stream, recipe: Recipe, progress: Progress) -> Checkpoint:
+    """Return what is kept of a recipe with mixed bits: its budget may be another one, scores do not follow from it."""
+    names = ("effort", "levers", "calibration", "seed", "rotate", "equalize", "overrides", "weights", "table_bits")
+    choices = {"widths": recipe.widths, **{name: getattr(recipe, name) for name in names}}
+    with progress.task("looking for a calibration to go on with"):
+        return Checkpoint(folder, calibration_key(folded, samples, choices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -289,18 +319,31 @@ def _resources(
         fixed = {each.source.name: each.type.bits for each in requests(subject.graph) if each.source.name not in chosen}
         found = replace(found, steps=steps_of(subject.graph, sample), fixed_bits=fixed)
     if Resource.LATENCY in limited:
+        given = [member.allowed(UNTOUCHED) for member in members if member.override is not None]
         table = measure_layers(
             subject.graph,
             sample,
-            [*options(*recipe.widths), Bits(FLOAT, FLOAT)],
+            list(dict.fromkeys([*options(*recipe.widths), *given, Bits(FLOAT, FLOAT)])),
             placement_of=subject.placement_of,
             threads=threads,
             batch=recipe.batch,
             progress=progress,
         )
+        _refuse_unmeasured(table)
         timing = time_engines([floating], batch=recipe.batch, threads=threads, progress=progress)[floating.label]
         found = replace(found, seconds=table.seconds, float_seconds=timing.p50 / 1e3)
     return found
+
+
+def _refuse_unmeasured(table: LatencyTable) -> None:
+    for name, reasons in table.missing.items():
+        for bits, reason in reasons.items():
+            raise UsageError(
+                f"the latency cannot be limited: {name} was not measured with {bits.spelled}",
+                where="recipe",
+                expected=f"layers that run alone ({reason})",
+                hint="another budget, or widths without it (--weight-widths, --activation-widths)",
+            )
 
 
 def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Workspace) -> int:

@@ -77,6 +77,7 @@ class Quantizing:
             folder=self.folder,
             threads=self.threads,
             progress=self.progress,
+            resume=self.resume,
         )
         choosing = ChoosingPoint(
             mixing=mixing, recipe=self.recipe, write=self._write, what=what, base=base, threads=self.threads

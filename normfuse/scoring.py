@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from normfuse.build import FOLDING
 from normfuse.capturing import Examples, Model, capture_model
-from normfuse.checkpoint import calibration_key
+from normfuse.checkpoint import Checkpoint, calibration_key, remove_checkpoint
 from normfuse.data import Data, load_samples
 from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
@@ -23,7 +23,7 @@ from normfuse.progress import Progress, Silent
 from normfuse.quant.score_method import DEFAULT_SCORE
 from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
-from normfuse.sensitivity.keeping import FORGETFUL, KeptOnDisk
+from normfuse.sensitivity.keeping import FORGETFUL
 from normfuse.sensitivity.methods import scores_of
 from normfuse.sensitivity.sensitivity import Kind, Sensitivity
 from normfuse.sensitivity.subject import Subject
@@ -77,12 +77,10 @@ def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
         return found
     placement_of = partial(onnx_placement, detect_instruction_set().value, weights=recipe.weights)
     ready = prepare_subject(graph, source, recipe=recipe, placement_of=placement_of, progress=shown)
-    keeper = KeptOnDisk(resume, key) if resume is not None else None
-    (score,) = scores_of(
-        ready.subject, recipe.chosen_scores, seed=recipe.seed, progress=shown, keeper=keeper or FORGETFUL
-    )
-    if keeper is not None:
-        keeper.remove()
+    keeper = FORGETFUL if resume is None else Checkpoint(resume, key)
+    (score,) = scores_of(ready.subject, recipe.chosen_scores, seed=recipe.seed, progress=shown, keeper=keeper)
+    if resume is not None:
+        remove_checkpoint(resume)
     return _as_dict(ready.subject, score, key)
 
 

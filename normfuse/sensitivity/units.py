@@ -21,6 +21,7 @@ from normfuse.sensitivity.sensitivity import Sensitivity
 
 __all__ = [
     "BOPS",
+    "UNTOUCHED",
     "WEIGHT_BITS",
     "Member",
     "UseOf",
@@ -37,6 +38,7 @@ BOPS: Final = "bops"
 """Products of the bits of weight and activation, summed over all multiplications of a sample (methods.md 7.3)."""
 
 UNTOUCHED: Final = Bits(FLOAT, FLOAT)
+"""Bits of what is not quantized."""
 
 UNCHANGED: Final = frozenset({*ops.VIEWS, *ops.POINTWISE_KEEPING, ops.FLATTEN, ops.UNSQUEEZE, ops.RELU})
 """What stands between a tensor and the sum or concatenation that it meets others in."""
