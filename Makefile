@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-minilm bench-peers bench-calibration fold-table clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-mixed bench-scoring bench-minilm bench-peers bench-calibration fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -55,6 +55,12 @@ bench-fold: install  ## what folding alone gains: PyTorch, torch.compile, onnxru
 
 bench-accuracy: install  ## what bits and effort cost on the zoo
 	$(BIN)/python -m benchmarks.accuracy
+
+bench-mixed: install  ## bits by every score at one budget and one quantizer, on the zoo (hours)
+	$(BIN)/python -m benchmarks.mixed
+
+bench-scoring: install  ## what every score costs on a DeiT-S, and the solver's time
+	$(BIN)/python -m benchmarks.scoring
 
 bench-minilm: install  ## a sentence encoder with its published weights: vectors, rankings, size, speed
 	$(BIN)/python -m benchmarks.minilm
