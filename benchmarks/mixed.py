@@ -79,12 +79,16 @@ class Cell:
     seed: int
     effort: int
     test: int
+    methods: tuple[ScoreMethod, ...]
 
 
 def main() -> None:
     """Print a table per model, then how the default stands against uniform bits and the best single score."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=USUAL)
+    parser.add_argument(
+        "--methods", nargs="+", type=ScoreMethod, default=list(ScoreMethod), help="beside the default's"
+    )
     parser.add_argument("--effort", type=int, choices=(0, 1, 2), default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, default=4000, help="test images; of scenes a quarter (4096 pixels each)")
@@ -94,7 +98,10 @@ def main() -> None:
     found: dict[str, Any] = {"environment": describe_environment().as_dict(), "effort": given.effort}
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         started = {
-            name: [pool.submit(points_lost, Cell(name, seed, given.effort, given.test)) for seed in range(given.seeds)]
+            name: [
+                pool.submit(points_lost, Cell(name, seed, given.effort, given.test, tuple(given.methods)))
+                for seed in range(given.seeds)
+            ]
             for name in given.models
         }
         for name, futures in started.items():
@@ -114,7 +121,9 @@ def points_lost(cell: Cell) -> Lost:
     torch.set_num_threads(1)
     samples, _ = make(MODELS[cell.model].task, "calib", SAMPLES, cell.seed)
     subject, members = _subject(cell.model, samples)
-    scores = {method: score(subject, method, seed=cell.seed) for method in ScoreMethod}
+    scores = {
+        method: score(subject, method, seed=cell.seed) for method in {*cell.methods, *scores_called(DEFAULT_SCORE)}
+    }
     return {budget.name: _row(cell, budget, subject, members, scores, samples) for budget in BUDGETS}
 
 
@@ -169,7 +178,7 @@ def _row(
 
     bits = {"uniform": bits_by_map(members, uniform)}
     decide(bits["uniform"])
-    bits |= {method.value: dict(chosen([method])) for method in ScoreMethod}
+    bits |= {method.value: dict(chosen([method])) for method in cell.methods}
     bits["default"] = dict(chosen(scores_called(DEFAULT_SCORE)))
     return {name: lost[tuple(each.values())] for name, each in bits.items()}
 
@@ -209,7 +218,7 @@ def _judge(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> 
     for model, budgets in found.items():
         for budget, scores in budgets.items():
             lost = {name: mean(values) for name, values in scores.items()}
-            singles = {method.value: lost[method.value] for method in ScoreMethod}
+            singles = {name: value for name, value in lost.items() if name not in ("uniform", "default")}
             best = min(singles, key=lambda name: singles[name])
             behind.append((lost["default"] - singles[best], f"{model}, {budget}, {best}"))
             if lost["uniform"] > MATTERS:

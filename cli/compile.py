@@ -28,6 +28,7 @@ __all__ = ["command"]
 @click.option("--overrides", help="Bits of layers by name, as in 'head=8 blocks.*.fc2=w4a8'; they always win.")
 @click.option("--weight-widths", help="Of mixed bits: what weights may have (default: what the target gains from).")
 @click.option("--activation-widths", help="Of mixed bits: what activations may have.")
+@click.option("--refresh", type=int, help="Score mixed bits again on the quantized network, so many times.")
 @click.option("--pareto/--no-pareto", default=None, help="Build and measure the whole front of mixed bits.")
 @click.option("--point", type=int, help="Which point of the front ships (0: the smallest that is kept).")
 @click.option(

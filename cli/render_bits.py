@@ -38,6 +38,8 @@ def mixed(found: Mapping[str, Any]) -> list[str]:
 def _of_which(candidates: Sequence[Mapping[str, Any]]) -> str:
     if not candidates[1:]:
         return ""
+    if all(each.get("loss") is None for each in candidates):
+        return f", as by {', '.join(_name(each.get('score')) for each in candidates[1:])}"
     losses = (f"{_name(each.get('score'))} {_plain(each.get('loss'))}" for each in candidates)
     return f", by their losses: {', '.join(losses)}"
 

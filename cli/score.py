@@ -28,13 +28,15 @@ __all__ = ["command"]
 @click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
 @click.option("--seed", type=int, help="Seed of everything random.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write sensitivity.json here.")
+@click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Draw the scores on an HTML page.")
 @json_option
 @quiet_option
-def command(model: Path, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
+def command(model: Path, output: Path | None, page: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Say what fewer bits of every layer of MODEL cost."""
     from normfuse.atomic import write_file
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
+    from normfuse.page import render_page
     from normfuse.recipe import MIXED, Recipe
     from normfuse.scoring import score_model
     from normfuse.strict_json import strict_json
@@ -52,5 +54,7 @@ def command(model: Path, output: Path | None, as_json: bool, quiet: bool, **opti
     )
     if output is not None:
         write_file(output, strict_json(found).encode())
+    if page is not None:
+        write_file(page, render_page({"sensitivity": found}).encode())
     render.as_json(found) if as_json else render.sensitivity(found)
     return 0

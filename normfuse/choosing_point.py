@@ -49,29 +49,32 @@ class ChoosingPoint:
             BudgetTooSmall: no bits keep the limits.
             UsageError: a drop cannot be measured, or no bits keep it; there is no such point.
         """
-        limits = self.recipe.chosen_budget.limits
-        if self.recipe.pareto:
-            return self._measured(limits)
-        drop = next((limit for limit in limits if limit.resource is Resource.DROP), None)
-        if drop is None:
-            return self.mixing.plan(limits), ()
-        return self._smallest([limit for limit in limits if limit is not drop], drop), ()
-
-    def _plans(self, limits: Sequence[Limit]) -> list[Plan]:
-        """Return the plans of the front, fewest bits first."""
-        others = [each for each in limits if each.resource is not Resource.AVERAGE_BITS]
-        points = self.mixing.front(limits, points=POINTS)
-        return [self.mixing.plan([*others, point]) for point in points]
-
-    def _smallest(self, limits: Sequence[Limit], drop: Limit) -> Plan:
-        """Return the plan of the fewest bits that keeps a drop; drops are taken to fall with every point."""
-        if self.base is None:
+        asked = self.recipe.chosen_budget.limits
+        drop = next((limit for limit in asked if limit.resource is Resource.DROP), None)
+        limits = [limit for limit in asked if limit is not drop]
+        if drop is not None and self.base is None:
             raise UsageError(
                 f"the budget {drop} needs labelled samples",
                 where="recipe",
                 expected="samples to measure the drop on",
                 hint="--eval DATA with labels, or another budget",
             )
+        if self.recipe.pareto:
+            return self._measured(limits)
+        return self.mixing.plan(limits) if drop is None else self._smallest(limits, drop), ()
+
+    def _plans(self, limits: Sequence[Limit]) -> list[Plan]:
+        """Return the plans of the front, fewest bits first."""
+        others = [each for each in limits if each.resource is not Resource.AVERAGE_BITS]
+        points = self.mixing.front(limits, points=POINTS)
+        if self.recipe.point > len(points):
+            raise UsageError(
+                f"point cannot be {self.recipe.point}", where="recipe", expected=f"1 to {len(points)}: so many differ"
+            )
+        return [self.mixing.plan([*others, point]) for point in points]
+
+    def _smallest(self, limits: Sequence[Limit], drop: Limit) -> Plan:
+        """Return the plan of the fewest bits that keeps a drop; drops are taken to fall with every point."""
         others = [each for each in limits if each.resource is not Resource.AVERAGE_BITS]
         points, known = self.mixing.front(limits, points=POINTS), dict[int, tuple[Plan, float]]()
 
@@ -97,7 +100,7 @@ class ChoosingPoint:
 
     def _measured(self, limits: Sequence[Limit]) -> tuple[Plan, Front]:
         """Return the plan of one point, and all points measured side by side."""
-        plans = self._plans([limit for limit in limits if limit.resource is not Resource.DROP])
+        plans = self._plans(limits)
         specs = [self.write(plan).spec(f"point {number}") for number, plan in enumerate(plans, start=1)]
         comparison = compare_engines(
             replace(self.what, engines=[self.what.engines[0], *specs]),
@@ -115,14 +118,10 @@ class ChoosingPoint:
 
     def _chosen(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Return which point ships: the user's, or the smallest whose drop is kept, without labels the largest."""
-        if self.recipe.point > len(rows):
-            raise UsageError(
-                f"point cannot be {self.recipe.point}", where="recipe", expected=f"1 to {len(rows)}: so many differ"
-            )
         if self.recipe.point:
             return self.recipe.point - 1
-        kept = (at for at, row in enumerate(rows) if row["drop"] is not None and row["drop"] <= self.recipe.max_drop)
-        return next(kept, len(rows) - 1)
+        drops, allowed = [row["drop"] for row in rows], self.recipe.allowed_drop
+        return next((at for at, drop in enumerate(drops) if drop is not None and drop <= allowed), len(rows) - 1)
 
 
 def _point(number: int, plan: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:

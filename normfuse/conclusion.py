@@ -72,7 +72,7 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Cont
     judgement = judge(
         comparison,
         recipe.label,
-        max_drop=recipe.max_drop,
+        max_drop=recipe.allowed_drop,
         min_speedup=recipe.min_speedup,
         exceptions=[*_left_float(engine), *_put_back(control), *_over_budget(comparison, recipe)],
     )
@@ -97,10 +97,11 @@ def _over_budget(comparison: Comparison, recipe: Recipe) -> list[str]:
         Resource.LATENCY: tuple(each.timing.p50 / 1e3 if each.timing else None for each in (row, base)),
     }
     found = []
-    for limit in recipe.chosen_budget.limits if recipe.is_mixed and not recipe.pareto else ():
+    for limit in recipe.chosen_budget.limits:
         amount, whole = taken.get(limit.resource, (None, None))
         if amount is not None and whole and amount > limit.amount * (whole if limit.is_relative else 1):
-            found.append(f"over the budget {limit}: measured {Limit(limit.resource, amount)}, {amount / whole:.3g}x")
+            told = Limit(limit.resource, float(f"{amount:.6g}"))
+            found.append(f"over the budget {limit}: measured {told}, {amount / whole:.3g}x")
     return found
 
 
@@ -110,7 +111,8 @@ def _told_by(control: Control | None, recipe: Recipe) -> list[str]:
         return []
     found = list[str]()
     if len(control.chosen.backs) == len(quantized_blocks(control.trials[0].plan.graph)):
-        found.append(f"every block was put back: no block has the {recipe.bits} that were asked for; ask for more bits")
+        asked = "mixed bits" if recipe.is_mixed else recipe.bits
+        found.append(f"every block was put back: no block has the {asked} that were asked for; ask for more bits")
     if recipe.table_bits < MOST:
         found.append(
             f"tables keep {recipe.table_bits} bits whatever is put back; --table-bits 8 may be what is missing"

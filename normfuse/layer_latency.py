@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +23,7 @@ from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.export.onnx import export_onnx
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.quantization import is_requested, requested_weights, requests
+from normfuse.latency_table import Conditions, LatencyTable
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.pipeline import Fact, Phase, Pipeline
@@ -36,16 +36,11 @@ from normfuse.quant.placement import Placement
 from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["Conditions", "LatencyTable", "Timer", "measure_layers", "time_in_rounds"]
+__all__ = ["Timer", "measure_layers", "time_in_rounds"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-FORMAT: Final = "normfuse layer latencies"
-
-SHORTEST: Final = 1e-9
-"""Seconds: the clock's step. What takes less was not measured."""
 
 IDLE: Final[Mapping[str, str]] = {"session.force_spinning_stop": "1"}
 """All choices of a map are open at once: an idle one must not spin while another is measured."""
@@ -57,89 +52,6 @@ WARM_UP_RUNS: Final = 3
 Run = Callable[[], object]
 Timer = Callable[[Mapping[Bits, Run]], Mapping[Bits, Sequence[float]]]
 """Runs everything it is given and returns the seconds of one run, round by round."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What latencies hold for: the processor, onnxruntime's version and threads, the samples of one run."""
-
-    processor: str
-    instruction_set: str
-    onnxruntime: str
-    threads: int
-    batch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencyTable:
-    """Measured seconds of one run, by the name of the linear map's node and its bits.
-
-    In it are the maps that are to be quantized. The rest of a network (norms, attention, sums, maps that stay float)
-    is not, and every figure has one call of onnxruntime in it. So a caller measures one whole engine and takes its
-    maps' seconds away: what is left, plus the maps' seconds at other bits, is the estimate for these. The calls cancel
-    out, and what is left of a small network may be below zero.
-
-    Maps that share something are measured as if they did not: a quantizer that several read behind counts in each, and
-    convolutions in a row change layout and codes between them. Weights are in the caches, as they seldom are in large
-    networks.
-
-    Attributes:
-        seconds: by map, in graph order, and bits.
-        missing: by map and bits, why there is no figure.
-        measured_on: what the figures hold for.
-        spread: the largest deviation of any round from the median of its rounds, relative to it.
-    """
-
-    seconds: Mapping[str, Mapping[Bits, float]]
-    missing: Mapping[str, Mapping[Bits, str]] = field(default_factory=dict)
-    measured_on: Conditions
-    spread: float
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the table for JSON."""
-        return {
-            "format": FORMAT,
-            "measured_on": asdict(self.measured_on),
-            "spread": self.spread,
-            "seconds": {name: {str(bits): value for bits, value in row.items()} for name, row in self.seconds.items()},
-            "missing": {name: {str(bits): why for bits, why in row.items()} for name, row in self.missing.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, value: object, *, where: str = "") -> Self:
-        """Return the table that ``as_dict`` was called on.
-
-        Args:
-            value: what was read from JSON, by whomever it was written.
-            where: how messages call it, a file for example.
-
-        Raises:
-            BadInput: it is no such table; the message names the entry.
-        """
-        try:
-            found = _entries(value, "the table", ("format", *(each.name for each in fields(cls))))
-            if found["format"] != FORMAT:
-                raise _Wrong(f"its format is {found['format']!r}")
-            conditions = _entries(found["measured_on"], "measured_on", [each.name for each in fields(Conditions)])
-            return cls(
-                seconds=_rows(found["seconds"], "seconds", partial(_number, least=SHORTEST)),
-                missing=_rows(found["missing"], "missing", _text),
-                measured_on=Conditions(
-                    processor=_text(conditions["processor"], "processor"),
-                    instruction_set=_text(conditions["instruction_set"], "instruction_set"),
-                    onnxruntime=_text(conditions["onnxruntime"], "onnxruntime"),
-                    threads=_count(conditions["threads"], "threads"),
-                    batch=_count(conditions["batch"], "batch"),
-                ),
-                spread=_number(found["spread"], "spread"),
-            )
-        except _Wrong as error:
-            raise BadInput(
-                f"this is no table of latencies: {error}",
-                where=where,
-                expected="what LatencyTable.as_dict returned",
-                hint="measure again, on the machine that the engine is for",
-            ) from error
 
 
 def measure_layers(  # noqa: PLR0913 - what a measurement needs; a bundle of them would be read nowhere else
@@ -392,57 +304,3 @@ def _quantize(graph: Graph, x: Tensor, placement: Placement) -> None:
 
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-class _Wrong(Exception):
-    """An entry is not what ``LatencyTable.as_dict`` writes."""
-
-
-def _entries(value: object, name: str, wanted: Sequence[str]) -> dict[str, Any]:
-    found = _named(value, name)
-    if lacking := [each for each in wanted if each not in found]:
-        raise _Wrong(f"{name} lacks {lacking[0]!r}")
-    if unknown := [each for each in found if each not in wanted]:
-        raise _Wrong(f"{name} has an unknown {unknown[0]!r}")
-    return found
-
-
-def _rows(value: object, name: str, read: Callable[[object, str], T]) -> dict[str, dict[Bits, T]]:
-    return {
-        each: {_bits(label): read(entry, f"{name} of {each} at {label}") for label, entry in _named(row, each).items()}
-        for each, row in _named(value, name).items()
-    }
-
-
-def _named(value: object, name: str) -> dict[str, Any]:
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return value
-    raise _Wrong(f"{name} is no object")
-
-
-def _bits(label: str) -> Bits:
-    try:
-        bits = Bits.parse(label)
-    except UsageError as error:
-        raise _Wrong(error.what) from error
-    if str(bits) != label:  # two spellings of one choice could say two things
-        raise _Wrong(f"bits are written {label!r}, not {str(bits)!r}")
-    return bits
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise _Wrong(f"{name} is {value!r}, no text")
-    return value
-
-
-def _number(value: object, name: str, *, least: float = 0.0) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= sys.float_info.max:
-        raise _Wrong(f"{name} is {value!r}, no number from {least:g}")
-    return float(value)
-
-
-def _count(value: object, name: str) -> int:
-    if not isinstance(value, int):
-        raise _Wrong(f"{name} is {value!r}, no count")
-    return int(_number(value, name, least=1))

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
+from normfuse.bench.inputs import write_inputs
 from normfuse.bench.timing import EngineSpec, time_engines
 from normfuse.build import write_quantized
 from normfuse.built import Workspace
 from normfuse.checkpoint import Checkpoint, calibration_key
+from normfuse.data import Sample, Samples
 from normfuse.errors import UsageError
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requests
-from normfuse.layer_latency import LatencyTable, measure_layers
+from normfuse.latency_table import LatencyTable
+from normfuse.layer_latency import measure_layers
 from normfuse.measure import file_bytes
 from normfuse.planning import Placed, Plan, place, refined
 from normfuse.precision import BlockReport, Quantization, chunk_size, chunked
 from normfuse.precision.assignment import PlacementOf
+from normfuse.precision.chunks import samples_in
 from normfuse.precision.put_back import Decided
 from normfuse.precision.workload import steps_of
 from normfuse.progress import Progress
 from normfuse.quant.allocation import front
 from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.budget import Limit, Resource
+from normfuse.quant.knapsack import SLACK
+from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.choosing import Choice, choose, rounded
 from normfuse.sensitivity.keeping import FORGETFUL
 from normfuse.sensitivity.methods import scores_of
+from normfuse.sensitivity.refreshing import refreshed
 from normfuse.sensitivity.resources import Resources
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.subject import Subject, ranges_by_width
@@ -95,10 +102,19 @@ class Mixing:
         Raises:
             BudgetTooSmall: no bits keep the limits.
         """
-        bounds = self.resources.bounds(limits)
-        found = choose(
+        bounds, scores = self.resources.bounds(limits), list(self.scores)
+        found = self._chosen(scores, bounds)
+        for number in range(1, self.recipe.refresh + 1):
+            name = f"refresh {number}"
+            scores.append(refreshed(self.subject, found[0].decided, name=name, progress=self.progress))
+            found = self._chosen(scores, bounds)
+        score = next(each for each in scores if each.method == found[0].method)
+        return self._plan(found, score, bounds, " ".join(str(limit) for limit in limits))
+
+    def _chosen(self, scores: Sequence[Sensitivity], bounds: Mapping[str, float]) -> list[Choice]:
+        return choose(
             self.members,
-            self.scores,
+            scores,
             self.choices,
             bounds,
             use=self.resources.use,
@@ -107,15 +123,15 @@ class Mixing:
             judging=self.judging,
             progress=self.progress,
         )
-        return self._plan(found, bounds, " ".join(str(limit) for limit in limits))
 
     def front(self, limits: Sequence[Limit], *, points: int) -> list[Limit]:
         """Return the average bits per weight of the Pareto front within limits, fewest first."""
         whole = units(self.members, self.scores[0], self.choices, use=self.resources.use, rest=self.resources.rest)
-        found = front(whole, Resource.AVERAGE_BITS.value, self.resources.bounds(limits), points=points)
-        amounts = [each.use[Resource.AVERAGE_BITS.value] for each in found]
+        name, bounds = Resource.AVERAGE_BITS.value, self.resources.bounds(limits)
+        found = front(whole, name, bounds, points=points)
         # Written with few digits, and rounded up, so that the user can ask for a point again.
-        return [Limit(Resource.AVERAGE_BITS, -(-amount * 1000 // 1) / 1000) for amount in amounts]
+        short = (ceil(each.use[name] / (1 + SLACK) * 1000) / 1000 for each in found)
+        return list(dict.fromkeys(Limit(Resource.AVERAGE_BITS, min(each, bounds.get(name, inf))) for each in short))
 
     def _decide(self, bits: Mapping[str, Bits]) -> tuple[Graph, Quantization]:
         key = tuple(bits.values())
@@ -129,7 +145,7 @@ class Mixing:
         graph, decided, _ = self._decided[key]
         return graph, decided
 
-    def _plan(self, found: Sequence[Choice], bounds: Mapping[str, float], budget: str) -> Plan:
+    def _plan(self, found: Sequence[Choice], score: Sensitivity, bounds: Mapping[str, float], budget: str) -> Plan:
         best = found[0]
         graph, decided, blocks = self._decided[tuple(best.bits.values())]
         ranges = self.subject.ranges_of(graph)
@@ -139,12 +155,13 @@ class Mixing:
             ranges=ranges,
             blocks=tuple(blocks),
             notes=tuple(self.checkpoint.notes) if self.checkpoint else (),
-            mixed=self._report(found, bounds, budget),
+            mixed=self._report(found, score, bounds, budget),
         )
 
-    def _report(self, found: Sequence[Choice], bounds: Mapping[str, float], budget: str) -> dict[str, Any]:
+    def _report(
+        self, found: Sequence[Choice], score: Sensitivity, bounds: Mapping[str, float], budget: str
+    ) -> dict[str, Any]:
         best = found[0]
-        score = next(each for each in self.scores if each.method == best.method)
         shares, layers = _shares(self.members, score), list[dict[str, Any]]()
         for member in self.members:
             for name, work in member.maps.items():
@@ -152,13 +169,13 @@ class Mixing:
                 sizes = {"parameters": work.parameters, "macs": work.macs}
                 layers.append({**facts, **sizes, "overridden": member.override is not None})
         histogram = Counter(each["bits"] for each in layers)
-        use = best.allocation.use
+        use, limits = (self.resources.told(each) for each in (best.allocation.use, bounds))
         return {
             "budget": budget,
             "score": best.method,
             "candidates": [{"score": each.method, "loss": each.loss} for each in found],
             "used": {
-                name: {"amount": amount, **({"limit": bounds[name]} if bounds.get(name, inf) < inf else {})}
+                name: {"amount": amount, **({"limit": limits[name]} if name in limits else {})}
                 for name, amount in use.items()
             },
             "average_weight_bits": use[Resource.AVERAGE_BITS.value],
@@ -223,7 +240,10 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
     """
     ready = prepare_subject(folded, samples, recipe=recipe, placement_of=placement_of, progress=progress)
     subject, members, placed = ready.subject, ready.members, ready.placed
-    checkpoint = None if resume is None else mixed_checkpoint(resume, folded, samples, recipe, progress)
+    checkpoint = None
+    if resume is not None:
+        placement = placement_of(recipe.precision)
+        checkpoint = mixed_checkpoint(resume, folded, samples, recipe=recipe, placement=placement, progress=progress)
     scores = scores_of(
         subject, recipe.chosen_scores, seed=recipe.seed, progress=progress, keeper=checkpoint or FORGETFUL
     )
@@ -243,10 +263,12 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
     )
 
 
-def mixed_checkpoint(folder: Path, folded: Graph, samples: Stream, recipe: Recipe, progress: Progress) -> Checkpoint:
+def mixed_checkpoint(
+    folder: Path, folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, progress: Progress
+) -> Checkpoint:
     """Return what is kept of a recipe with mixed bits: its budget may be another one, scores do not follow from it."""
     names = ("effort", "levers", "calibration", "seed", "rotate", "equalize", "overrides", "weights", "table_bits")
-    choices = {"widths": recipe.widths, **{name: getattr(recipe, name) for name in names}}
+    choices = {"widths": recipe.widths, "placement": placement, **{name: getattr(recipe, name) for name in names}}
     with progress.task("looking for a calibration to go on with"):
         return Checkpoint(folder, calibration_key(folded, samples, choices))
 
@@ -293,7 +315,7 @@ def prepare_subject(
 
 def _halves(graph: Graph, samples: Stream) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
     """Return the samples that are scored and those that judge: the same one if there is but one."""
-    found = list(islice(samples(), 2 * SCORED // (fixed_batch(graph) or 1)))
+    found = list(islice(samples(), max(2 * SCORED // (fixed_batch(graph) or 1), 1)))
     half = -(-len(found) // 2)
     return found[:half], found[half:] or found
 
@@ -322,6 +344,7 @@ def _resources(
         fixed = {each.source.name: each.type.bits for each in requests(subject.graph) if each.source.name not in chosen}
         found = replace(found, steps=steps_of(subject.graph, sample), fixed_bits=fixed)
     if Resource.LATENCY in limited:
+        batch = fixed_batch(subject.graph) or recipe.batch
         given = [member.allowed(UNTOUCHED) for member in members if member.override is not None]
         table = measure_layers(
             subject.graph,
@@ -329,14 +352,27 @@ def _resources(
             list(dict.fromkeys([*options(*recipe.widths), *given, Bits(FLOAT, FLOAT)])),
             placement_of=subject.placement_of,
             threads=threads,
-            batch=recipe.batch,
+            batch=batch,
             progress=progress,
         )
         _refuse_unmeasured(table)
-        timing = time_engines([floating], batch=recipe.batch, threads=threads, progress=progress)[floating.label]
-        whole = timing.p50 / 1e3
+        inputs = _written(sample, subject.graph.input_names, folder.path / "inputs.npz")
+        timings = time_engines([floating], batch=batch, threads=threads, inputs=inputs, progress=progress)
+        whole = timings[floating.label].p50 / 1e3
         found = replace(found, seconds=_without_calls(table.seconds, whole), float_seconds=whole)
     return found
+
+
+def _written(sample: Sequence[Tensor], names: Sequence[str], path: Path) -> Path:
+    """Write a sample for engines to run on, so that axes of any size are as long as where layers are measured."""
+    count = samples_in(sample)
+
+    def read() -> Iterator[Sample]:
+        for at in range(count):
+            arrays = {name: (x[at] if x.ndim else x).numpy() for name, x in zip(names, sample, strict=True)}
+            yield Sample(arrays, f"sample {at}")
+
+    return write_inputs(path, Samples(source="calibration", names=tuple(names), count=count, read=read), batch=count)
 
 
 def _without_calls(seconds: Seconds, whole: float) -> Seconds:

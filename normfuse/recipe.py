@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from normfuse.errors import UsageError
 from normfuse.quant.bits import FLOAT, MOST, MOST_GROUPED, Bits
-from normfuse.quant.budget import Budget
+from normfuse.quant.budget import Budget, Resource
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.levers import Effort, Levers
@@ -48,18 +48,20 @@ class Recipe:
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``mixed`` gives every layer its own, within ``budget`` (see ``Budget``), among ``weight_widths``
     and ``activation_widths`` (empty: those that the target gains from), by ``score`` (see ``ScoreMethod``;
-    ``default``: the best of several). ``pareto`` builds and measures the whole front of average bits, of which
-    ``point`` ships (1: the smallest; 0: the smallest whose drop is kept). ``overrides`` gives layers bits by name
-    (see ``Overrides``), whatever ``bits`` says. ``activations`` says whether the scales of their codes are known
-    from calibration (``static``) or found for every row while the engine runs (``dynamic``), ``weights`` whether
-    zero points of weights are 0 (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8
-    or 4 is the width of embedding and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and
-    corrects outputs below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of
-    that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less
-    for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better
-    (see ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible
+    ``default``: the best of several). ``refresh`` scores again that often on the quantized network, and takes what
+    it bears better. ``pareto`` builds and measures the whole front of average bits, of which ``point`` ships (1:
+    the smallest; 0: the smallest whose drop is kept). ``overrides`` gives layers bits by name (see ``Overrides``),
+    whatever ``bits`` says. ``activations`` says whether the scales of their codes are known from calibration
+    (``static``) or found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of
+    weights are 0 (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the
+    width of embedding and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects outputs
+    below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of that (see
+    ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less for it
+    (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
+    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible
     cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are
-    labelled), in points, that still counts as kept; ``min_speedup`` the smallest speed-up over float.
+    labelled), in points, that still counts as kept (a drop in the budget takes its place); ``min_speedup``
+    the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
@@ -69,6 +71,7 @@ class Recipe:
     overrides: str = ""
     weight_widths: str = ""
     activation_widths: str = ""
+    refresh: int = 0
     pareto: bool = False
     point: int = 0
     activations: ActivationCodes = ActivationCodes.STATIC
@@ -130,13 +133,16 @@ class Recipe:
                     expected="static activations",
                     hint="--activations static, or one width, as --bits w4a8",
                 )
+            _check(self.refresh >= 0, "refresh", self.refresh, "rounds, 0 or more")
             _check(0 <= self.point <= POINTS, "point", self.point, f"1 to {POINTS}, or 0 for the smallest that is kept")
             _check(self.pareto or not self.point, "point", self.point, "0 unless the front is asked for (--pareto)")
             return
-        for name in ("budget", "weight_widths", "activation_widths", "pareto", "point"):
+        for name in ("budget", "weight_widths", "activation_widths", "refresh", "pareto", "point"):
             _check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
         _check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
-        _check(not (self.overrides and self.precision.is_float), "overrides", self.overrides, "empty beside 32 bits")
+        is_dynamic = self.activations is ActivationCodes.DYNAMIC
+        none = "empty beside 32 bits and beside dynamic activations"
+        _check(not self.overrides or not (is_dynamic or self.precision.is_float), "overrides", self.overrides, none)
 
     def _check_codes(self) -> None:
         """Refuse kinds of codes that onnxruntime, the only target so far, does not run."""
@@ -186,6 +192,12 @@ class Recipe:
     def chosen_budget(self) -> Budget:
         """``budget`` as limits."""
         return Budget.parse(self.budget)
+
+    @property
+    def allowed_drop(self) -> float:
+        """``max_drop``, or the budget's drop: what it allows is not too much."""
+        drops = (limit.amount for limit in self.chosen_budget.limits if limit.resource is Resource.DROP)
+        return next(drops, self.max_drop)
 
     @property
     def chosen_scores(self) -> tuple[ScoreMethod, ...]:

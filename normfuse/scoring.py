@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,10 +28,12 @@ from normfuse.sensitivity.keeping import FORGETFUL
 from normfuse.sensitivity.methods import scores_of
 from normfuse.sensitivity.sensitivity import Kind, Sensitivity
 from normfuse.sensitivity.subject import Subject
+from normfuse.strict_json import strict_json
 
 __all__ = ["score_model"]
 
 FORMAT: Final = "normfuse sensitivity 1"
+SEAL: Final = "sha256"
 
 
 def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
@@ -72,30 +75,38 @@ def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
     source = stream(bind(samples, graph), graph, limit=recipe.samples)
     with shown.task("folding"):
         FOLDING.run(graph)
-    key = calibration_key(graph, source, _choices(recipe))
+    level = detect_instruction_set().value
+    key = calibration_key(graph, source, _choices(recipe, level))
     if known is not None and (found := _read(known, key)) is not None:
         return found
-    placement_of = partial(onnx_placement, detect_instruction_set().value, weights=recipe.weights)
+    placement_of = partial(onnx_placement, level, weights=recipe.weights)
     ready = prepare_subject(graph, source, recipe=recipe, placement_of=placement_of, progress=shown)
     keeper = FORGETFUL if resume is None else Checkpoint(resume, key)
     (score,) = scores_of(ready.subject, recipe.chosen_scores, seed=recipe.seed, progress=shown, keeper=keeper)
     if resume is not None:
         remove_checkpoint(resume)
-    return _as_dict(ready.subject, score, key)
+    return _sealed(_as_dict(ready.subject, score, key))
 
 
-def _choices(recipe: Recipe) -> dict[str, object]:
+def _choices(recipe: Recipe, level: str) -> dict[str, object]:
     names = ("score", "weights", "calibration", "seed", "rotate", "equalize")
-    return {"format": FORMAT, "widths": recipe.widths, **{name: getattr(recipe, name) for name in names}}
+    chosen = {name: getattr(recipe, name) for name in names}
+    return {"format": FORMAT, "processor": level, "widths": recipe.widths, **chosen}
 
 
 def _read(path: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return what a file holds if it has this key."""
-    with suppress(OSError, ValueError, AttributeError):
+    """Return what a file holds if it has this key and is as it was written."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("format") == FORMAT and found.get("key") == dict(key):
+        rest = {name: value for name, value in found.items() if name != SEAL}
+        if found.get("format") == FORMAT and found.get("key") == dict(key) and found == _sealed(rest):
             return dict(found)
     return None
+
+
+def _sealed(found: dict[str, Any]) -> dict[str, Any]:
+    """Return plain data with the SHA-256 of its JSON: of a file that was cut or changed it is another."""
+    return {**found, SEAL: hashlib.sha256(strict_json(found).encode()).hexdigest()}
 
 
 def _as_dict(subject: Subject, score: Sensitivity, key: Mapping[str, str]) -> dict[str, Any]:

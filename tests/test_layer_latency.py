@@ -21,7 +21,8 @@ from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph, capture
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
-from normfuse.layer_latency import Conditions, LatencyTable, Run, measure_layers, time_in_rounds
+from normfuse.latency_table import Conditions, LatencyTable
+from normfuse.layer_latency import Run, measure_layers, time_in_rounds
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.progress import Silent
 from normfuse.quant.bits import Bits

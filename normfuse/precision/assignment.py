@@ -16,6 +16,7 @@ from normfuse.graph.quantization import (
     requests,
     retype,
     withdraw,
+    withdraw_weight,
 )
 from normfuse.quant import dividing_group
 from normfuse.quant.bits import FLOAT, Bits
@@ -45,7 +46,11 @@ def assigned(graph: Graph, bits: Mapping[str, Bits], placement_of: PlacementOf) 
             if chosen:
                 _narrow(edit, request, chosen, placement_of)
         for node in maps:
-            if (given := bits.get(node.name)) is not None and not given.is_float:
+            if (given := bits.get(node.name)) is None:
+                continue
+            if given.is_float:
+                withdraw_weight(node)
+            else:
                 asked = wanted_weight(node, placement_of(given))
                 request_weight(node, asked.type, group=asked.group, is_symmetric=asked.is_symmetric)
     return found

@@ -8,8 +8,9 @@ from typing import Final
 import torch
 
 from normfuse.errors import UsageError
+from normfuse.graph import query
 from normfuse.progress import Progress, Silent
-from normfuse.quant.bits import Bits
+from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.score_method import ScoreMethod
 from normfuse.sensitivity.contribution import relevance_score, relevance_times_error
 from normfuse.sensitivity.curvature import curvature
@@ -55,8 +56,8 @@ def scores_of(
     wanted = [each for each in methods if is_free or not each.needs_classes] or methods
     found = {each: Sensitivity.from_dict(kept) for each in wanted if (kept := keeper.get(each.value)) is not None}
     missing = [each for each in wanted if each not in found]
-    measured = [each for each in MEASURED if each in missing]
-    if len(measured) > 1:  # both from one run
+    measured = [each for each in MEASURED if each in wanted]
+    if len(measured) > 1 and not found.keys() >= set(measured):  # both from one run, which may be finished
         losses = [MEASURED[each] for each in measured]
         both = one_at_a_time(subject, losses, progress=progress or Silent(), keeper=keeper)
         found |= dict(zip(measured, both, strict=True))
@@ -85,16 +86,10 @@ def score(
         keeper: knows what an earlier run has done of the long scores.
 
     Raises:
-        UsageError: the method needs class scores, and the outputs are none.
+        UsageError: the method needs class scores, and the outputs are none, or none is of floating point.
     """
     shown, loss = progress or Silent(), OutputLoss.of(subject.graph)
-    if method.needs_classes and loss is not OutputLoss.DIVERGENCE:
-        raise UsageError(
-            f"the score {method.value} needs class scores",
-            where="the model's outputs",
-            expected="outputs of shape [batch, classes] or [batch, classes, height, width]",
-            hint=f"--method {ScoreMethod.CURVATURE.value} or {ScoreMethod.NOISE.value} take any outputs",
-        )
+    _refuse_outputs(subject, method, loss)
     match method:
         case ScoreMethod.CURVATURE:
             return curvature(subject, loss, seed=seed, progress=shown, keeper=keeper)
@@ -114,11 +109,28 @@ def score(
             return _random(subject, seed)
 
 
+def _refuse_outputs(subject: Subject, method: ScoreMethod, loss: OutputLoss) -> None:
+    if not any(query.is_float(node) for node in subject.graph.outputs):
+        raise UsageError(
+            "the model has no output of floating point",
+            where="the model's outputs",
+            expected="outputs whose errors have a size",
+            hint="capture the model without its argmax",
+        )
+    if method.needs_classes and loss is not OutputLoss.DIVERGENCE:
+        raise UsageError(
+            f"the score {method.value} needs class scores",
+            where="the model's outputs",
+            expected="outputs of shape [batch, classes] or [batch, classes, height, width]",
+            hint=f"--method {ScoreMethod.CURVATURE.value} or {ScoreMethod.NOISE.value} take any outputs",
+        )
+
+
 def _gradients_at(subject: Subject) -> Bits:
     def nearest(widths: tuple[int, ...]) -> int:
         return next((width for width in widths if width >= GRADIENTS_AT), widths[-1])
 
-    return Bits(nearest(subject.weight_widths), nearest(subject.activation_widths))
+    return Bits(nearest(subject.weight_widths), nearest(subject.activation_widths or (FLOAT,)))
 
 
 def _traced(subject: Subject, method: ScoreMethod, traces: Traces, progress: Progress) -> Sensitivity:

@@ -26,7 +26,7 @@ class OutputLoss(Enum):
     DIVERGENCE = "divergence"
     """The Kullback-Leibler divergence of class probabilities, quantized from float, the mean over an image's pixels."""
     NOISE = "noise"
-    """The squared error over the squares of the float outputs: the inverse of the SQNR."""
+    """The squared error over the squares of the float outputs: the inverse of the SQNR. None where these are 0."""
 
     @classmethod
     def of(cls, graph: Graph) -> OutputLoss:
@@ -43,8 +43,7 @@ class OutputLoss(Enum):
     def _loss(self, found: Tensor, wanted: Tensor) -> Tensor:
         found, wanted = found.double(), wanted.double()
         if self is OutputLoss.NOISE:
-            error = (found - wanted).square().flatten(1).sum(dim=1)
-            return error / wanted.square().flatten(1).sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+            return _rows(found - wanted).square().sum(dim=1) / _size(wanted)
         exact, guessed = wanted.log_softmax(CLASSES), found.log_softmax(CLASSES)
         return (exact.exp() * (exact - guessed)).sum(dim=CLASSES).reshape(len(wanted), -1).mean(dim=1)
 
@@ -61,8 +60,7 @@ class OutputLoss(Enum):
         v = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
         found: Tensor
         if self is OutputLoss.NOISE:
-            size = wanted.double().flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-            found = v * 2**0.5 / size.reshape(-1, *[1] * (wanted.ndim - 1))
+            found = v * (2 / _size(wanted.double())).sqrt().reshape(-1, *[1] * (wanted.ndim - 1))
             return found.to(wanted.dtype)
         p = wanted.double().softmax(CLASSES)
         found = (p.sqrt() * v - p * (p.sqrt() * v).sum(dim=CLASSES, keepdim=True)) / wanted[0, 0].numel() ** 0.5
@@ -73,3 +71,13 @@ def surprise(outputs: Sequence[Tensor]) -> Tensor:
     """Return ``-log p`` of the class that the network finds, summed over samples (the mean over the pixels of each)."""
     losses = [-value.log_softmax(CLASSES).amax(dim=CLASSES).reshape(len(value), -1).mean(dim=1) for value in outputs]
     return torch.stack(losses).sum()
+
+
+def _size(wanted: Tensor) -> Tensor:
+    """Return the sum of every sample's squares; infinite where all are 0, as no error is relative to that."""
+    found = _rows(wanted).square().sum(dim=1)
+    return found.masked_fill(found == 0, torch.inf)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from normfuse.precision.workload import Step
 from normfuse.quant.bits import FLOAT, MOST, Bits
@@ -13,6 +14,7 @@ from normfuse.sensitivity.units import BOPS, WEIGHT_BITS, Member, use_of
 __all__ = ["Resources", "stored_bits"]
 
 BYTE = 8
+BYTES: Final = Resource.BYTES.value
 
 
 def stored_bits(width: int) -> int:
@@ -83,6 +85,14 @@ class Resources:
             elif limit.resource is not Resource.DROP:
                 found[limit.resource.value] = amount
         return found
+
+    def told(self, amounts: Mapping[str, float]) -> dict[str, float]:
+        """Return amounts by resource: of what steps hold the most, and bytes only where the whole file was counted."""
+        found = dict[str, float]()
+        for name, amount in amounts.items():
+            word = name.partition(" ")[0]
+            found[word] = max(found.get(word, 0.0), amount)
+        return found if self.other_bytes else {name: amount for name, amount in found.items() if name != BYTES}
 
     def _whole(self, resource: Resource) -> float:
         """Return what the float model takes."""

@@ -43,10 +43,13 @@ class Samples:
         found: Tensor = parted.sum(dim=others, dtype=torch.float64)
         return found
 
+    def rows(self, node: fx.Node, x: Tensor) -> Tensor:
+        """Return the elements of every sample of a tensor laid out as the node's value is, [n, elements]."""
+        return x.movedim(self.axes.get(node, 0), 0).reshape(self.count, -1)
+
     def extremes(self, node: fx.Node, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least and the largest element of every sample, each shaped to broadcast with ``x``."""
-        rows = x.movedim(self.axes.get(node, 0), 0).reshape(self.count, -1)
-        least, largest = rows.aminmax(dim=1)
+        least, largest = self.rows(node, x).aminmax(dim=1)
         return self.spread(node, x, least), self.spread(node, x, largest)
 
     def spread(self, node: fx.Node, x: Tensor, factors: Tensor) -> Tensor:

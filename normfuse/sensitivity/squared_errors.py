@@ -83,14 +83,20 @@ def _relative(subject: Subject, noise: Tally, power: Mapping[str, float]) -> dic
 
 
 def weighted_by_trace(
-    method: str, errors: SquaredErrors, traces: Mapping[Kind, Mapping[str, float]], elements: Mapping[str, int]
+    method: str,
+    errors: SquaredErrors,
+    traces: Mapping[Kind, Mapping[str, float]],
+    elements: Mapping[Kind, Mapping[str, int]],
 ) -> Sensitivity:
-    """Return half the mean curvature per element times the squared error (HAWQ-V2, eq. 2: trace / n * ||dW||^2)."""
+    """Return half the mean curvature per element times the squared error (HAWQ-V2, eq. 2: trace / n * ||dW||^2).
+
+    A Hessian's trace can be negative at an activation; its size counts (ours: as 0 it would make any error free).
+    """
     tally = Tally()
     for kind in Kind:
         for name, row in errors.own[kind].items():
             for bits, error in row.items():
-                tally.add(kind, name, bits, traces[kind].get(name, 0.0) / elements[name] * error / 2)
+                tally.add(kind, name, bits, abs(traces[kind].get(name, 0.0)) / elements[kind][name] * error / 2)
     return tally.sensitivity(method)
 
 

@@ -20,7 +20,7 @@ from normfuse.sensitivity.watched_run import WatchedRun
 
 __all__ = ["Traces", "fisher_traces", "hessian_traces"]
 
-PROBES: Final = 8
+PROBES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class Traces:
     by_kind: Mapping[Kind, dict[str, float]] = field(
         default_factory=lambda: {kind: defaultdict(float) for kind in Kind}
     )
-    elements: dict[str, int] = field(default_factory=dict)
+    elements: Mapping[Kind, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in Kind})
 
     def add(self, kind: Kind, name: str, amount: float, elements: int) -> None:
         """Add what some samples give."""
         self.by_kind[kind][name] += amount
-        self.elements[name] = elements
+        self.elements[kind][name] = elements
 
 
 def fisher_traces(subject: Subject, *, progress: Progress) -> Traces:

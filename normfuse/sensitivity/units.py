@@ -77,7 +77,7 @@ class Member:
     def allowed(self, bits: Bits) -> Bits:
         """Return the bits that the member gets where ``bits`` are wanted."""
         bits = bits if self.override is None else self.override
-        if self.source or bits.is_float:
+        if self.source or bits.is_float or (self.override is not None and bits.activation == FLOAT):
             return bits
         return Bits(bits.weight, FLOAT if self.fixed is None else self.fixed)
 
@@ -161,7 +161,15 @@ def _override(member: Member, overrides: Overrides) -> Bits | None:
             expected="the same bits for layers that read the same tensor",
             hint=f"give {', '.join(layers)} one width",
         )
-    return next(iter(given), None)
+    bits = next(iter(given), None)
+    if bits is not None and bits.activation != FLOAT and not member.source and member.fixed is None:
+        raise UsageError(
+            f"overrides cannot have {given[bits]}={bits}",
+            where="recipe",
+            expected=f"activations of float: none have codes here, as {given[bits]}=w{bits.weight}a16",
+            hint="or bits with codes for activations (--bits, --activation-widths)",
+        )
+    return bits
 
 
 def bits_by_map(members: Iterable[Member], chosen: Mapping[str, Bits]) -> dict[str, Bits]:

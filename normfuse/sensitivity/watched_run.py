@@ -89,8 +89,10 @@ class WatchedRun:
         return value
 
     def gradients(self, cotangents: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
-        """Return the gradients of the outputs along cotangents, at every place."""
+        """Return the gradients of the outputs along cotangents, at every place; 0 where no output comes from."""
+        given = [each for each in zip(self.outputs, cotangents, strict=True) if each[0].requires_grad]
+        outputs, along = zip(*given, strict=True)
         found = torch.autograd.grad(
-            self.outputs, list(self.places.values()), cotangents, retain_graph=True, materialize_grads=True
+            outputs, list(self.places.values()), along, retain_graph=True, materialize_grads=True
         )
         return dict(zip(self.places, found, strict=True))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from normfuse.quant import allocation
-from normfuse.quant.allocation import SLACK, Allocation, BudgetTooSmall, Unit, allocate, front
+from normfuse.quant import highs
+from normfuse.quant.allocation import Allocation, BudgetTooSmall, Unit, allocate, front
 from normfuse.quant.bits import Bits
+from normfuse.quant.budget import Limit
+from normfuse.quant.knapsack import SLACK
 
 FEW = (Bits(2, 4), Bits(4, 4), Bits(4, 8))
 ALL = tuple(Bits(weight, activation) for weight in range(2, 9) for activation in range(2, 9))
@@ -221,7 +223,7 @@ def test_a_search_that_is_cut_short_says_what_it_may_have_missed(monkeypatch: py
     units = layers(60, 3)
     limits = limits_at(units, 0.05, "bops", "bytes")
     whole = allocate(units, limits)
-    monkeypatch.setattr(allocation, "NODES", 0)
+    monkeypatch.setattr(highs, "NODES", 0)
     short = allocate(units, limits)
     assert_is_sound(short, units, limits)
     assert 0 < short.gap < 1
@@ -239,7 +241,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
     units = [unit("one", (Bits(4, 8), 0, 1000), (Bits(2, 8), 1, 800)), unit("other", (Bits(2, 8), 0, 400))]
     with pytest.raises(BudgetTooSmall) as caught:
         allocate(units, {"bytes": 1000})
-    assert caught.value.what == "the budget bytes=1000 cannot be met: the least is 1200, 200 more"
+    assert caught.value.what == "the budget bytes=1kB cannot be met: the least is bytes=1.2kB"
     assert (caught.value.which, caught.value.least) == (("bytes",), {"bytes": 1200})
     assert (caught.value.where, caught.value.exit_code) == ("recipe", 2)
 
@@ -247,7 +249,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
 def test_every_budget_below_its_least_is_named() -> None:
     units = any_units(0, is_tied=False)
     with pytest.raises(
-        BudgetTooSmall, match=r"the budget bops=1 cannot .* more; the budget bytes=2\.5 cannot be met"
+        BudgetTooSmall, match=r"the budget bops=1 cannot .*; the budget bytes=2\.5 cannot be met"
     ) as caught:
         allocate(units, {"bops": 1, "bytes": 2.5})
     assert caught.value.which == ("bops", "bytes")
@@ -259,11 +261,65 @@ def test_budgets_that_only_fail_together_are_refused_where_they_nearly_hold() ->
     with pytest.raises(BudgetTooSmall) as caught:
         allocate(units, {"bytes": 4e6, "bops": 450})
     assert caught.value.what == (
-        "the budgets bytes=4000000, bops=450 can be met one by one, but not together; "
-        "the nearest needs bytes 5000000 (+25.00%), bops 400"
+        "the budgets bytes=4MB, bops=450 can be met one by one, but not together; "
+        "the nearest needs bytes=5MB (+25.00%), bops=400"
     )
     assert caught.value.which == ("bytes", "bops")
     assert caught.value.least == {"bytes": 5e6, "bops": 400}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_least_that_is_told_can_be_asked_for(seed: int) -> None:
+    units = any_units(seed, is_tied=True)
+    with pytest.raises(BudgetTooSmall) as caught:
+        allocate(units, {"bytes": 1})
+    told = Limit.parse(caught.value.what.rpartition(" ")[2])
+    assert caught.value.least["bytes"] <= told.amount <= 1.001 * caught.value.least["bytes"]
+    allocate(units, {"bytes": told.amount})
+    with pytest.raises(BudgetTooSmall) as nearly:
+        allocate(units, {"bytes": caught.value.least["bytes"] * (1 - 1e-9)})
+    assert nearly.value.what.count(str(told)) == 1, "what cannot be met is not told like the least"
+
+
+def test_amounts_that_are_whole_but_for_rounding_are_told_whole() -> None:
+    units = [unit(f"layer{index}", (Bits(2, 8), 1, 0.1)) for index in range(3)]
+    with pytest.raises(BudgetTooSmall, match=r"the budget bytes=0\.14 cannot be met: the least is bytes=0\.3\n"):
+        allocate(units, {"bytes": 0.14 * (1 - 2e-16)})
+
+
+@pytest.mark.parametrize(
+    ("limits", "least", "said"),
+    [
+        ({"latency": 1e-3}, {"latency": 0.00123456}, "latency=1ms cannot be met: the least is latency=1.235ms"),
+        ({"avg-bits": 4.0}, {"avg-bits": 4.000001}, "avg-bits=4 cannot be met: the least is avg-bits=4.001"),
+        ({"drop": 0.5}, {"drop": 1.23449}, "drop=0.5 cannot be met: the least is drop=1.235"),
+        ({"bytes": 703_700.0}, {"bytes": 719_893}, "bytes=703.7kB cannot be met: the least is bytes=719.9kB"),
+        (
+            {"weight-bits": 4e6},
+            {"weight-bits": 5e6},
+            "weight-bits=4000000 cannot be met: the least is weight-bits=5000000",
+        ),
+    ],
+)
+def test_amounts_are_written_as_budgets_write_them(
+    limits: Mapping[str, float], least: Mapping[str, float], said: str
+) -> None:
+    assert BudgetTooSmall(limits, least).what == f"the budget {said}"
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_limits_of_one_resource_are_told_once(is_joint: bool) -> None:
+    limits = {f"activation-bytes at step {step}": 500.0 for step in range(3)}
+    least = dict(zip(limits, (510.0, 530.0, 520.0), strict=True))
+    found = BudgetTooSmall(limits, least, is_joint=is_joint)
+    said = "the budget activation-bytes=500 cannot be met: the least is activation-bytes=530"
+    assert found.what == said
+    assert (found.which, found.least) == (tuple(limits), least)
+
+
+def test_amounts_that_no_budget_has_are_told_all_the_same() -> None:
+    found = BudgetTooSmall({"latency": 1e-3, "bytes": 10.0}, {"latency": 0.0, "bytes": 11.0}, is_joint=True)
+    assert found.what.endswith("the nearest needs latency=0, bytes=11 (+10.00%)")
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
