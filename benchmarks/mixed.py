@@ -172,6 +172,7 @@ def _row(
             limits,
             decide=decide,
             judging=chunked(((sample[None],) for sample in samples[SCORED:]), CHUNK),
+            loss=subject.loss,
             progress=Silent(),
         )
         return found[0].bits

@@ -25,6 +25,7 @@ __all__ = ["command"]
     help="Of mixed bits: bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=2MB, latency=0.8x, drop=0.5.",
 )
 @click.option("--score", help="Of mixed bits: what fewer bits of a layer cost, as in `normfuse score --method`.")
+@click.option("--outputs", help="What outputs are for scores: auto (by their shape), classes, or values.")
 @click.option("--overrides", help="Bits of layers by name, as in 'head=8 blocks.*.fc2=w4a8'; they always win.")
 @click.option("--weight-widths", help="Of mixed bits: what weights may have (default: what the target gains from).")
 @click.option("--activation-widths", help="Of mixed bits: what activations may have.")

@@ -23,6 +23,11 @@ __all__ = ["command"]
     show_default=True,
     help="curvature, kl, sqnr, gradient-error, lrp, lrp-error, fisher, hessian or random.",
 )
+@click.option("--outputs", help="What outputs are: auto (by their shape), classes, or values.")
+@click.option("--rotate/--no-rotate", default=None, help="As in `normfuse compile`: it changes what is scored.")
+@click.option("--equalize/--no-equalize", default=None, help="As in `normfuse compile`: it changes what is scored.")
+@click.option("--weights", help="Codes of weights: symmetric or asymmetric.")
+@click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")
 @click.option("--weight-widths", help="Bits that are scored, as 2,3,4,8 (default: what the target gains from).")
 @click.option("--activation-widths", help="The same for activations.")
 @click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
@@ -34,6 +39,7 @@ __all__ = ["command"]
 def command(model: Path, output: Path | None, page: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Say what fewer bits of every layer of MODEL cost."""
     from normfuse.atomic import write_file
+    from normfuse.checkpoint import remove_checkpoint
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.page import render_page
@@ -44,16 +50,18 @@ def command(model: Path, output: Path | None, page: Path | None, as_json: bool, 
     calib, _, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))
     arch, trust, shown = options.pop("arch"), options.pop("trust_pickle"), render.progress(quiet=quiet)
     recipe = Recipe(bits=MIXED, pareto=True).with_options(**options)
+    resume = None if output is None else Path(f"{output.absolute()}.resume")
     found = score_model(
         opened_model(model, arch=arch, trust_pickle=trust, progress=shown),
         calibration=opened_samples(calib, preprocess, other=None, progress=shown),
         recipe=recipe,
         known=output,
-        resume=None if output is None else Path(f"{output.absolute()}.resume"),
+        resume=resume,
         progress=shown,
     )
-    if output is not None:
+    if output is not None and resume is not None:
         write_file(output, strict_json(found).encode())
+        remove_checkpoint(resume)
     if page is not None:
         write_file(page, render_page({"sensitivity": found}).encode())
     render.as_json(found) if as_json else render.sensitivity(found)

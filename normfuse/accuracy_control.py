@@ -110,6 +110,7 @@ class AccuracyControl:
         drop_of: measures the points of the score that an engine loses.
         progress: shows the ranking.
         method: how ranges are chosen for activations that get more bits.
+        untouched: names of linear maps and requests that keep their bits whatever is put back: the user gave them.
     """
 
     levels: Levels
@@ -118,6 +119,7 @@ class AccuracyControl:
     drop_of: Callable[[Engine], float]
     progress: Progress
     method: CalibrationMethod = CalibrationMethod.AUTO
+    untouched: frozenset[str] = frozenset()
 
     def run(self, plan: Plan, samples: Stream) -> Control:
         """Return what was tried and chosen; blocks are ranked, and given new ranges, on ``samples``."""
@@ -134,13 +136,16 @@ class AccuracyControl:
 
     def _ranged(self, start: Trial, placement: Placement, samples: Stream) -> Trial:
         """Return the trial with ranges for what will have more bits; its own were clipped for few."""
-        wide = widened(start.plan.graph, quantized_blocks(start.plan.graph), placement)
+        wide = widened(start.plan.graph, self._blocks(start.plan), placement)
         before = {request.node.name: request.type for request in requests(start.plan.graph)}
         if all(before[request.node.name] == request.type for request in requests(wide)):
             return start
         found = calibrate(wide, samples, method=self.method, progress=self.progress)
         ranges = {**start.plan.decided.ranges, **found.by_name}
         return replace(start, plan=start.plan.changed(replace(start.plan.decided, ranges=ranges)))
+
+    def _blocks(self, plan: Plan) -> list[QuantizedBlock]:
+        return quantized_blocks(plan.graph, untouched=self.untouched)
 
     def _choose(self, trials: Sequence[Trial]) -> Trial:
         enough = [trial for trial in trials if trial.drop <= self.allowed]
@@ -182,7 +187,7 @@ class AccuracyControl:
         self, plan: Plan, placement: Placement | None, chunks: Sequence[Sequence[Tensor]]
     ) -> list[tuple[QuantizedBlock, float]]:
         """Return the blocks with what putting one alone back mends, the most first."""
-        blocks, found = quantized_blocks(plan.graph), []
+        blocks, found = self._blocks(plan), []
         targets = [plan.graph.run(*chunk) for chunk in chunks]
         before = output_error(plan.decided, chunks, targets)
         with self.progress.task("ranking blocks", len(blocks)) as advance:

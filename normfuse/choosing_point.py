@@ -16,7 +16,7 @@ from normfuse.quant.allocation import BudgetTooSmall
 from normfuse.quant.budget import Limit, Resource
 from normfuse.recipe import POINTS, Recipe
 
-__all__ = ["ChoosingPoint", "Front"]
+__all__ = ["ChoosingPoint", "Front", "refuse_unlabelled_drop"]
 
 Front = tuple[Mapping[str, Any], ...]
 """What was measured of every point, for the report."""
@@ -47,18 +47,11 @@ class ChoosingPoint:
 
         Raises:
             BudgetTooSmall: no bits keep the limits.
-            UsageError: a drop cannot be measured, or no bits keep it; there is no such point.
+            UsageError: no bits keep a drop, or there is no such point.
         """
         asked = self.recipe.chosen_budget.limits
         drop = next((limit for limit in asked if limit.resource is Resource.DROP), None)
         limits = [limit for limit in asked if limit is not drop]
-        if drop is not None and self.base is None:
-            raise UsageError(
-                f"the budget {drop} needs labelled samples",
-                where="recipe",
-                expected="samples to measure the drop on",
-                hint="--eval DATA with labels, or another budget",
-            )
         if self.recipe.pareto:
             return self._measured(limits)
         return self.mixing.plan(limits) if drop is None else self._smallest(limits, drop), ()
@@ -122,6 +115,22 @@ class ChoosingPoint:
             return self.recipe.point - 1
         drops, allowed = [row["drop"] for row in rows], self.recipe.allowed_drop
         return next((at for at, drop in enumerate(drops) if drop is not None and drop <= allowed), len(rows) - 1)
+
+
+def refuse_unlabelled_drop(recipe: Recipe, base: Score | None) -> None:
+    """Refuse a budget of drop without a score to measure it by.
+
+    Raises:
+        UsageError: there are no labels.
+    """
+    for limit in recipe.chosen_budget.limits:
+        if limit.resource is Resource.DROP and base is None:
+            raise UsageError(
+                f"the budget {limit} needs labelled samples",
+                where="recipe",
+                expected="samples to measure the drop on",
+                hint="--eval DATA with labels, or another budget",
+            )
 
 
 def _point(number: int, plan: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from math import ceil, inf
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -27,19 +26,21 @@ from normfuse.graph.quantization import requests
 from normfuse.latency_table import LatencyTable
 from normfuse.layer_latency import measure_layers
 from normfuse.measure import file_bytes
+from normfuse.mixed_report import mixed_report
 from normfuse.planning import Placed, Plan, place, refined
 from normfuse.precision import BlockReport, Quantization, chunk_size, chunked
-from normfuse.precision.assignment import PlacementOf
+from normfuse.precision.assignment import PlacementOf, wanted_weight
 from normfuse.precision.chunks import samples_in
 from normfuse.precision.put_back import Decided
 from normfuse.precision.workload import steps_of
 from normfuse.progress import Progress
-from normfuse.quant.allocation import front
+from normfuse.quant.allocation import allocate, front
 from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.budget import Limit, Resource
 from normfuse.quant.knapsack import SLACK
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
+from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.sensitivity.choosing import Choice, choose, rounded
 from normfuse.sensitivity.keeping import FORGETFUL
 from normfuse.sensitivity.methods import scores_of
@@ -121,6 +122,7 @@ class Mixing:
             rest=self.resources.rest,
             decide=self._decide,
             judging=self.judging,
+            loss=self.subject.loss,
             progress=self.progress,
         )
 
@@ -147,6 +149,7 @@ class Mixing:
 
     def _plan(self, found: Sequence[Choice], score: Sensitivity, bounds: Mapping[str, float], budget: str) -> Plan:
         best = found[0]
+        report = mixed_report(self.members, found, score, self.resources, bounds)
         graph, decided, blocks = self._decided[tuple(best.bits.values())]
         ranges = self.subject.ranges_of(graph)
         return Plan(
@@ -155,40 +158,8 @@ class Mixing:
             ranges=ranges,
             blocks=tuple(blocks),
             notes=tuple(self.checkpoint.notes) if self.checkpoint else (),
-            mixed=self._report(found, score, bounds, budget),
+            mixed={"budget": budget, "asked": self.recipe.budget, **report},
         )
-
-    def _report(
-        self, found: Sequence[Choice], score: Sensitivity, bounds: Mapping[str, float], budget: str
-    ) -> dict[str, Any]:
-        best = found[0]
-        shares, layers = _shares(self.members, score), list[dict[str, Any]]()
-        for member in self.members:
-            for name, work in member.maps.items():
-                facts = {"layer": work.layer, "bits": best.bits[name].spelled, "share": shares[name]}
-                sizes = {"parameters": work.parameters, "macs": work.macs}
-                layers.append({**facts, **sizes, "overridden": member.override is not None})
-        histogram = Counter(each["bits"] for each in layers)
-        use, limits = (self.resources.told(each) for each in (best.allocation.use, bounds))
-        return {
-            "budget": budget,
-            "score": best.method,
-            "candidates": [{"score": each.method, "loss": each.loss} for each in found],
-            "used": {
-                name: {"amount": amount, **({"limit": limits[name]} if name in limits else {})}
-                for name, amount in use.items()
-            },
-            "average_weight_bits": use[Resource.AVERAGE_BITS.value],
-            "histogram": [
-                {
-                    "bits": bits,
-                    "layers": count,
-                    "parameters": sum(each["parameters"] for each in layers if each["bits"] == bits),
-                }
-                for bits, count in histogram.most_common()
-            ],
-            "layers": layers,
-        }
 
 
 def _of_bits(checkpoint: Checkpoint, bits: Mapping[str, Bits]) -> Checkpoint:
@@ -196,18 +167,6 @@ def _of_bits(checkpoint: Checkpoint, bits: Mapping[str, Bits]) -> Checkpoint:
     written = " ".join(f"{name}={each}" for name, each in bits.items())
     digest = hashlib.sha256(written.encode()).hexdigest()[:16]
     return checkpoint.inner(digest, {**checkpoint.key, "bits": written})
-
-
-def _shares(members: Sequence[Member], score: Sensitivity) -> dict[str, float]:
-    """Return the part of every map in the expected damage of all at their fewest bits."""
-    damage = dict[str, float]()
-    for member in members:
-        row = score.activations.get(member.source, {})
-        for name in member.maps:
-            shared = row[min(row)] / len(member.maps) if row else 0.0
-            damage[name] = score.weights[name][min(score.weights[name])] + shared
-    total = sum(damage.values())
-    return {name: amount / total if total > 0 else 0.0 for name, amount in damage.items()}
 
 
 def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
@@ -240,6 +199,8 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
     """
     ready = prepare_subject(folded, samples, recipe=recipe, placement_of=placement_of, progress=progress)
     subject, members, placed = ready.subject, ready.members, ready.placed
+    resources = _resources(ready, recipe, floating, folder, threads, progress)
+    _refuse_impossible(members, resources, recipe)
     checkpoint = None
     if resume is not None:
         placement = placement_of(recipe.precision)
@@ -247,7 +208,6 @@ def prepare_mixing(  # noqa: PLR0913 - what mixed bits follow from
     scores = scores_of(
         subject, recipe.chosen_scores, seed=recipe.seed, progress=progress, keeper=checkpoint or FORGETFUL
     )
-    resources = _resources(ready, recipe, floating, folder, threads, progress)
     return Mixing(
         recipe=recipe,
         samples=samples,
@@ -267,8 +227,24 @@ def mixed_checkpoint(
     folder: Path, folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placement, progress: Progress
 ) -> Checkpoint:
     """Return what is kept of a recipe with mixed bits: its budget may be another one, scores do not follow from it."""
-    names = ("effort", "levers", "calibration", "seed", "rotate", "equalize", "overrides", "weights", "table_bits")
-    choices = {"widths": recipe.widths, "placement": placement, **{name: getattr(recipe, name) for name in names}}
+    names = (
+        "effort",
+        "levers",
+        "calibration",
+        "seed",
+        "rotate",
+        "equalize",
+        "overrides",
+        "weights",
+        "table_bits",
+        "outputs",
+    )
+    choices = {
+        "widths": recipe.widths,
+        "placement": placement,
+        "weights": recipe.weights,
+        **{name: getattr(recipe, name) for name in names},
+    }
     with progress.task("looking for a calibration to go on with"):
         return Checkpoint(folder, calibration_key(folded, samples, choices))
 
@@ -307,6 +283,7 @@ def prepare_subject(
         weight_widths=weights,
         activation_widths=activations,
         ranges=ranges,
+        outputs=recipe.outputs,
     )
     if not subject.maps:
         raise UsageError("no layer of the model can get bits", where="the model", expected="linear maps with weights")
@@ -338,9 +315,10 @@ def _resources(
         float_bytes=file_bytes(floating.path),
     )
     if Resource.BYTES in limited:
+        found = replace(found, scales=_scales(ready, recipe))
         found = replace(found, other_bytes=_other_bytes(ready, found, recipe, folder))
     if Resource.ACTIVATION_BYTES in limited:
-        chosen = {member.source for member in members}
+        chosen = {member.reads for member in members}
         fixed = {each.source.name: each.type.bits for each in requests(subject.graph) if each.source.name not in chosen}
         found = replace(found, steps=steps_of(subject.graph, sample), fixed_bits=fixed)
     if Resource.LATENCY in limited:
@@ -385,6 +363,19 @@ def _without_calls(seconds: Seconds, whole: float) -> Seconds:
     return {name: {bits: max(each - call, 0.0) for bits, each in row.items()} for name, row in seconds.items()}
 
 
+def _refuse_impossible(members: Sequence[Member], resources: Resources, recipe: Recipe) -> None:
+    """Refuse a budget that no bits keep before anything is scored.
+
+    Raises:
+        BudgetTooSmall: it is too small.
+    """
+    maps = {name: dict.fromkeys(recipe.widths[0], 0.0) for member in members for name in member.maps}
+    sources = {member.source: dict.fromkeys(recipe.widths[1], 0.0) for member in members}
+    harmless = Sensitivity(method="none", weights=maps, activations=sources)
+    whole = units(members, harmless, options(*recipe.widths), use=resources.use, rest=resources.rest)
+    allocate(whole, resources.bounds(recipe.chosen_budget.limits))
+
+
 def _refuse_unmeasured(table: LatencyTable) -> None:
     for name, reasons in table.missing.items():
         for bits, reason in reasons.items():
@@ -394,6 +385,22 @@ def _refuse_unmeasured(table: LatencyTable) -> None:
                 expected=f"layers that run alone ({reason})",
                 hint="another budget, or widths without it (--weight-widths, --activation-widths)",
             )
+
+
+def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
+    """Return how many scales every map has in the file at all its bits: one per output, or per group of inputs."""
+    subject, found = ready.subject, dict[str, dict[Bits, int]]()
+    members = {name: member for member in ready.members for name in member.maps}
+    for node in subject.maps:
+        linear = read_linear_map(subject.graph, node)
+        assert linear is not None
+        inputs = linear.weight[0].numel()
+        for each in (UNTOUCHED, *options(*recipe.widths), Bits(subject.weight_widths[0], min(recipe.widths[1]))):
+            bits = members[node.name].allowed(each)
+            group = None if bits.is_float else wanted_weight(node, subject.placement_of(bits)).group
+            per_output = 0 if bits.is_float else 1 if group is None else -(-inputs // group)
+            found.setdefault(node.name, {})[bits] = linear.outputs * per_output
+    return found
 
 
 def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Workspace) -> int:

@@ -9,15 +9,18 @@ from normfuse.accuracy_control import AccuracyControl, Control, Levels
 from normfuse.bench.accuracy import Score
 from normfuse.build import Engine, check_quantized, write_quantized
 from normfuse.built import Workspace
-from normfuse.choosing_point import ChoosingPoint, Front
+from normfuse.choosing_point import ChoosingPoint, Front, refuse_unlabelled_drop
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream
-from normfuse.graph import Graph
+from normfuse.graph import Graph, query
+from normfuse.graph.quantization import is_requested, requested_weights
 from normfuse.measure import Measured, accuracy
+from normfuse.mixed_report import realised
 from normfuse.mixing import prepare_mixing
 from normfuse.planning import Plan, plan_quantization
 from normfuse.progress import Progress
 from normfuse.quant.bits import MOST, Bits
+from normfuse.quant.overrides import Overrides
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
@@ -50,7 +53,8 @@ class Quantizing:
             engine, control = self._write(plan), None
         else:
             control = self._control(plan, what, base)
-            engine = control.chosen.engine
+            chosen = control.chosen
+            engine = replace(chosen.engine, mixed=realised(chosen.engine.mixed, chosen.plan.graph))
         with self.progress.task("comparing engine and simulation"):
             return replace(check_quantized(engine, self.samples, threads=self.threads), front=front), control
 
@@ -68,6 +72,7 @@ class Quantizing:
                 resume=self.resume,
             )
             return plan, ()
+        refuse_unlabelled_drop(self.recipe, base)
         mixing = prepare_mixing(
             folded,
             self.samples,
@@ -100,18 +105,20 @@ class Quantizing:
 
         control = AccuracyControl(
             levels=self._levels(),
-            allowed=self.recipe.max_drop,
+            allowed=self.recipe.allowed_drop,
             build=self._write,
             drop_of=drop_of,
             progress=self.progress,
             method=self.recipe.calibration,
+            untouched=_overridden(plan.graph, self.recipe.chosen_overrides),
         ).run(plan, self.samples)
         return replace(control, scores={what.engines[0].label: base, label: scores[control.chosen.engine.path]})
 
     def _levels(self) -> Levels:
         asked = self.recipe.precision
         widest = replace(asked, weight=MOST, activation=max(asked.activation, MOST))
-        wider = {} if widest == asked else {str(widest): self._placement(widest)}
+        may_be_narrower = self.recipe.is_mixed or bool(self.recipe.overrides)
+        wider = {str(widest): self._placement(widest)} if widest != asked or may_be_narrower else {}
         return {**wider, "float": None}
 
     def _placement(self, bits: Bits) -> Placement:
@@ -122,3 +129,10 @@ class Quantizing:
             weights=self.recipe.weights,
             table_bits=self.recipe.table_bits,
         )
+
+
+def _overridden(graph: Graph, overrides: Overrides) -> frozenset[str]:
+    """Return the linear maps whose bits the user gave, and the requests that they read, by name."""
+    maps = [node for node in requested_weights(graph) if overrides.bits_for(query.layer_of(node) or node.name)]
+    read = {source.name for node in maps for source in node.all_input_nodes if is_requested(source)}
+    return frozenset({node.name for node in maps} | read)

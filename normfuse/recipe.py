@@ -17,6 +17,7 @@ from normfuse.quant.budget import Budget, Resource
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.levers import Effort, Levers
+from normfuse.quant.output_kind import OutputKind
 from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
 from normfuse.quant.widths import parse_widths
@@ -48,26 +49,27 @@ class Recipe:
     ``bits`` 8 is W8A8, 4 has weights of 4 bits, ``w4a4`` also activations, 32 keeps float (folds only); see
     ``precision``. ``mixed`` gives every layer its own, within ``budget`` (see ``Budget``), among ``weight_widths``
     and ``activation_widths`` (empty: those that the target gains from), by ``score`` (see ``ScoreMethod``;
-    ``default``: the best of several). ``refresh`` scores again that often on the quantized network, and takes what
-    it bears better. ``pareto`` builds and measures the whole front of average bits, of which ``point`` ships (1:
-    the smallest; 0: the smallest whose drop is kept). ``overrides`` gives layers bits by name (see ``Overrides``),
-    whatever ``bits`` says. ``activations`` says whether the scales of their codes are known from calibration
-    (``static``) or found for every row while the engine runs (``dynamic``), ``weights`` whether zero points of
-    weights are 0 (``symmetric``) or chosen per channel or group (``asymmetric``). ``table_bits`` 8 or 4 is the
-    width of embedding and position tables. ``effort`` 0 rounds to nearest, 1 feeds errors back and corrects outputs
-    below eight bits, 2 also learns block by block; ``levers`` pulls or lets go single parts of that (see
-    ``Levers``). ``rotate`` turns residual streams and heads, exactly, if the quantized network errs less for it
-    (see ``RotateStream``). ``equalize`` scales channels, exactly, where that makes quantized blocks better (see
-    ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible
-    cores, two at most. ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are
-    labelled), in points, that still counts as kept (a drop in the budget takes its place); ``min_speedup``
-    the smallest speed-up over float.
+    ``default``: the best of several), by what ``outputs`` are (see ``OutputKind``). ``refresh`` scores again that
+    often on the quantized network, and takes what it bears better. ``pareto`` builds and measures the whole front
+    of average bits, of which ``point`` ships (1: the smallest; 0: the smallest whose drop is kept). ``overrides``
+    gives layers bits by name (see ``Overrides``), whatever ``bits`` says. ``activations`` says whether the scales
+    of their codes are known from calibration (``static``) or found for every row while the engine runs
+    (``dynamic``), ``weights`` whether zero points of weights are 0 (``symmetric``) or chosen per channel or group
+    (``asymmetric``). ``table_bits`` 8 or 4 is the width of embedding and position tables. ``effort`` 0 rounds to
+    nearest, 1 feeds errors back and corrects outputs below eight bits, 2 also learns block by block; ``levers``
+    pulls or lets go single parts of that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if
+    the quantized network errs less for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that
+    makes quantized blocks better (see ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all).
+    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1
+    accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
+    takes its place); ``min_speedup`` the smallest speed-up over float.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
     budget: str = ""
     score: str = DEFAULT_SCORE
+    outputs: OutputKind = OutputKind.AUTO
     overrides: str = ""
     weight_widths: str = ""
     activation_widths: str = ""
@@ -97,6 +99,9 @@ class Recipe:
             UsageError: a field is out of range; the message names it.
         """
         object.__setattr__(self, "bits", _written_bits(self.bits))
+        for name in ("budget", "score", "overrides", "weight_widths", "activation_widths", "levers"):
+            value = getattr(self, name)
+            _check(isinstance(value, str), name, repr(value), "text, as the command line takes it")
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for refuses_what_is_none in ("chosen_overrides", "chosen_scores"):
             getattr(self, refuses_what_is_none)
@@ -139,6 +144,7 @@ class Recipe:
             return
         for name in ("budget", "weight_widths", "activation_widths", "refresh", "pareto", "point"):
             _check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
+        _check(self.outputs is OutputKind.AUTO, "outputs", self.outputs.value, "auto unless bits are mixed")
         _check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
         is_dynamic = self.activations is ActivationCodes.DYNAMIC
         none = "empty beside 32 bits and beside dynamic activations"
@@ -212,8 +218,11 @@ class Recipe:
     @property
     def chosen_levers(self) -> Levers:
         """The levers of ``effort``, changed as ``levers`` says."""
-        bits = Bits(min(self.widths[0]), self.precision.activation) if self.is_mixed else self.precision
-        return Levers.of(Effort(self.effort), bits).changed(self.levers)
+        given = [self.precision, *(bits for _, bits in self.chosen_overrides.patterns)]
+        weights, activations = [each.weight for each in given], [each.activation for each in given]
+        if self.is_mixed:
+            weights, activations = [*weights, *self.widths[0]], [*activations, *self.widths[1]]
+        return Levers.of(Effort(self.effort), Bits(min(weights), min(activations))).changed(self.levers)
 
     def with_options(self, **options: Any) -> Self:
         """Return the recipe with those options changed that are not None (as text, number or enum)."""

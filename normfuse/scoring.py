@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from normfuse.build import FOLDING
 from normfuse.capturing import Examples, Model, capture_model
-from normfuse.checkpoint import Checkpoint, calibration_key, remove_checkpoint
+from normfuse.checkpoint import Checkpoint, calibration_key
 from normfuse.data import Data, load_samples
 from normfuse.errors import UsageError
 from normfuse.export.placement import onnx_placement
@@ -21,7 +21,7 @@ from normfuse.graph import query
 from normfuse.loading import load_model
 from normfuse.mixing import prepare_subject
 from normfuse.progress import Progress, Silent
-from normfuse.quant.score_method import DEFAULT_SCORE
+from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod
 from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
 from normfuse.sensitivity.keeping import FORGETFUL
@@ -54,7 +54,8 @@ def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
         calibration: samples; at most 64 are scored.
         recipe: with mixed bits and one score.
         known: a file that an earlier run may have written: of the same model, samples and choices it is the answer.
-        resume: a folder for what is finished of long scores; it is removed at the end.
+        resume: a folder for what is finished of long scores; to be removed when the answer is kept
+            (``remove_checkpoint``).
         progress: shows what takes long.
 
     Raises:
@@ -65,7 +66,8 @@ def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
             "a score needs calibration data", expected="samples like those the model will see", hint="--calib DATA"
         )
     if recipe.score == DEFAULT_SCORE:
-        raise UsageError("one score is needed", where="recipe", expected="the name of a single score")
+        names = ", ".join(method.value for method in ScoreMethod)
+        raise UsageError("one score is needed", where="recipe", expected=names, hint="--method curvature")
     shown = progress or Silent()
     if isinstance(model, (str, Path)):
         model = load_model(model)
@@ -83,13 +85,11 @@ def score_model(  # noqa: PLR0913 - as ``compile``: what it needs, by name
     ready = prepare_subject(graph, source, recipe=recipe, placement_of=placement_of, progress=shown)
     keeper = FORGETFUL if resume is None else Checkpoint(resume, key)
     (score,) = scores_of(ready.subject, recipe.chosen_scores, seed=recipe.seed, progress=shown, keeper=keeper)
-    if resume is not None:
-        remove_checkpoint(resume)
     return _sealed(_as_dict(ready.subject, score, key))
 
 
 def _choices(recipe: Recipe, level: str) -> dict[str, object]:
-    names = ("score", "weights", "calibration", "seed", "rotate", "equalize")
+    names = ("score", "weights", "calibration", "seed", "rotate", "equalize", "outputs")
     chosen = {name: getattr(recipe, name) for name in names}
     return {"format": FORMAT, "processor": level, "widths": recipe.widths, **chosen}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,13 +47,13 @@ class QuantizedBlock:
     layers: tuple[str, ...]
 
 
-def quantized_blocks(graph: Graph) -> list[QuantizedBlock]:
-    """Return the segments of a graph with requests that hold linear maps, in order."""
+def quantized_blocks(graph: Graph, *, untouched: Collection[str] = ()) -> list[QuantizedBlock]:
+    """Return the segments of a graph with requests that hold linear maps, in order; what is untouched is no part."""
     maps = requested_weights(graph)
     found = []
     for part in segments(graph, wanted=lambda node: node in maps):
-        inside = [node for node in part.nodes if node in maps]
-        asked = {node.name for node in part.nodes if node in maps or is_requested(node)}
+        inside = [node for node in part.nodes if node in maps and node.name not in untouched]
+        asked = {node.name for node in part.nodes if node in maps or is_requested(node)} - set(untouched)
         layers = tuple(dict.fromkeys(query.layer_of(node) or node.name for node in inside))
         if inside:
             found.append(QuantizedBlock(frozenset(asked), layers))

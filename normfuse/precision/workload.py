@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,14 @@ def steps_of(graph: Graph, sample: Sequence[Tensor]) -> list[Step]:
     """Return the steps of a run in which most is held, whatever widths codes get.
 
     Every tensor lives from the call that makes it to the last that reads it or a view of it. It is held as codes if
-    all its readers read codes, else as floats. An engine with other views or an other order holds more or less.
+    all that read it or its views read codes, else as floats. An engine with other views or an other order holds more or
+    less.
     """
     elements, count = _elements(graph, sample), samples_in(sample)
-    coded = {each.source: each for each in requests(graph) if set(query.readers(each.source)) == {each.node}}
+    coded = dict[fx.Node, str]()
+    for each in requests(graph):
+        if set(_readers(_root(each.source))) == {each.node}:
+            coded[_root(each.source)] = each.source.name
     order = [node for node in graph.nodes if node.op in ("placeholder", "call_function")]
     last = _last_reads(order, set(graph.outputs))
     found = list[Step]()
@@ -78,7 +82,7 @@ def steps_of(graph: Graph, sample: Sequence[Tensor]) -> list[Step]:
         if node in elements and _root(node) is node:
             held[node] = elements[node] // count
         floats = sum(n * FLOAT / BYTE for each, n in held.items() if each not in coded)
-        step = Step(floats=floats, codes={each.name: n for each, n in held.items() if each in coded})
+        step = Step(floats=floats, codes={coded[each]: n for each, n in held.items() if each in coded})
         found = [each for each in found if not each.within(step)]
         if not any(step.within(each) for each in found):
             found.append(step)
@@ -99,6 +103,15 @@ def _root(node: fx.Node) -> fx.Node:
     while is_requested(node) or query.is_call(node, *ALIASES):
         node = node.all_input_nodes[0]
     return node
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield what reads a node or a view of it."""
+    for reader in query.readers(node):
+        if query.is_call(reader, *ALIASES):
+            yield from _readers(reader)
+        else:
+            yield reader
 
 
 def _elements(graph: Graph, sample: Sequence[Tensor]) -> dict[fx.Node, int]:

@@ -62,7 +62,7 @@ class Overrides:
         for pattern in self.unused(layers):
             close = _close(pattern, layers)
             raise UsageError(
-                f"overrides cannot have {pattern}: no layer is called so",
+                f"overrides cannot have {pattern}: no layer that can have bits is called so",
                 where="recipe",
                 expected=f"names such as {', '.join(sorted(layers)[:SHOWN])}"
                 if layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from types import MappingProxyType
 
 import torch
@@ -59,6 +60,7 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     rest: Mapping[str, float] = MappingProxyType({}),
     decide: Decide,
     judging: Sequence[Sequence[Tensor]],
+    loss: OutputLoss,
     progress: Progress,
 ) -> list[Choice]:
     """Return the choice of every score, the one whose outputs lose least first (ours).
@@ -75,6 +77,7 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
         rest: what is used whatever the bits.
         decide: makes the network of some bits.
         judging: chunks of samples, best others than were scored.
+        loss: how outputs are compared.
         progress: shows the candidates.
 
     Raises:
@@ -89,14 +92,21 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     with progress.task("comparing allocations", len(candidates)) as advance:
         for key, each in candidates.items():
             graph, decided = decide(each)
-            found[key] = (graph, decided, outputs_lose(graph, decided, judging) if len(candidates) > 1 else None)
+            found[key] = (graph, decided, outputs_lose(graph, decided, judging, loss) if len(candidates) > 1 else None)
             advance(1)
     made = []
     for method, each in bits.items():
-        graph, decided, loss = found[tuple(each.values())]
+        graph, decided, lost = found[tuple(each.values())]
         allocation = allocations[method]
-        made.append(Choice(method=method, bits=each, allocation=allocation, graph=graph, decided=decided, loss=loss))
-    return sorted(made, key=lambda choice: choice.loss or 0.0)
+        made.append(Choice(method=method, bits=each, allocation=allocation, graph=graph, decided=decided, loss=lost))
+    return sorted(made, key=_badness)
+
+
+def _badness(choice: Choice) -> float:
+    """Return what is lost; what is not a number is worst."""
+    if choice.loss is None:
+        return 0.0
+    return choice.loss if isfinite(choice.loss) else inf
 
 
 def rounded(subject: Subject, bits: Mapping[str, Bits]) -> tuple[Graph, Quantization]:
@@ -106,9 +116,9 @@ def rounded(subject: Subject, bits: Mapping[str, Bits]) -> tuple[Graph, Quantiza
 
 
 @torch.no_grad()
-def outputs_lose(graph: Graph, decided: Quantization, chunks: Sequence[Sequence[Tensor]]) -> float:
-    """Return the loss of the outputs of a quantized network (``OutputLoss.of``), the mean over samples."""
-    loss, simulation, total = OutputLoss.of(graph), Simulation(decided), 0.0
+def outputs_lose(graph: Graph, decided: Quantization, chunks: Sequence[Sequence[Tensor]], loss: OutputLoss) -> float:
+    """Return the loss of the outputs of a quantized network, the mean over samples."""
+    simulation, total = Simulation(decided), 0.0
     for chunk in chunks:
         found, wanted = (_floats(graph.run_as(chunk, compute)) for compute in (simulation, in_float))
         total += float(loss.per_sample(found, wanted).sum())

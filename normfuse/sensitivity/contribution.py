@@ -27,7 +27,8 @@ def contributions(subject: Subject, *, progress: Progress) -> tuple[dict[str, fl
     with progress.task("propagating relevance", len(subject.chunks)) as advance:
         for chunk in subject.chunks:
             found = relevance(subject.graph, chunk)
-            at_maps = torch.stack([found.absolute[node] for node in subject.maps])  # [maps, samples or 1]
+            none = torch.zeros_like(found.conserved)  # a map of constants alone has no relevance
+            at_maps = torch.stack([found.absolute.get(node, none) for node in subject.maps])  # [maps, samples or 1]
             shares = at_maps / at_maps.sum(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
             weight = samples_in(chunk) / shares.shape[1]
             total += weight * shares.sum(dim=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Final
 
 import torch
 
-from normfuse.errors import UsageError
+from normfuse.errors import BadInput, UsageError
 from normfuse.graph import query
 from normfuse.progress import Progress, Silent
 from normfuse.quant.bits import FLOAT, Bits
@@ -52,7 +53,7 @@ def scores_of(
     Raises:
         UsageError: the network allows none.
     """
-    is_free = OutputLoss.of(subject.graph) is OutputLoss.DIVERGENCE
+    is_free = subject.loss is OutputLoss.DIVERGENCE
     wanted = [each for each in methods if is_free or not each.needs_classes] or methods
     found = {each: Sensitivity.from_dict(kept) for each in wanted if (kept := keeper.get(each.value)) is not None}
     missing = [each for each in wanted if each not in found]
@@ -64,6 +65,7 @@ def scores_of(
     for each in missing:
         if each not in found:
             found[each] = score(subject, each, seed=seed, progress=progress, keeper=keeper)
+        _refuse_not_finite(found[each])
         keeper.put(each.value, found[each].as_dict())
     return [found[each] for each in wanted]
 
@@ -88,7 +90,7 @@ def score(
     Raises:
         UsageError: the method needs class scores, and the outputs are none, or none is of floating point.
     """
-    shown, loss = progress or Silent(), OutputLoss.of(subject.graph)
+    shown, loss = progress or Silent(), subject.loss
     _refuse_outputs(subject, method, loss)
     match method:
         case ScoreMethod.CURVATURE:
@@ -148,3 +150,16 @@ def _random(subject: Subject, seed: int) -> Sensitivity:
         for bits in widths:
             tally.add(kind, name, bits, importance * 4.0**-bits)
     return tally.sensitivity(ScoreMethod.RANDOM.value)
+
+
+def _refuse_not_finite(found: Sensitivity) -> None:
+    """Refuse a score that is no number anywhere: the outputs it follows from are none on some sample."""
+    for kind in Kind:
+        for name, row in found.of(kind).items():
+            if not all(isfinite(amount) for amount in row.values()):
+                raise BadInput(
+                    f"the score {found.method} of {name} is not finite",
+                    where="the model's outputs on the calibration samples",
+                    expected="finite outputs, in float and with one layer quantized",
+                    hint="check the model on these samples, or another score",
+                )

@@ -9,7 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from normfuse.errors import UsageError
 from normfuse.graph import Graph, query
+from normfuse.quant.output_kind import OutputKind
 
 __all__ = ["OutputLoss", "surprise"]
 
@@ -29,10 +31,23 @@ class OutputLoss(Enum):
     """The squared error over the squares of the float outputs: the inverse of the SQNR. None where these are 0."""
 
     @classmethod
-    def of(cls, graph: Graph) -> OutputLoss:
-        """Return how the outputs of a graph are best compared: as class scores if they can all be such."""
+    def of(cls, graph: Graph, kind: OutputKind = OutputKind.AUTO) -> OutputLoss:
+        """Return how the outputs of a graph are compared: as class scores if they can all be such, or as the user says.
+
+        Raises:
+            UsageError: they are said to be classes, and one has not their shape.
+        """
         outputs = [node for node in graph.outputs if query.is_float(node)]
+        if kind is OutputKind.VALUES:
+            return cls.NOISE
         are_classes = all(query.rank(node) in RANKS and query.shape(node)[CLASSES] != 1 for node in outputs)
+        if kind is OutputKind.CLASSES and not (outputs and are_classes):
+            raise UsageError(
+                "the outputs are no class scores",
+                where="the model's outputs",
+                expected="[batch, classes] or [batch, classes, height, width], every one",
+                hint="--outputs values",
+            )
         return cls.DIVERGENCE if outputs and are_classes else cls.NOISE
 
     def per_sample(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
@@ -45,7 +60,8 @@ class OutputLoss(Enum):
         if self is OutputLoss.NOISE:
             return _rows(found - wanted).square().sum(dim=1) / _size(wanted)
         exact, guessed = wanted.log_softmax(CLASSES), found.log_softmax(CLASSES)
-        return (exact.exp() * (exact - guessed)).sum(dim=CLASSES).reshape(len(wanted), -1).mean(dim=1)
+        apart = torch.where(exact.isinf(), 0.0, exact - guessed)  # a class that is ruled out has no part in it
+        return (exact.exp() * apart).sum(dim=CLASSES).reshape(len(wanted), -1).mean(dim=1)
 
     def probe(self, wanted: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """Return random cotangents ``S v`` of the outputs, for normal v, with ``S S^T`` the curvature of the loss.

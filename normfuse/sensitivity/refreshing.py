@@ -5,7 +5,6 @@ from __future__ import annotations
 from normfuse.precision.decision import Quantization
 from normfuse.progress import Progress
 from normfuse.sensitivity.one_at_a_time import one_at_a_time
-from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.sensitivity import Kind, Sensitivity, Tally
 from normfuse.sensitivity.subject import Subject
 
@@ -24,8 +23,7 @@ def refreshed(subject: Subject, decided: Quantization, *, name: str, progress: P
         name: of the result.
         progress: shows the segments.
     """
-    loss = OutputLoss.of(subject.graph)
-    (found,) = one_at_a_time(subject, [loss], base=decided, progress=progress)
+    (found,) = one_at_a_time(subject, [subject.loss], base=decided, progress=progress)
     tally = Tally()
     for kind in Kind:
         for part, row in found.of(kind).items():

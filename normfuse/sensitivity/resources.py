@@ -14,12 +14,18 @@ from normfuse.sensitivity.units import BOPS, WEIGHT_BITS, Member, use_of
 __all__ = ["Resources", "stored_bits"]
 
 BYTE = 8
+SCALE_BYTES = 4
 BYTES: Final = Resource.BYTES.value
 
 
 def stored_bits(width: int) -> int:
     """Return the bits that a file has for a weight: onnxruntime's have four, eight or 32."""
     return next(each for each in (4, MOST, FLOAT) if width <= each)
+
+
+def held_bits(width: int) -> int:
+    """Return the bits that an engine holds for an activation: onnxruntime's codes have eight, whatever their width."""
+    return MOST if width <= MOST else FLOAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,7 @@ class Resources:
         macs: the multiplications of all members.
         float_bytes: of the file of the float model.
         other_bytes: of a quantized file, what is no weight of a member; 0 where files are not limited.
+        scales: of every map at all bits, how many scales are stored; empty where files are not limited.
         steps: what is held in memory; none where that is not limited.
         fixed_bits: of codes whose width is not chosen.
         seconds: of every map at all bits; empty where time is not limited.
@@ -41,6 +48,7 @@ class Resources:
     macs: int
     float_bytes: int = 0
     other_bytes: int = 0
+    scales: Mapping[str, Mapping[Bits, int]] = field(default_factory=dict)
     steps: Sequence[Step] = ()
     fixed_bits: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, Mapping[Bits, float]] = field(default_factory=dict)
@@ -52,10 +60,11 @@ class Resources:
         found = {
             Resource.AVERAGE_BITS.value: plain[WEIGHT_BITS] / self.parameters,
             Resource.BOPS.value: plain[BOPS],
-            Resource.BYTES.value: member.parameters * stored_bits(bits.weight) / BYTE,
+            Resource.BYTES.value: member.parameters * stored_bits(bits.weight) / BYTE
+            + sum(self.scales[name][bits] * SCALE_BYTES for name in member.maps if self.scales),
         }
         for number, step in enumerate(self.steps):
-            found[_step(number)] = step.codes.get(member.source, 0) * bits.activation / BYTE
+            found[_step(number)] = step.codes.get(member.reads, 0) * held_bits(bits.activation) / BYTE
         if self.seconds:
             found[Resource.LATENCY.value] = sum(self.seconds[name][bits] for name in member.maps)
         return found
@@ -66,10 +75,9 @@ class Resources:
         names = [Resource.AVERAGE_BITS.value, Resource.BOPS.value, *(_step(at) for at in range(len(self.steps)))]
         found = dict.fromkeys(names, 0.0) | {Resource.BYTES.value: float(self.other_bytes)}
         for number, step in enumerate(self.steps):
-            fixed = sum(
-                count * self.fixed_bits[name] / BYTE for name, count in step.codes.items() if name in self.fixed_bits
-            )
-            found[_step(number)] = step.floats + fixed
+            known = {name: count for name, count in step.codes.items() if name in self.fixed_bits}
+            fixed = (held_bits(self.fixed_bits[name]) * count for name, count in known.items())
+            found[_step(number)] = step.floats + sum(fixed) / BYTE
         if self.seconds:
             in_maps = sum(row[Bits(FLOAT, FLOAT)] for row in self.seconds.values())
             found[Resource.LATENCY.value] = max(self.float_seconds - in_maps, 0.0)

@@ -44,8 +44,13 @@ class Samples:
         return found
 
     def rows(self, node: fx.Node, x: Tensor) -> Tensor:
-        """Return the elements of every sample of a tensor laid out as the node's value is, [n, elements]."""
-        return x.movedim(self.axes.get(node, 0), 0).reshape(self.count, -1)
+        """Return the elements of every sample of a tensor laid out as the node's value is, [n, elements].
+
+        What is no sample's own (it is made of constants), and a single sample, is one row.
+        """
+        if node not in self.axes:
+            return x.reshape(1, -1)
+        return x.movedim(self.axes[node], 0).reshape(self.count, -1)
 
     def extremes(self, node: fx.Node, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least and the largest element of every sample, each shaped to broadcast with ``x``."""

@@ -19,7 +19,9 @@ from normfuse.progress import Progress, Silent
 from normfuse.quant import ActivationParams, RoundedWeight
 from normfuse.quant.bits import FLOAT, MOST, Bits
 from normfuse.quant.calibration_method import CalibrationMethod
+from normfuse.quant.output_kind import OutputKind
 from normfuse.rewrite.linear_map import read_linear_map
+from normfuse.sensitivity.output_loss import OutputLoss
 
 __all__ = ["Subject", "ranges_by_width"]
 
@@ -35,6 +37,7 @@ class Subject:
         weight_widths: bits of codes that weights can have, fewest first; floats need no score.
         activation_widths: the same of activations; none where they stay float.
         ranges: of every width of activations, and of eight bits.
+        outputs: what the network's outputs are.
     """
 
     graph: Graph
@@ -43,6 +46,7 @@ class Subject:
     weight_widths: tuple[int, ...]
     activation_widths: tuple[int, ...]
     ranges: Mapping[int, Ranges]
+    outputs: OutputKind = OutputKind.AUTO
     _rounded: dict[tuple[str, int], RoundedWeight] = field(default_factory=dict)
 
     @cached_property
@@ -56,6 +60,11 @@ class Subject:
         maps = set(self.maps)
         found = (request for request in requests(self.graph) if maps & set(request.readers))
         return tuple(request for request in found if may_narrow(request))
+
+    @cached_property
+    def loss(self) -> OutputLoss:
+        """How outputs are compared."""
+        return OutputLoss.of(self.graph, self.outputs)
 
     @property
     def samples(self) -> int:

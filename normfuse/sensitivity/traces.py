@@ -52,7 +52,8 @@ def fisher_traces(subject: Subject, *, progress: Progress) -> Traces:
             parts = _parts(subject, run)
             gradients = torch.autograd.grad(surprise(run.outputs), [x for *_, x in parts], materialize_grads=True)
             for (kind, name, x), gradient in zip(parts, gradients, strict=True):
-                found.add(kind, name, float(gradient.double().square().sum()) / len(singles), x.numel())
+                amount = float(gradient.double().square().sum()) / subject.samples
+                found.add(kind, name, amount, _elements(kind, x, sample))
             advance(1)
     return found
 
@@ -75,7 +76,7 @@ def hessian_traces(subject: Subject, *, seed: int, progress: Progress, probes: i
                 signs = [_signs(x, generator) for x in leaves]
                 second = torch.autograd.grad(first, leaves, signs, retain_graph=True, materialize_grads=True)
                 for (kind, name, x), v, hv in zip(parts, signs, second, strict=True):
-                    count = x.numel() // (1 if kind is Kind.WEIGHT else samples_in(chunk))
+                    count = _elements(kind, x, chunk)
                     found.add(kind, name, float((v * hv).double().sum()) / probes / subject.samples, count)
             advance(1)
     return found
@@ -85,6 +86,11 @@ def _parts(subject: Subject, run: WatchedRun) -> list[tuple[Kind, str, Tensor]]:
     weights = [(Kind.WEIGHT, node.name, weight) for node, weight in run.weights.items()]
     sources = {request.node: request.source.name for request in subject.activations}
     return weights + [(Kind.ACTIVATION, sources[n], x) for n, x in run.places.items() if n in sources]
+
+
+def _elements(kind: Kind, x: Tensor, chunk: Sequence[Tensor]) -> int:
+    """Return the elements of a part for one sample; an activation that is made of constants has any number."""
+    return x.numel() if kind is Kind.WEIGHT else max(x.numel() // samples_in(chunk), 1)
 
 
 def _singles(subject: Subject, chunk: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -54,6 +54,7 @@ class Member:
         source: the name of the tensor's node; empty where it has no codes, or codes of a fixed width.
         fixed: the width of the input's codes where it cannot be chosen (images have eight bits), else None.
         tie: members with the same tie read tensors that are added or concatenated: one width of activations.
+        reads: the name of the tensor that it reads, if that has codes.
         override: the bits that the user gave one of its maps: then it has these and no choice.
     """
 
@@ -63,6 +64,7 @@ class Member:
     fixed: int | None
     tie: str
     override: Bits | None = None
+    reads: str = ""
 
     @property
     def parameters(self) -> int:
@@ -93,7 +95,7 @@ def members_of(graph: Graph, sample: Sequence[Tensor]) -> list[Member]:
     groups = dict[object, list[fx.Node]]()
     for node in requested_weights(graph):
         if node.name in work:
-            groups.setdefault(read[node].node if node in read else node, []).append(node)
+            groups.setdefault(node.args[0], []).append(node)
     for nodes in groups.values():
         request = read.get(nodes[0])
         narrows = request is not None and may_narrow(request)
@@ -102,6 +104,7 @@ def members_of(graph: Graph, sample: Sequence[Tensor]) -> list[Member]:
                 name=nodes[0].name,
                 maps={node.name: work[node.name] for node in nodes},
                 source=request.source.name if request is not None and narrows else "",
+                reads=request.source.name if request is not None else "",
                 fixed=request.type.bits if request is not None and not narrows else None,
                 tie=ties.get(request.source.name, request.source.name) if request is not None else nodes[0].name,
             )
@@ -168,6 +171,13 @@ def _override(member: Member, overrides: Overrides) -> Bits | None:
             where="recipe",
             expected=f"activations of float: none have codes here, as {given[bits]}=w{bits.weight}a16",
             hint="or bits with codes for activations (--bits, --activation-widths)",
+        )
+    if bits is not None and member.fixed is not None and bits.activation not in (member.fixed, FLOAT):
+        raise UsageError(
+            f"overrides cannot have {given[bits]}={bits}",
+            where="recipe",
+            expected=f"activations of {member.fixed} bits, as {given[bits]}=w{bits.weight}a{member.fixed}: "
+            "it reads what enters the model",
         )
     return bits
 

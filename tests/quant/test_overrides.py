@@ -84,7 +84,7 @@ def test_patterns_that_mean_nothing_are_found() -> None:
     ],
 )
 def test_an_unused_pattern_is_refused(text: str, hint: str) -> None:
-    with pytest.raises(UsageError, match="no layer is called so") as caught:
+    with pytest.raises(UsageError, match="no layer that can have bits is called so") as caught:
         Overrides.parse(f"head=8 {text}").refuse_unused(LAYERS)
     assert caught.value.hint == hint
     assert (
