@@ -102,6 +102,8 @@ def _over_budget(comparison: Comparison, recipe: Recipe) -> list[str]:
         if amount is not None and whole and amount > limit.amount * (whole if limit.is_relative else 1):
             told = Limit(limit.resource, float(f"{amount:.6g}"))
             found.append(f"over the budget {limit}: measured {told}, {amount / whole:.3g}x")
+        if amount is None and limit.resource in taken:
+            found.append(f"the budget {limit} was not held against the engine: it was not measured")
     return found
 
 
