@@ -25,14 +25,19 @@ def model_options(command: Command) -> Command:
 
 def data_options(command: Command) -> Command:
     """Add calibration and evaluation data."""
+    evaluate = click.option("--eval", "evaluation", metavar="DATA", help="Labelled samples to measure accuracy on.")
+    return calib_options(evaluate(command))
+
+
+def calib_options(command: Command) -> Command:
+    """Add calibration data alone."""
     calib = click.option(
         "--calib", metavar="DATA", help="Calibration samples: .npz, folder, or package.module:callable."
     )
-    evaluate = click.option("--eval", "evaluation", metavar="DATA", help="Labelled samples to measure accuracy on.")
     preprocess = click.option(
         "--preprocess", metavar="PRESET", help="For image folders: a preset, or mean=..;std=..;size=.."
     )
-    return calib(evaluate(preprocess(command)))
+    return calib(preprocess(command))
 
 
 def fold_options(command: Command) -> Command:

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from normfuse.cli.options import data_options, json_option, model_options, quiet_option
+from normfuse.cli.options import calib_options, json_option, model_options, quiet_option
 
 __all__ = ["command"]
 
 
 @click.command("score")
 @click.argument("model", type=click.Path(path_type=Path))
-@data_options
+@calib_options
 @model_options
 @click.option(
     "--method",
@@ -47,7 +47,7 @@ def command(model: Path, output: Path | None, page: Path | None, as_json: bool, 
     from normfuse.scoring import score_model
     from normfuse.strict_json import strict_json
 
-    calib, _, preprocess = (options.pop(name) for name in ("calib", "evaluation", "preprocess"))
+    calib, preprocess = (options.pop(name) for name in ("calib", "preprocess"))
     arch, trust, shown = options.pop("arch"), options.pop("trust_pickle"), render.progress(quiet=quiet)
     recipe = Recipe(bits=MIXED, pareto=True).with_options(**options)
     resume = None if output is None else Path(f"{output.absolute()}.resume")
