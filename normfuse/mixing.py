@@ -242,7 +242,6 @@ def mixed_checkpoint(
     choices = {
         "widths": recipe.widths,
         "placement": placement,
-        "weights": recipe.weights,
         **{name: getattr(recipe, name) for name in names},
     }
     with progress.task("looking for a calibration to go on with"):
