@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from normfuse.cli.options import data_options, json_option, model_options, output_option, quiet_option
+from normfuse.cli.options import (
+    data_options,
+    json_option,
+    model_options,
+    output_option,
+    quiet_option,
+    scored_options,
+)
 
 __all__ = ["command"]
 
@@ -25,30 +32,16 @@ __all__ = ["command"]
     help="Of mixed bits: bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=2MB, latency=0.8x, drop=0.5.",
 )
 @click.option("--score", help="Of mixed bits: what fewer bits of a layer cost, as in `normfuse score --method`.")
-@click.option("--outputs", help="What outputs are for scores: auto (by their shape), classes, or values.")
 @click.option("--overrides", help="Bits of layers by name, as in 'head=8 blocks.*.fc2=w4a8'; they always win.")
-@click.option("--weight-widths", help="Of mixed bits: what weights may have (default: what the target gains from).")
-@click.option("--activation-widths", help="Of mixed bits: what activations may have.")
 @click.option("--refresh", type=int, help="Score mixed bits again on the quantized network, so many times.")
 @click.option("--pareto/--no-pareto", default=None, help="Build and measure the whole front of mixed bits.")
 @click.option("--point", type=int, help="Which point of the front ships (0: the smallest that is kept).")
 @click.option(
     "--activations", help="Scales of activations: static (from calibration) or dynamic (per row, as it runs)."
 )
-@click.option("--weights", help="Codes of weights: symmetric or asymmetric (zero points per channel or group).")
 @click.option("--table-bits", type=int, help="Embedding and position tables: 8 (default) or 4 (in groups).")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
 @click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
-@click.option(
-    "--rotate/--no-rotate",
-    default=None,
-    help="Turn streams and heads, exactly, where outputs gain (default: no).",
-)
-@click.option(
-    "--equalize/--no-equalize", default=None, help="Scale channels, exactly, where quantized blocks gain (default: no)."
-)
-@click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")
-@click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
 @click.option(
@@ -56,7 +49,7 @@ __all__ = ["command"]
 )
 @click.option("--min-speedup", type=float, help="Smallest speed-up over float that counts as kept.")
 @click.option("--benchmark/--no-benchmark", default=None, help="Measure speed and memory.")
-@click.option("--seed", type=int, help="Seed of everything random.")
+@scored_options
 @json_option
 @quiet_option
 def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:

@@ -60,6 +60,34 @@ def fold_options(command: Command) -> Command:
     return refresh(layer_norm(samples(seed(command))))
 
 
+def scored_options(command: Command) -> Command:
+    """Add what decides which network is scored, and quantized."""
+    options = (
+        click.option("--outputs", help="What outputs are for scores: auto (by their shape), classes, or values."),
+        click.option(
+            "--weight-widths", help="Of mixed bits: what weights may have (default: what the target gains from)."
+        ),
+        click.option("--activation-widths", help="Of mixed bits: what activations may have."),
+        click.option("--weights", help="Codes of weights: symmetric or asymmetric (zero points per channel or group)."),
+        click.option(
+            "--rotate/--no-rotate",
+            default=None,
+            help="Turn streams and heads, exactly, where outputs gain (default: no).",
+        ),
+        click.option(
+            "--equalize/--no-equalize",
+            default=None,
+            help="Scale channels, exactly, where quantized blocks gain (default: no).",
+        ),
+        click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy."),
+        click.option("--samples", type=int, help="Use at most this many calibration samples (0: all)."),
+        click.option("--seed", type=int, help="Seed of everything random."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def output_option(command: Command) -> Command:
     """Add the output folder."""
     option = click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from normfuse.cli.options import calib_options, json_option, model_options, quiet_option
+from normfuse.cli.options import calib_options, json_option, model_options, quiet_option, scored_options
 
 __all__ = ["command"]
 
@@ -23,15 +23,7 @@ __all__ = ["command"]
     show_default=True,
     help="curvature, kl, sqnr, gradient-error, lrp, lrp-error, fisher, hessian or random.",
 )
-@click.option("--outputs", help="What outputs are: auto (by their shape), classes, or values.")
-@click.option("--rotate/--no-rotate", default=None, help="As in `normfuse compile`: it changes what is scored.")
-@click.option("--equalize/--no-equalize", default=None, help="As in `normfuse compile`: it changes what is scored.")
-@click.option("--weights", help="Codes of weights: symmetric or asymmetric.")
-@click.option("--calibration", help="How ranges are chosen: auto, min-max, percentile, mse or entropy.")
-@click.option("--weight-widths", help="Bits that are scored, as 2,3,4,8 (default: what the target gains from).")
-@click.option("--activation-widths", help="The same for activations.")
-@click.option("--samples", type=int, help="Use at most this many calibration samples (0: all).")
-@click.option("--seed", type=int, help="Seed of everything random.")
+@scored_options
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write sensitivity.json here.")
 @click.option("--page", type=click.Path(path_type=Path, dir_okay=False), help="Draw the scores on an HTML page.")
 @json_option

@@ -19,7 +19,7 @@ from normfuse.export.placement import onnx_placement
 from normfuse.feeding import bind, stream
 from normfuse.graph import query
 from normfuse.loading import load_model
-from normfuse.mixing import prepare_subject
+from normfuse.prepare_subject import prepare_subject
 from normfuse.progress import Progress, Silent
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod
 from normfuse.recipe import Recipe

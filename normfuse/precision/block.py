@@ -114,6 +114,11 @@ def tensors_of(nodes: Iterable[fx.Node], values: Values) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
 
 
+def floating(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the floating-point tensors among outputs (masks and indices have no error)."""
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
 def forget(values: Values, later: Collection[fx.Node]) -> None:
     """Let go of the values that nobody reads later."""
     for node in [node for node in values if node not in later]:

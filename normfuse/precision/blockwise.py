@@ -17,7 +17,7 @@ from normfuse.graph.quantization import requested_weights
 from normfuse.graph.quickly import quickly
 from normfuse.graph.segments import Compute, Segment, joined, read_after, run_segment, segments, with_floats
 from normfuse.heap import give_back_memory
-from normfuse.precision.block import Block, Values, forget
+from normfuse.precision.block import Block, Values, floating, forget
 from normfuse.precision.chunks import samples_in, split
 from normfuse.precision.curvature import exit_weights
 from normfuse.precision.decision import Quantization
@@ -109,7 +109,7 @@ def refine_blockwise(  # noqa: PLR0913 - a graph, its data, a decision and how t
     quantized = [dict(values) for values in exact]
     inputs = [dict(values) for values in exact] if at_once else []
     with torch.no_grad():
-        answers = [_answers(graph, chunk) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
+        answers = [floating(graph.run(*chunk)) for chunk in chunks] if foresight or curvature else [[] for _ in chunks]
     block_of = partial(Block, graph=graph, numbers=numbers, answers=answers, split=judges)
     del chunks  # the inputs live as long as a block reads them
     with (progress or Silent()).task("refining blocks", len(parts)) as advance, torch.no_grad():
@@ -172,10 +172,6 @@ def _refine(
             reverted[name] = found
     names = tuple(node.name for node in block.segment.exits)
     return decided, BlockReport(exits=names, before=before, kept=kept, reverted=reverted)
-
-
-def _answers(graph: Graph, chunk: Sequence[Tensor]) -> list[Tensor]:
-    return [value for value in graph.run(*chunk) if value.is_floating_point()]
 
 
 def _changed(before: Quantization, after: Quantization) -> Quantization:

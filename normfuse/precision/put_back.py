@@ -20,7 +20,7 @@ from normfuse.graph.quantization import (
     withdraw_weight,
 )
 from normfuse.graph.segments import segments
-from normfuse.precision.block import summed_error
+from normfuse.precision.block import floating, summed_error
 from normfuse.precision.chunks import samples_in
 from normfuse.precision.decision import Quantization, decide_again
 from normfuse.precision.simulation import Simulation
@@ -112,10 +112,6 @@ def output_error(decided: Decided, chunks: Sequence[Sequence[Tensor]], targets: 
     simulation, total, count = Simulation(decided.quantization), 0.0, 0
     for chunk, wanted in zip(chunks, targets, strict=True):
         found = decided.graph.run_as(chunk, simulation)
-        total += float(summed_error(_floats(found), _floats(wanted))) * samples_in(chunk)
+        total += float(summed_error(floating(found), floating(wanted))) * samples_in(chunk)
         count += samples_in(chunk)
     return total / count
-
-
-def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from scipy.optimize import milp  # type: ignore[attr-defined]  # it has no types
-from scipy.sparse import csr_array
 
 from normfuse.quant.knapsack import Floats, Knapsack, Picks
 
@@ -39,6 +37,9 @@ def solved(
     Limits can only be exceeded, all by the same part of each, if a cost of such an overshoot is given; a millionth
     below them then gains as much.
     """
+    from scipy.optimize import milp  # type: ignore[attr-defined]  # it has no types
+    from scipy.sparse import csr_array
+
     is_option = np.arange(len(options) + 1) < len(options)  # the last variable is the overshoot
     lowest, highest = (0.0, 0.0) if overshoot is None else (-1e-6, math.inf)
     rules = _rules(problem, options, refused)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normfuse.graph import Graph
 from normfuse.precision.assignment import assigned
+from normfuse.precision.block import floating
 from normfuse.precision.chunks import samples_in
 from normfuse.precision.decision import Quantization, round_all_to_nearest
 from normfuse.precision.simulation import Simulation, in_float
@@ -120,10 +121,6 @@ def outputs_lose(graph: Graph, decided: Quantization, chunks: Sequence[Sequence[
     """Return the loss of the outputs of a quantized network, the mean over samples."""
     simulation, total = Simulation(decided), 0.0
     for chunk in chunks:
-        found, wanted = (_floats(graph.run_as(chunk, compute)) for compute in (simulation, in_float))
+        found, wanted = (floating(graph.run_as(chunk, compute)) for compute in (simulation, in_float))
         total += float(loss.per_sample(found, wanted).sum())
     return total / sum(samples_in(chunk) for chunk in chunks)
-
-
-def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import query
+from normfuse.precision.block import floating
 from normfuse.precision.decision import Quantization
 from normfuse.progress import Progress
 from normfuse.quant.bits import Bits
@@ -57,7 +58,7 @@ def _runs(
     """Yield the runs of the quantized network with the gradients of its loss."""
     with progress.task(label, len(subject.chunks)) as advance:
         for chunk in subject.chunks:
-            wanted = [value for value in subject.graph.run(*chunk) if value.is_floating_point()]
+            wanted = floating(subject.graph.run(*chunk))
             run = WatchedRun.of(subject, chunk, base=base)
             with torch.enable_grad():
                 total = loss.per_sample(run.outputs, wanted).sum()

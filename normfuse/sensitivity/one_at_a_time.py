@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfuse.graph.segments import Segment, joined, read_after, run_segment, segments
 from normfuse.heap import give_back_memory
-from normfuse.precision.block import Values, forget, tensors_of
+from normfuse.precision.block import Values, floating, forget, tensors_of
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import Simulation
 from normfuse.progress import Progress
@@ -53,7 +53,7 @@ def one_at_a_time(
     parts = segments(graph, wanted=lambda node: node in maps)
     tallies = [Tally() for _ in losses]
     values = [dict(zip(graph.inputs, chunk, strict=True)) for chunk in subject.chunks]
-    wanted = [_floats(graph.run(*chunk)) for chunk in subject.chunks]
+    wanted = [floating(graph.run(*chunk)) for chunk in subject.chunks]
     simulation = Simulation(base)
     with progress.task("quantizing one part at a time", len(parts)) as advance:
         label = "+".join(NAMES[loss] for loss in losses)
@@ -95,7 +95,3 @@ def _outputs(
     run_segment(subject.graph, segment, values, changed)
     run_segment(subject.graph, rest, values, behind)
     return tensors_of(subject.graph.outputs, values)
-
-
-def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from normfuse.graph import query
-from normfuse.precision.chunks import samples_in
 from normfuse.progress import Progress
 from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.sensitivity.rounding_errors import bare, rounding_errors
@@ -38,7 +37,6 @@ class SquaredErrors:
 def squared_errors(subject: Subject, *, progress: Progress) -> SquaredErrors:
     """Return the errors of every part at every width, in one run over the samples."""
     own, noise, power = Tally(), Tally(), dict[str, float]()
-    total = sum(samples_in(chunk) for chunk in subject.chunks)
     for node in subject.maps:
         linear = read_linear_map(subject.graph, node)
         assert linear is not None
@@ -46,12 +44,12 @@ def squared_errors(subject: Subject, *, progress: Progress) -> SquaredErrors:
             own.add(Kind.WEIGHT, node.name, bits, _square(subject.weight(node, bits).values - linear.weight))
     with progress.task("measuring rounding errors", len(subject.chunks)) as advance:
         for chunk in subject.chunks:
-            _add(subject, WatchedRun.of(subject, chunk), own, noise, power, total)
+            _add(subject, WatchedRun.of(subject, chunk), own, noise, power)
             advance(1)
     return SquaredErrors(own={kind: own.of(kind) for kind in Kind}, relative=_relative(subject, noise, power))
 
 
-def _add(subject: Subject, run: WatchedRun, own: Tally, noise: Tally, power: dict[str, float], total: int) -> None:
+def _add(subject: Subject, run: WatchedRun, own: Tally, noise: Tally, power: dict[str, float]) -> None:
     """Add a chunk: squares of activations' errors, and of what maps write, right and wrong."""
     weights = {node: query.constant(subject.graph, node.args[1]) for node in run.inputs}  # type: ignore[arg-type]
     for node, x in run.inputs.items():
@@ -60,7 +58,7 @@ def _add(subject: Subject, run: WatchedRun, own: Tally, noise: Tally, power: dic
         if each.kind is Kind.WEIGHT:
             noise.add(each.kind, each.name, each.bits, _square(each.error))
             continue
-        own.add(each.kind, each.name, each.bits, _square(each.error) / total)
+        own.add(each.kind, each.name, each.bits, _square(each.error) / subject.samples)
         for reader in query.readers(each.place):
             if reader in weights:
                 error = _square(bare(reader, each.error, weights[reader]))

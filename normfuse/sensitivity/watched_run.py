@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph.quantization import is_requested
 from normfuse.graph.quickly import quickly
 from normfuse.graph.segments import Compute
+from normfuse.precision.block import floating
 from normfuse.precision.decision import Quantization
 from normfuse.precision.simulation import call_with, params_of_request
 from normfuse.quant import snap
@@ -81,7 +82,7 @@ class WatchedRun:
 
         with torch.enable_grad():
             outputs = subject.graph.run_as(chunk, watched)
-        run.outputs = [value for value in outputs if value.is_floating_point()]
+        run.outputs = floating(outputs)
         return run
 
     def _placed(self, node: fx.Node, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from mixed_network import LAYERS, bits_of, compiled, expected, images, network, 
 from torch import Tensor, nn
 
 import normfuse
-from normfuse import mixing
+from normfuse import count_resources, mixing
 from normfuse.bench.timing import Timing
 from normfuse.errors import UsageError
 from normfuse.graph import Graph
@@ -190,8 +190,8 @@ class FakeClock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, whole: float = 10e-3) -> None:
         self.batches, self.shapes = list[int](), list[tuple[int, ...]]()
         self._whole = whole
-        monkeypatch.setattr(mixing, "measure_layers", self.layers)
-        monkeypatch.setattr(mixing, "time_engines", self.engines)
+        monkeypatch.setattr(count_resources, "measure_layers", self.layers)
+        monkeypatch.setattr(count_resources, "time_engines", self.engines)
 
     def layers(
         self, graph: Graph, sample: Sequence[Tensor], choices: Sequence[Bits], *, batch: int, **_: Any
@@ -245,7 +245,7 @@ def test_a_layer_that_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPa
         missing = {next(iter(table.seconds)): {Bits(4, 8): "no kernel"}}
         return LatencyTable(seconds=table.seconds, missing=missing, measured_on=table.measured_on, spread=0.0)
 
-    monkeypatch.setattr(mixing, "measure_layers", without)
+    monkeypatch.setattr(count_resources, "measure_layers", without)
     with pytest.raises(UsageError, match=r"the latency cannot be limited: .* was not measured with w4a8") as caught:
         compiled(budget="latency=0.8x")
     assert "no kernel" in caught.value.expected
