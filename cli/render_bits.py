@@ -114,7 +114,9 @@ def _name(value: object) -> str:
 def _plain(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else _name(value)
+    if not isinstance(value, float):
+        return _name(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -374,7 +374,9 @@ def _plain(value: object) -> str:
 def _number(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else _plain(value)
+    if not isinstance(value, float):
+        return _plain(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
 
 
 def _interval(ends: Sequence[float] | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,11 @@ from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.export.placement import onnx_placement
 from normfuse.graph import Graph, capture
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
-from normfuse.latency_table import Conditions, LatencyTable
 from normfuse.layer_latency import Run, measure_layers, time_in_rounds
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.progress import Silent
 from normfuse.quant.bits import Bits
 from normfuse.quant.placement import Placement
-from normfuse.strict_json import strict_json
 from normfuse.testing import Small, randomized, sample
 
 FLOAT, INT8, W4A8, W4A4 = Bits(32, 32), Bits(8, 8), Bits(4, 8), Bits(4, 4)
@@ -261,7 +258,6 @@ def test_real_engines_of_every_choice_are_timed(folder: Path) -> None:
     assert all(0 < seconds < math.inf for row in table.seconds.values() for seconds in row.values())
     assert table.seconds["linear"] == table.seconds["linear_1"]
     assert list(folder.iterdir()) == [], "temporary files are removed"
-    assert LatencyTable.from_dict(json.loads(strict_json(table.as_dict()))) == table
 
 
 def test_a_real_engine_is_timed_and_its_files_are_removed(folder: Path) -> None:
@@ -270,77 +266,6 @@ def test_a_real_engine_is_timed_and_its_files_are_removed(folder: Path) -> None:
     assert table.missing == {}
     assert table.seconds["linear"][INT8] > 0
     assert list(folder.iterdir()) == []
-
-
-HERE = Conditions(processor="a", instruction_set="avx2", onnxruntime="1.20.0", threads=2, batch=3)
-TABLE = LatencyTable(
-    seconds={"linear": {FLOAT: 2e-3, W4A16: 1e-3, INT8: 5e-4}, "conv2d": {}},
-    missing={"conv2d": {Bits(3, 6): "no kernel"}},
-    measured_on=HERE,
-    spread=0.25,
-)
-
-
-def test_a_table_survives_json() -> None:
-    text = strict_json(TABLE.as_dict())
-    found = LatencyTable.from_dict(json.loads(text))
-    assert found == TABLE
-    assert list(found.seconds["linear"]) == list(TABLE.seconds["linear"])
-    assert '"w4a16": 0.001' in text
-
-
-def changed(path: str, value: object) -> object:
-    """Return the table's JSON with one entry replaced, or removed for ``...``."""
-    table = json.loads(strict_json(TABLE.as_dict()))
-    *outer, last = path.split("/")
-    place = table
-    for name in outer:
-        place = place[name]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    return table
-
-
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        (None, "the table is no object"),
-        ([TABLE.as_dict()], "the table is no object"),
-        ({}, "the table lacks 'format'"),
-        (changed("format", "normfuse artifact"), "its format is 'normfuse artifact'"),
-        (changed("spread", ...), "the table lacks 'spread'"),
-        (changed("more", 1), "the table has an unknown 'more'"),
-        (changed("measured_on", "here"), "measured_on is no object"),
-        (changed("measured_on/batch", ...), "measured_on lacks 'batch'"),
-        (changed("measured_on/threads", 0), "threads is 0"),
-        (changed("measured_on/threads", True), "threads is True"),
-        (changed("measured_on/batch", 1.5), "batch is 1.5"),
-        (changed("measured_on/onnxruntime", 120), "onnxruntime is 120"),
-        (changed("spread", -0.1), "spread is -0.1"),
-        (changed("spread", None), "spread is None"),
-        (changed("spread", math.nan), "spread is nan"),
-        (changed("seconds", []), "seconds is no object"),
-        (changed("seconds/linear", 0.1), "linear is no object"),
-        (changed("seconds/linear/8", 0), "seconds of linear at 8 is 0"),
-        (changed("seconds/linear/8", math.inf), "seconds of linear at 8 is inf"),
-        (changed("seconds/linear/8", 10**400), "seconds of linear at 8 is 1000"),
-        (changed("seconds/linear/8", "1e-3"), "seconds of linear at 8 is '1e-3'"),
-        (changed("seconds/linear/8", True), "seconds of linear at 8 is True"),
-        (changed("seconds/linear/w99a8", 1e-3), "bits cannot be w99a8"),
-        (changed("seconds/linear/fast", 1e-3), "bits cannot be 'fast'"),
-        (changed("seconds/linear/w8a8", 1e-3), "bits are written 'w8a8', not '8'"),
-        (changed("missing/conv2d/8", 3), "missing of conv2d at 8 is 3"),
-    ],
-)
-def test_a_strangers_table_is_refused_by_the_entry(value: object, named: str) -> None:
-    with pytest.raises(BadInput) as caught:
-        LatencyTable.from_dict(value, where="latencies.json")
-    assert named in caught.value.what
-    assert caught.value.where == "latencies.json"
-    assert caught.value.expected
-    assert caught.value.hint
 
 
 def test_the_layer_module_computes_what_the_map_would() -> None:

@@ -60,12 +60,12 @@ class Score:
 class Closeness:
     """How near two engines' outputs are.
 
-    ``agreement`` is the share of samples with the same largest output (percent), ``sqnr`` the power of the
-    reference over the power of the difference, over all samples (dB): infinite where they are equal, not a
-    number where one is not finite.
+    ``agreement`` is the share of samples with the same largest output (percent; None for one output per sample),
+    ``sqnr`` the power of the reference over the power of the difference, over all samples (dB): infinite where they
+    are equal, not a number where one is not finite.
     """
 
-    agreement: float
+    agreement: float | None
     sqnr: float
     total: int
 
@@ -160,7 +160,7 @@ def compare_outputs(engine: Engine, reference: Engine, batches: Iterable[Mapping
     Raises:
         BadInput: there are no inputs, or the outputs have different shapes.
     """
-    same = total = 0
+    same = total = outputs = 0
     signal = noise = 0.0
     for inputs in batches:
         found, wanted = _wide(engine(inputs)), _wide(reference(inputs))
@@ -173,12 +173,13 @@ def compare_outputs(engine: Engine, reference: Engine, batches: Iterable[Mapping
         equal = found.argmax(axis=1) == wanted.argmax(axis=1)
         same += int((equal & ~np.isnan(found).any(axis=1)).sum())
         total += len(wanted)
+        outputs = wanted.shape[1]
         signal += float(np.square(wanted).sum())
         with np.errstate(invalid="ignore"):  # infinite minus infinite: the result, not a number, says it
             noise += float(np.square(found - wanted).sum())
     if total == 0:
         raise BadInput("there is nothing to compare on", where="evaluation data", expected="at least one sample")
-    return Closeness(100.0 * same / total, _decibel(signal, noise), total)
+    return Closeness(100.0 * same / total if outputs > 1 else None, _decibel(signal, noise), total)
 
 
 def _wide(output: Array) -> NDArray[np.float64]:

@@ -104,10 +104,10 @@ def _accuracy(comparison: Comparison, label: str, max_drop: float, min_sqnr: flo
     near = row.closeness
     if near is None:
         return _Finding(True, "accuracy was not judged: there was nothing to evaluate on")
-    said = (
-        f"same top-1 as {comparison.baseline} on {near.agreement:.2f} % of {near.total} samples, "
-        f"outputs {near.sqnr:.1f} dB above their difference, {min_sqnr:.1f} wanted"
-    )
+    on = f"{near.total} samples"
+    if near.agreement is not None:
+        on = f"same top-1 as {comparison.baseline} on {near.agreement:.2f} % of {on}"
+    said = f"{on}, outputs {near.sqnr:.1f} dB above their difference, {min_sqnr:.1f} wanted"
     if near.sqnr >= min_sqnr:  # false for NaN
         return _Finding(True, f"accuracy was not judged, there are no labels: {said}")
     return _Finding(False, f"the outputs are not the model's any more (there are no labels to judge by): {said}")

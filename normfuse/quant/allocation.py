@@ -60,7 +60,11 @@ class BudgetTooSmall(UsageError):
         self.least = least
         told = _told_once(limits, least)
         what = _joint_shortage(limits, told) if is_joint and len(told) > 1 else _shortages(limits, told)
-        other = "wider weights or activations" if Resource.DROP.value in told else "fewer bits for more layers"
+        other = (
+            "wider weights or activations (--weight-widths, --activation-widths)"
+            if Resource.DROP.value in told
+            else "fewer bits for more layers (--weight-widths, --activation-widths)"
+        )
         super().__init__(what, where="recipe", hint=f"a larger budget, or {other}")
 
 

@@ -174,6 +174,12 @@ def test_sqnr_of_equal_zero_and_broken_outputs() -> None:
     assert found["nan"].agreement == 0
 
 
+@pytest.mark.parametrize(("columns", "agreement"), [(1, None), (2, 0.0)])
+def test_one_output_per_sample_has_no_largest_to_agree_on(columns: int, agreement: float | None) -> None:
+    x = np.arange(1.0, 7.0)[:, None] * np.arange(1.0, 1.0 + columns)
+    assert compare_outputs(lambda inputs: -inputs["x"], logits, [{"x": x}]).agreement == agreement
+
+
 def test_a_drop_of_exact_counts_is_exact() -> None:
     # The difference of the two percentages is above 0.5 by a rounding, and a limit of 0.5 would be missed.
     before, after = top_1(644, 1000), top_1(639, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ def test_a_column_without_a_figure_is_left_out(key: str) -> None:
         assert shown is not None
         assert len(shown.columns) == len(whole.columns) - (key != "metric")
         assert all(len(row) == len(shown.columns) for row in shown.rows)
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"),
+    [(872_345.6, "872,346"), (1000.0, "1,000"), (999.4, "999"), (0.01234, "0.0123"), (3, "3"), (math.inf, "inf")],
+)
+def test_large_amounts_are_written_out(amount: float, shown: str) -> None:
+    assert render_bits.mixed({"budget": "b", "used": {"bytes": {"amount": amount}}}) == [f"budget b: bytes {shown}"]
 
 
 def test_no_points_are_no_table() -> None:
