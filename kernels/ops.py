@@ -64,7 +64,7 @@ def _unpack_shape(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-def _grouped_linear_shape(  # noqa: PLR0913, PLR0917 - as the operator
+def _grouped_linear_shape(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, size: int, rounds: bool
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))

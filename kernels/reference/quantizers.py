@@ -1,8 +1,7 @@
-"""The specification of every operator of the domain ``normfuse``, in plain torch on any device.
+"""From floats to codes and back, and products of floats with weights held as codes.
 
-Rounding, saturation and widths are defined here or in ``normfuse.quant.rounding`` and nowhere else; every engine's
-version is tested against this one, bit for bit where integers are concerned. `quantize` and `dequantize` are the
-functions of ``normfuse.quant`` on bare tensors, because calibration computes with the same ones.
+`quantize` and `dequantize` are the functions of ``normfuse.quant`` on bare tensors, because calibration computes with
+the same ones.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def unpack(codes: Tensor, scale: Tensor) -> Tensor:
     return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)
 
 
-def grouped_linear(  # noqa: PLR0913, PLR0917 - an operator's arguments have an order and no names
+def grouped_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, size: int, rounds: bool
 ) -> Tensor:
     """Return ``x W^T + bias`` for a weight held as codes, in float.

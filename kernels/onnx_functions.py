@@ -1,0 +1,513 @@
+"""Each integer operator as an ONNX function of standard integer operators, so that any onnxruntime runs the file.
+
+The bodies do what ``normfuse.kernels.reference`` says, bit for bit. Two things differ in form:
+
+- Operands of products become unsigned, 128 higher, with 128 as their zero point. onnxruntime multiplies uint8 by uint8
+  exactly on every processor; uint8 by int8 saturates in 16 bits where there is no VNNI, and int8 by int8 is slow.
+- ONNX shifts unsigned integers only, so what is shifted is made positive by 2^62 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import onnx_ir as ir
+from onnxscript import opset21, script
+from onnxscript.values import OnnxFunction, Opset
+
+from normfuse.kernels.reference.attention import EXPONENTIALS
+from normfuse.kernels.reference.norms import ROOT_BITS
+
+__all__ = ["DOMAIN", "FUNCTIONS", "VERSION", "onnx_functions"]
+
+DOMAIN: Final = "normfuse"
+VERSION: Final = 1
+op: Any = opset21  # what follows is read by onnxscript and never run
+normfuse: Any = Opset(DOMAIN, VERSION)
+
+INT8, INT32, INT64, UINT8, UINT64 = 3, 6, 7, 2, 13
+"""``onnx.TensorProto`` types."""
+
+UP = 4611686018427387904
+"""2^62: what makes anything below it in magnitude positive."""
+
+POWERS_OF_TWO = [1 << count for count in range(32)]
+POWERS_OF_FOUR = [1 << (2 * count) for count in range(ROOT_BITS)]
+LIMITS = POWERS_OF_FOUR[1:]
+EXPONENTIAL_TABLE = list(EXPONENTIALS)
+
+
+@script(normfuse, default_opset=op)
+def rounded_shift(x, shift: int):
+    """Return int64 x / 2^shift, rounded to the nearest integer, halves up."""
+    amount = op.Cast(op.Constant(value_int=shift), to=UINT64)
+    one = op.Cast(op.Constant(value_int=1), to=UINT64)
+    up = op.Constant(value_int=UP)
+    power = op.BitShift(one, amount, direction="LEFT")
+    half = op.Cast(op.BitShift(power, one, direction="RIGHT"), to=INT64)
+    positive = op.Cast(op.Add(x, op.Add(half, up)), to=UINT64)
+    shifted = op.Cast(op.BitShift(positive, amount, direction="RIGHT"), to=INT64)
+    below = op.Cast(op.BitShift(op.Cast(up, to=UINT64), amount, direction="RIGHT"), to=INT64)
+    return op.Sub(shifted, below)
+
+
+@script(normfuse, default_opset=op)
+def saturate(x, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return int64 x + zero_point in minimum ... maximum, of type ``to``."""
+    moved = op.Add(x, op.Constant(value_int=zero_point))
+    low = op.Max(moved, op.Constant(value_int=minimum))
+    return op.Cast(op.Min(low, op.Constant(value_int=maximum)), to=to)
+
+
+@script(normfuse, default_opset=op)
+def rescale(x, bias, multiplier, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return ``(x + bias) * multiplier / 2^shift + zero_point`` in minimum ... maximum."""
+    total = op.Add(op.Cast(x, to=INT64), op.Cast(bias, to=INT64))
+    scaled = op.Mul(total, op.Cast(multiplier, to=INT64))
+    rounded = normfuse.rounded_shift(scaled, shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def requantize(x, bias, multiplier, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return codes of x at another scale."""
+    return normfuse.rescale(
+        x, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_add(
+    x,
+    y,
+    x_multiplier: int,
+    y_multiplier: int,
+    offset: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of x + y."""
+    first = op.Mul(op.Cast(x, to=INT64), op.Constant(value_int=x_multiplier))
+    second = op.Mul(op.Cast(y, to=INT64), op.Constant(value_int=y_multiplier))
+    total = op.Add(op.Add(first, second), op.Constant(value_int=offset))
+    rounded = normfuse.rounded_shift(total, shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def int_multiply(
+    x,
+    y,
+    x_zero_point: int,
+    y_zero_point: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of x * y."""
+    first = op.Sub(op.Cast(x, to=INT64), op.Constant(value_int=x_zero_point))
+    second = op.Sub(op.Cast(y, to=INT64), op.Constant(value_int=y_zero_point))
+    scaled = op.Mul(op.Mul(first, second), op.Constant(value_int=multiplier))
+    rounded = normfuse.rounded_shift(scaled, shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def int_mean(
+    x,
+    axes: Sequence[int],
+    keeps_axes: int,
+    offset: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of a mean of x."""
+    total = op.ReduceSum(op.Cast(x, to=INT64), op.Constant(value_ints=axes), keepdims=keeps_axes)
+    scaled = op.Mul(op.Add(total, op.Constant(value_int=offset)), op.Constant(value_int=multiplier))
+    rounded = normfuse.rounded_shift(scaled, shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def unsigned(x):
+    """Return int8 x + 128 as uint8."""
+    return op.Cast(op.Add(op.Cast(x, to=INT32), op.Cast(op.Constant(value_int=128), to=INT32)), to=UINT8)
+
+
+@script(normfuse, default_opset=op)
+def product(x, y):
+    """Return the exact int32 matrix product of int8 x and y."""
+    middle = op.Cast(op.Constant(value_int=128), to=UINT8)
+    return op.MatMulInteger(normfuse.unsigned(x), normfuse.unsigned(y), middle, middle)
+
+
+@script(normfuse, default_opset=op)
+def int_linear(x, weight, bias, multiplier, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return codes of x W^T + b."""
+    sums = normfuse.product(x, op.Transpose(weight, perm=[1, 0]))
+    return normfuse.rescale(
+        sums, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
+    )
+
+
+@script(normfuse, default_opset=op)
+def with_residual(
+    sums,
+    bias,
+    multiplier,
+    residual,
+    residual_multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of what sums stand for plus a residual."""
+    own = op.Mul(op.Add(op.Cast(sums, to=INT64), op.Cast(bias, to=INT64)), op.Cast(multiplier, to=INT64))
+    other = op.Mul(op.Cast(residual, to=INT64), op.Constant(value_int=residual_multiplier))
+    rounded = normfuse.rounded_shift(op.Add(own, other), shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def int_linear_add(
+    x,
+    weight,
+    bias,
+    multiplier,
+    residual,
+    residual_multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of x W^T + b + residual."""
+    return normfuse.with_residual(
+        normfuse.product(x, op.Transpose(weight, perm=[1, 0])),
+        bias,
+        multiplier,
+        residual,
+        residual_multiplier=residual_multiplier,
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_table(x, table):
+    """Return table[x + 128]."""
+    return op.Gather(table, op.Add(op.Cast(x, to=INT32), op.Cast(op.Constant(value_int=128), to=INT32)))
+
+
+@script(normfuse, default_opset=op)
+def int_linear_table(x, weight, bias, multiplier, table, shift: int, zero_point: int):
+    """Return a function of x W^T + b, by its table."""
+    codes = normfuse.int_linear(
+        x, weight, bias, multiplier, shift=shift, zero_point=zero_point, minimum=-128, maximum=127, to=INT8
+    )
+    return normfuse.int_table(codes, table)
+
+
+@script(normfuse, default_opset=op)
+def convolved(
+    x, weight, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], group: int, x_zero_point: int
+):
+    """Return the exact int32 convolution of x - x_zero_point."""
+    middle = op.Constant(value_int=128)
+    zero = op.Cast(op.Add(op.Constant(value_int=x_zero_point), middle), to=UINT8)
+    return op.ConvInteger(
+        normfuse.unsigned(x),
+        normfuse.unsigned(weight),
+        zero,
+        op.Cast(middle, to=UINT8),
+        strides=strides,
+        pads=pads,
+        dilations=dilations,
+        group=group,
+    )
+
+
+@script(normfuse, default_opset=op)
+def of_channels(x):
+    """Return a vector as [channels, 1, 1]."""
+    return op.Reshape(x, op.Constant(value_ints=[-1, 1, 1]))
+
+
+@script(normfuse, default_opset=op)
+def int_conv2d(
+    x,
+    weight,
+    bias,
+    multiplier,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    x_zero_point: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of a convolution."""
+    sums = normfuse.convolved(
+        x, weight, strides=strides, pads=pads, dilations=dilations, group=group, x_zero_point=x_zero_point
+    )
+    return normfuse.rescale(
+        sums,
+        normfuse.of_channels(bias),
+        normfuse.of_channels(multiplier),
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_conv2d_add(
+    x,
+    weight,
+    bias,
+    multiplier,
+    residual,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    x_zero_point: int,
+    residual_multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of a convolution plus a residual."""
+    return normfuse.with_residual(
+        normfuse.convolved(
+            x, weight, strides=strides, pads=pads, dilations=dilations, group=group, x_zero_point=x_zero_point
+        ),
+        normfuse.of_channels(bias),
+        normfuse.of_channels(multiplier),
+        residual,
+        residual_multiplier=residual_multiplier,
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_matmul(x, y, multiplier: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return codes of the product of two activations."""
+    return normfuse.rescale(
+        normfuse.product(x, y),
+        op.Constant(value_int=0),
+        op.Constant(value_int=multiplier),
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def attended(
+    scores,
+    v,
+    score_multiplier: int,
+    score_shift: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of softmax(scores) v, for int64 scores."""
+    last = op.Constant(value_ints=[-1])
+    below = op.Sub(op.ReduceMax(scores, last, keepdims=1), scores)
+    octaves = normfuse.rounded_shift(op.Mul(below, op.Constant(value_int=score_multiplier)), shift=score_shift)
+    steps = op.Constant(value_int=256)
+    whole = op.Div(octaves, steps)
+    fraction = op.Sub(octaves, op.Mul(whole, steps))
+    power = op.Gather(op.Constant(value_ints=POWERS_OF_TWO), op.Min(whole, op.Constant(value_int=31)))
+    entry = op.Gather(op.Constant(value_ints=EXPONENTIAL_TABLE), fraction)
+    half = op.Mul(power, op.Constant(value_int=128))
+    weights = op.Div(op.Add(entry, half), op.Mul(power, steps))
+    wide = op.Mul(op.Constant(value_int=multiplier), op.Constant(value_int=1048576))
+    row = op.Div(wide, op.ReduceSum(weights, last, keepdims=1))
+    none, middle = op.Cast(op.Constant(value_int=0), to=UINT8), op.Cast(op.Constant(value_int=128), to=UINT8)
+    sums = op.MatMulInteger(op.Cast(weights, to=UINT8), normfuse.unsigned(v), none, middle)
+    rounded = normfuse.rounded_shift(op.Mul(op.Cast(sums, to=INT64), row), shift=shift)
+    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
+
+
+@script(normfuse, default_opset=op)
+def int_attention(
+    q,
+    k,
+    v,
+    score_multiplier: int,
+    score_shift: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of softmax(q k) v."""
+    return normfuse.attended(
+        op.Cast(normfuse.product(q, k), to=INT64),
+        v,
+        score_multiplier=score_multiplier,
+        score_shift=score_shift,
+        multiplier=multiplier,
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_attention_bias(
+    q,
+    k,
+    v,
+    bias,
+    score_multiplier: int,
+    score_shift: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    minimum: int,
+    maximum: int,
+    to: int,
+):
+    """Return codes of softmax(q k + bias) v."""
+    return normfuse.attended(
+        op.Add(op.Cast(normfuse.product(q, k), to=INT64), op.Cast(bias, to=INT64)),
+        v,
+        score_multiplier=score_multiplier,
+        score_shift=score_shift,
+        multiplier=multiplier,
+        shift=shift,
+        zero_point=zero_point,
+        minimum=minimum,
+        maximum=maximum,
+        to=to,
+    )
+
+
+@script(normfuse, default_opset=op)
+def nearer_root(root, x):
+    """Return Newton's next guess of the root of x."""
+    return op.Div(op.Add(root, op.Div(x, root)), op.Constant(value_int=2))
+
+
+@script(normfuse, default_opset=op)
+def over_root(x, power):
+    """Return x / sqrt(power) with 20 bits behind the point.
+
+    ``power`` is brought to 2^60 ... 2^62, where six steps from 2^31 reach the root or the integer above it.
+    """
+    last = op.Constant(value_ints=[-1])
+    is_below = op.Cast(op.Less(power, op.Constant(value_ints=LIMITS)), to=INT64)
+    doublings = op.ReduceSum(is_below, last, keepdims=1)
+    rooted = op.Mul(power, op.Gather(op.Constant(value_ints=POWERS_OF_FOUR), doublings))
+    first = op.Expand(op.Constant(value_int=2147483648), op.Shape(rooted))
+    third = normfuse.nearer_root(normfuse.nearer_root(normfuse.nearer_root(first, rooted), rooted), rooted)
+    sixth = normfuse.nearer_root(normfuse.nearer_root(normfuse.nearer_root(third, rooted), rooted), rooted)
+    is_above = op.Cast(op.Greater(op.Mul(sixth, sixth), rooted), to=INT64)
+    root = op.Sub(sixth, is_above)
+    half_root = op.Div(root, op.Constant(value_int=2))
+    reciprocal = op.Div(op.Add(op.Constant(value_int=2305843009213693952), half_root), root)
+    bits = op.Sub(op.Constant(value_int=41), doublings)
+    one = op.Cast(op.Constant(value_int=1), to=UINT64)
+    half = op.BitShift(one, op.Cast(op.Sub(bits, op.Constant(value_int=1)), to=UINT64), direction="LEFT")
+    up = op.Constant(value_int=UP)
+    positive = op.Add(op.Add(op.Mul(x, reciprocal), op.Cast(half, to=INT64)), up)
+    amount = op.Cast(bits, to=UINT64)
+    shifted = op.BitShift(op.Cast(positive, to=UINT64), amount, direction="RIGHT")
+    below = op.BitShift(op.Cast(up, to=UINT64), amount, direction="RIGHT")
+    return op.Sub(op.Cast(shifted, to=INT64), op.Cast(below, to=INT64))
+
+
+@script(normfuse, default_opset=op)
+def int_layer_norm(x, bias, multiplier, epsilon: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return codes of a layer norm over the last axis."""
+    last = op.Constant(value_ints=[-1])
+    wide = op.Cast(x, to=INT64)
+    channels = op.Shape(wide, start=-1)
+    total = op.ReduceSum(wide, last, keepdims=1)
+    squares = op.Mul(channels, op.ReduceSum(op.Mul(wide, wide), last, keepdims=1))
+    power = op.Add(op.Sub(squares, op.Mul(total, total)), op.Constant(value_int=epsilon))
+    normal = normfuse.over_root(op.Sub(op.Mul(channels, wide), total), power)
+    return normfuse.rescale(
+        normal, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
+    )
+
+
+@script(normfuse, default_opset=op)
+def int_rms_norm(x, bias, multiplier, epsilon: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
+    """Return codes of an RMS norm over the last axis."""
+    last = op.Constant(value_ints=[-1])
+    wide = op.Cast(x, to=INT64)
+    channels = op.Shape(wide, start=-1)
+    squares = op.Mul(channels, op.ReduceSum(op.Mul(wide, wide), last, keepdims=1))
+    power = op.Add(squares, op.Constant(value_int=epsilon))
+    normal = normfuse.over_root(op.Mul(channels, wide), power)
+    return normfuse.rescale(
+        normal, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
+    )
+
+
+FUNCTIONS: Final[Mapping[str, OnnxFunction[..., Any]]] = {
+    each.name: each
+    for each in (
+        *(rounded_shift, saturate, rescale, unsigned, product, with_residual, convolved, of_channels),
+        *(requantize, int_add, int_multiply, int_mean, int_table),
+        *(int_linear, int_linear_add, int_linear_table, int_conv2d, int_conv2d_add, int_matmul),
+        *(attended, int_attention, int_attention_bias, nearer_root, over_root, int_layer_norm, int_rms_norm),
+    )
+}
+"""By name: the operators, and the parts that they share."""
+
+
+def onnx_functions(operators: set[str]) -> list[ir.Function]:
+    """Return what an ONNX file needs that calls these operators: them and, in turn, what they call."""
+    found, wanted = dict[str, ir.Function](), list(operators)
+    while wanted:
+        name = wanted.pop()
+        if name in found:
+            continue
+        function = ir.serde.deserialize_function(FUNCTIONS[name].to_function_proto())
+        found[name] = function
+        wanted += [node.op_type for node in function if node.domain == DOMAIN]
+    return [found[name] for name in sorted(found)]
