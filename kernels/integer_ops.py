@@ -31,7 +31,10 @@ __all__ = [
     "INT_MULTIPLY",
     "INT_RMS_NORM",
     "INT_TABLE",
+    "LAMBDA_SHIFT_GELU",
     "REQUANTIZE",
+    "SHIFTMAX",
+    "SHIFT_GELU",
 ]
 
 
@@ -98,6 +101,10 @@ def _norm(x: Tensor, bias: Tensor, multiplier: Tensor, *numbers: int) -> Tensor:
     return _codes(x.shape, x, numbers[-1])
 
 
+def _elementwise(x: Tensor, *numbers: int) -> Tensor:
+    return _codes(x.shape, x, numbers[-1])
+
+
 def _table(x: Tensor, table: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=table.dtype)
 
@@ -125,6 +132,9 @@ _DEFINITIONS: Final[Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tens
     "int_layer_norm": (reference.int_layer_norm, _norm),
     "int_rms_norm": (reference.int_rms_norm, _norm),
     "int_table": (reference.int_table, _table),
+    "shiftmax": (reference.shiftmax, _elementwise),
+    "shift_gelu": (reference.shift_gelu, _elementwise),
+    "lambda_shift_gelu": (reference.lambda_shift_gelu, _elementwise),
 }
 """By name, what an operator computes and the shape of its result."""
 
@@ -153,3 +163,6 @@ INT_ATTENTION: Final = INTEGER_OPERATORS["int_attention"]
 INT_LAYER_NORM: Final = INTEGER_OPERATORS["int_layer_norm"]
 INT_RMS_NORM: Final = INTEGER_OPERATORS["int_rms_norm"]
 INT_TABLE: Final = INTEGER_OPERATORS["int_table"]
+SHIFTMAX: Final = INTEGER_OPERATORS["shiftmax"]
+SHIFT_GELU: Final = INTEGER_OPERATORS["shift_gelu"]
+LAMBDA_SHIFT_GELU: Final = INTEGER_OPERATORS["lambda_shift_gelu"]

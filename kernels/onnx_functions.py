@@ -13,24 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import onnx_ir as ir
-from onnxscript import opset21, script
-from onnxscript.values import OnnxFunction, Opset
+from onnxscript import script
+from onnxscript.values import OnnxFunction
 
+from normfuse.kernels.onnx_domain import DOMAIN, INT8, INT32, INT64, UINT8, UINT64, UP, VERSION, normfuse, op
+from normfuse.kernels.onnx_shift_functions import SHIFT_FUNCTIONS
 from normfuse.kernels.reference.attention import EXPONENTIALS
 from normfuse.kernels.reference.norms import ROOT_BITS
 
 __all__ = ["DOMAIN", "FUNCTIONS", "VERSION", "onnx_functions"]
-
-DOMAIN: Final = "normfuse"
-VERSION: Final = 1
-op: Any = opset21  # what follows is read by onnxscript and never run
-normfuse: Any = Opset(DOMAIN, VERSION)
-
-INT8, INT32, INT64, UINT8, UINT64 = 3, 6, 7, 2, 13
-"""``onnx.TensorProto`` types."""
-
-UP = 4611686018427387904
-"""2^62: what makes anything below it in magnitude positive."""
 
 POWERS_OF_TWO = [1 << count for count in range(32)]
 POWERS_OF_FOUR = [1 << (2 * count) for count in range(ROOT_BITS)]
@@ -495,6 +486,7 @@ FUNCTIONS: Final[Mapping[str, OnnxFunction[..., Any]]] = {
         *(requantize, int_add, int_multiply, int_mean, int_table),
         *(int_linear, int_linear_add, int_linear_table, int_conv2d, int_conv2d_add, int_matmul),
         *(attended, int_attention, int_attention_bias, nearer_root, over_root, int_layer_norm, int_rms_norm),
+        *SHIFT_FUNCTIONS,
     )
 }
 """By name: the operators, and the parts that they share."""

@@ -25,6 +25,7 @@ from normfuse.kernels.reference.quantizers import (
     unpack,
 )
 from normfuse.kernels.reference.rescaling import int_add, int_mean, int_multiply, requantize, rescale
+from normfuse.kernels.reference.shift_exponential import lambda_shift_gelu, shift_gelu, shiftmax
 from normfuse.kernels.reference.tables import int_table
 
 __all__ = [
@@ -45,11 +46,14 @@ __all__ = [
     "int_multiply",
     "int_rms_norm",
     "int_table",
+    "lambda_shift_gelu",
     "quantize",
     "quantize_logarithm",
     "requantize",
     "rescale",
     "reshape",
+    "shift_gelu",
+    "shiftmax",
     "square_root",
     "unpack",
 ]

@@ -1,0 +1,1 @@
+"""From a float graph with requests to one that computes in integers alone."""

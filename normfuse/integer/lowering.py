@@ -1,0 +1,214 @@
+"""Writes an integer operator for every value that is rounded, from the codes of what it is computed of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.errors import UnsupportedModel
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.affine import AFFINE, read_affine
+from normfuse.graph.edit import Editor
+from normfuse.graph.quantization import is_requested
+from normfuse.graph.text import operator_name
+from normfuse.integer.roles import CLAMPS, is_view, viewed
+from normfuse.integer.written import Coded, Written
+from normfuse.kernels.integer_ops import REQUANTIZE
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
+from normfuse.quant import QuantParams, RoundedWeight
+from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, dyadic_at, require_below
+from normfuse.report import Refusal
+
+__all__ = ["Lowering", "Rule", "largest_code", "per_channel", "unsupported"]
+
+Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
+"""Writes the codes of a node's value and returns their node."""
+
+LARGEST_BIAS: Final = 1 << 30
+
+WIDE_CODES: Final = 32767
+
+
+@dataclass(slots=True)
+class Lowering:
+    """One graph on its way: what is codes already, and the constants that decide the rest.
+
+    Attributes:
+        edit: changes the graph.
+        activations: scales and zero points, by the name of what is requested.
+        weights: codes of weights, by the name of the linear map.
+        rules: what writes an operator.
+        replaced: operators that integers compute differently, for the report.
+    """
+
+    edit: Editor
+    activations: Mapping[str, QuantParams]
+    weights: Mapping[str, RoundedWeight]
+    rules: Mapping[Any, Rule]
+    replaced: list[Refusal] = field(default_factory=list)
+    _codes: dict[fx.Node, Coded] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that is changed."""
+        return self.edit.graph
+
+    def run(self) -> None:
+        """Write integers in the place of all floats between inputs and outputs."""
+        for request in [node for node in self.graph.nodes if is_requested(node)]:
+            params = self.activations[viewed(request).name]
+            written = Written.of(params)
+            node = self._input(request, params) if viewed(request).op == "placeholder" else self.write(request, written)
+            self._codes[request] = Coded(node, written.scale, written.zero_point)
+        for output in dict.fromkeys(self.graph.outputs):
+            if query.is_float(output):
+                found = self.coded(output)
+                scale, zero = self._parameters(found, f"{output.name}_scale", output)
+                values = self.edit.call(DEQUANTIZE, found.node, scale, zero, -1, at=output, after=True)
+                self._move_behind(values, found.node)
+                self.edit.redirect(output, values, only=lambda reader: reader.op == "output")
+
+    def _move_behind(self, node: fx.Node, source: fx.Node) -> None:
+        (end,) = [each for each in self.graph.nodes if each.op == "output"]
+        end.prepend(node)
+
+    def _input(self, request: fx.Node, params: QuantParams) -> fx.Node:
+        source = viewed(request)
+        found = Coded(source, float(params.scale), int(params.zero_point))
+        scale, zero = self._parameters(found, f"{source.name}_scale", source, params.stored_zero_point)
+        limits = (params.type.minimum, params.type.maximum)
+        return self.edit.call(QUANTIZE, source, scale, zero, -1, *limits, at=request, name=f"{source.name}_codes")
+
+    def _parameters(
+        self, found: Coded, name: str, like: fx.Node, zero_point: Tensor | None = None
+    ) -> tuple[fx.Node, fx.Node]:
+        value = query.dtype(found.node)
+        zero = torch.tensor(found.zero_point, dtype=value) if zero_point is None else zero_point
+        scale = torch.tensor(found.scale, dtype=torch.float32)
+        return self.edit.constant(scale, name, like=like), self.edit.constant(zero, f"{name}_zero", like=like)
+
+    def write(self, request: fx.Node, written: Written) -> fx.Node:
+        """Write the codes that a request wants; what its source does not round is computed with it."""
+        source = viewed(request)
+        if query.is_call(source, *CLAMPS):
+            written = written.clamped(*_bounds(source))
+            source = source if self.is_coded(viewed(source)) else viewed(source)
+        if query.is_call(source, AFFINE):
+            written = written.behind(read_affine(self.graph, source))
+            source = source if self.is_coded(viewed(source)) else viewed(source)
+        if query.is_call(source, *CLAMPS, AFFINE):
+            return self.requantize(source, self.coded(viewed(source)), written)
+        if self.is_coded(source):
+            return self.requantize(source, self.coded(source), written)
+        rule = self.rules.get(source.target)
+        if rule is None:
+            raise unsupported(source)
+        return rule(self, source, written)
+
+    def is_coded(self, node: object) -> bool:
+        """Return whether a node's value has codes, or is constant."""
+        if not isinstance(node, fx.Node):
+            return False
+        return node in self._codes or query.is_constant(node) or (is_view(node) and self.is_coded(viewed(node)))
+
+    def coded(self, node: fx.Node) -> Coded:
+        """Return the codes of a node's value, seen through views.
+
+        Raises:
+            UnsupportedModel: it has none.
+        """
+        if node not in self._codes:
+            if query.is_constant(node):
+                self._codes[node] = self._constant(node)
+            elif is_view(node):
+                self._codes[node] = self._view(node)
+            else:
+                raise unsupported(node)
+        return self._codes[node]
+
+    def _constant(self, node: fx.Node) -> Coded:
+        values = query.constant(self.graph, node).double()
+        scale = float(values.abs().max()) / WIDE_CODES or 1.0
+        codes = torch.floor(values / scale + 0.5).to(torch.int16)
+        return Coded(self.edit.constant(codes, f"{node.name}_codes", like=node), scale, 0)
+
+    def _view(self, node: fx.Node) -> Coded:
+        found = self.coded(viewed(node))
+        if (rule := self.rules.get(node.target)) is not None:
+            written = Written(found.scale, found.zero_point, 0, 0)
+            return Coded(rule(self, node, written), found.scale, found.zero_point)
+        view = self.edit.call(node.target, found.node, *node.args[1:], at=node, like=node, **node.kwargs)
+        return Coded(view, found.scale, found.zero_point)
+
+    def requantize(self, at: fx.Node, found: Coded, written: Written) -> fx.Node:
+        """Write codes at another scale, or at one for every channel."""
+        rank, unit = query.rank(found.node), torch.tensor(found.scale / written.scale, dtype=torch.float64)
+        affine = written.affine
+        gain = affine.scale * unit
+        multiplier, bias, shift = per_channel(gain, affine.shift / written.scale)
+        bias = bias - found.zero_point
+        largest = (largest_code(found.node) + float(bias.abs().max())) * float(multiplier.abs().max())
+        require_below(largest, WIDE, what="a rescaled code", where=self.layer(at))
+        shape = [-1 if index == affine.axis % rank else 1 for index in range(rank)] if gain.numel() > 1 else []
+        while shape and shape[0] == 1:
+            shape = shape[1:]
+        constants = [
+            self.constant(vector.reshape(shape), f"{at.name}_{name}", at)
+            for vector, name in ((bias, "bias"), (multiplier, "multiplier"))
+        ]
+        return self.edit.call(
+            REQUANTIZE, found.node, *constants, shift, *written.ends(), at=at, after=True, name=f"{at.name}_codes"
+        )
+
+    def constant(self, tensor: Tensor, name: str, like: fx.Node) -> fx.Node:
+        """Add an int32 constant."""
+        limits = torch.iinfo(torch.int32)
+        if int(tensor.max()) > limits.max or int(tensor.min()) < limits.min:
+            raise ValueError(f"{name} does not fit 32 bits")
+        return self.edit.constant(tensor.to(torch.int32), name, like=like)
+
+    def layer(self, node: fx.Node) -> str:
+        """Return how messages call a node's layer."""
+        return query.layer_of(node) or node.name
+
+
+def per_channel(gain: Tensor, offset: Tensor, *, largest_shift: int = LARGEST_SHIFT) -> tuple[Tensor, Tensor, int]:
+    """Return multipliers, biases in front of them, and a shift for ``gain x + offset`` in codes.
+
+    A bias stands in front of its multiplier. Where the gain is so small beside the offset that it would not fit, the
+    gain is raised to 2^-30 of the offset, which moves the result by less than |x| 2^-30 of the offset.
+    """
+    least = offset.abs() / LARGEST_BIAS
+    raised = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
+    multiplier, shift = dyadic(raised)
+    if shift > largest_shift:
+        multiplier, shift = dyadic_at(raised, largest_shift), largest_shift
+    exact = multiplier.double() * 2.0**-shift
+    bias = torch.where(multiplier != 0, offset / torch.where(multiplier != 0, exact, 1.0), 0.0)
+    return multiplier, torch.round(bias).clamp(-LARGEST_BIAS, LARGEST_BIAS).to(torch.int64), shift
+
+
+def largest_code(node: fx.Node) -> float:
+    """Return the largest magnitude of a node's codes."""
+    return float(torch.iinfo(query.dtype(node)).max + 1)
+
+
+def _bounds(node: fx.Node) -> tuple[float, float]:
+    if query.is_call(node, ops.ATEN.hardtanh.default):
+        return float(query.argument(node, 1, "min_val", -1)), float(query.argument(node, 2, "max_val", 1))
+    return 0.0, 6.0 if query.is_call(node, ops.ATEN.relu6.default) else math.inf
+
+
+def unsupported(node: fx.Node) -> UnsupportedModel:
+    """Return the refusal of an operator without an integer form."""
+    return UnsupportedModel(
+        f"{operator_name(node.target)} has no integer form",
+        where=query.layer_of(node) or node.name,
+        expected="operators that normfuse computes in integers",
+        hint="without --integer-only the rest is quantized and this stays float",
+    )

@@ -1,0 +1,67 @@
+"""Layer and RMS norm on the 16-bit stream."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.errors import UnsupportedModel
+from normfuse.graph import ops, query
+from normfuse.integer.lowering import Lowering, per_channel
+from normfuse.integer.written import Written
+from normfuse.kernels.integer_ops import INT_LAYER_NORM, INT_RMS_NORM
+from normfuse.kernels.reference.norms import FRACTION
+from normfuse.quant.dyadic import WIDE, require_below
+
+__all__ = ["norm"]
+
+MOST_CHANNELS: Final = 1 << 14
+"""Channels times a 16-bit code times a 31-bit reciprocal stay below 2^62."""
+
+LARGEST: Final = 1 << 15
+
+
+def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
+    """Write a norm over the last axis; gamma, beta and an affine behind it are part of its last step.
+
+    Raises:
+        UnsupportedModel: it is over more than the last axis, or over more than 16,384 channels.
+    """
+    x, channels = lowering.coded(node.args[0]), node.args[1]  # type: ignore[arg-type]
+    where = lowering.layer(node)
+    if len(channels) != 1 or not isinstance(channels[0], int) or channels[0] > MOST_CHANNELS:  # type: ignore[arg-type, index, operator, union-attr]
+        raise UnsupportedModel(
+            f"a norm over {channels}", where=where, expected=f"one axis of at most {MOST_CHANNELS} channels"
+        )
+    count = int(channels[0])  # type: ignore[index, arg-type, union-attr]
+    gamma, beta, eps = _constants(lowering, node, count)
+    epsilon = max(1, round(eps * (count / x.scale) ** 2))
+    require_below(float(count**2 * LARGEST**2 + epsilon), WIDE, what="a sum of squares", where=where)
+    affine = written.affine
+    gain = affine.scale * gamma / written.scale * 2.0**-FRACTION
+    multiplier, bias, shift = per_channel(gain, (affine.scale * beta + affine.shift) / written.scale)
+    largest = (count**0.5 * 2.0**FRACTION + float(bias.abs().max())) * float(multiplier.abs().max())
+    require_below(largest, WIDE, what="a normalized value before it is rescaled", where=where)
+    constants = [
+        lowering.constant(vector, f"{node.name}_{name}", node)
+        for vector, name in ((bias, "bias"), (multiplier, "multiplier"))
+    ]
+    operator = INT_LAYER_NORM if node.target is ops.LAYER_NORM else INT_RMS_NORM
+    return lowering.edit.call(
+        operator, x.node, *constants, epsilon, shift, *written.ends(), at=node, after=True, name=f"{node.name}_codes"
+    )
+
+
+def _constants(lowering: Lowering, node: fx.Node, count: int) -> tuple[Tensor, Tensor, float]:
+    """Return gamma, beta and eps."""
+    is_layer_norm = node.target is ops.LAYER_NORM
+    eps = query.argument(node, 4 if is_layer_norm else 3, "eps", 1e-5)
+    given = [query.argument(node, 2, "weight"), query.argument(node, 3, "bias") if is_layer_norm else None]
+    gamma, beta = (None if each is None else query.constant(lowering.graph, each).double() for each in given)
+    return (
+        torch.ones(count, dtype=torch.float64) if gamma is None else gamma,
+        torch.zeros(count, dtype=torch.float64) if beta is None else beta,
+        torch.finfo(torch.float32).eps if eps is None else float(eps),
+    )

@@ -1,0 +1,106 @@
+"""What every operator is in an integer network: a view of codes, something that rounds, or part of what rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from torch import fx
+
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.affine import AFFINE
+from normfuse.graph.quantization import is_requested
+
+__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_view", "viewed"]
+
+PRODUCTS: Final = frozenset({ops.LINEAR, ops.CONV2D})
+"""Products with constant weights; what follows them is part of their last step."""
+
+CLAMPS: Final = frozenset({ops.RELU, ops.ATEN.hardtanh.default, ops.ATEN.relu6.default})
+"""Where codes end; they cost nothing."""
+
+POINTWISE: Final = frozenset(
+    {
+        *(ops.GELU, ops.ATEN.silu.default, ops.ATEN.tanh.default, ops.ATEN.sigmoid.default),
+        *(ops.ATEN.hardswish.default, ops.ATEN.hardsigmoid.default, ops.ATEN.leaky_relu.default, ops.ATEN.elu.default),
+        *(ops.ATEN.mish.default, ops.ATEN.softplus.default, ops.ATEN.erf.default, ops.ATEN.exp.default, ops.NEG),
+    }
+)
+"""Functions of one number: tables."""
+
+MEANS: Final = frozenset({ops.MEAN, ops.ATEN.adaptive_avg_pool2d.default})
+
+VIEWS: Final = frozenset(
+    {
+        *(ops.RESHAPE, ops.PERMUTE, ops.SELECT, ops.SLICE, ops.EXPAND, ops.UNSQUEEZE, ops.ROLL, ops.FLIP, ops.REPEAT),
+        *(ops.INDEX_SELECT, ops.GETITEM, ops.CLONE, ops.DROPOUT, ops.ATEN.squeeze.dim, ops.ATEN.squeeze.dims),
+        *(ops.VIEW, ops.TRANSPOSE, ops.FLATTEN, ops.ATEN.alias.default, ops.ATEN.contiguous.default),
+        *(*ops.SPLITS, ops.ATEN.unbind.int, ops.ATEN.upsample_nearest2d.vec, ops.ATEN.upsample_bilinear2d.vec),
+        *ops.MAXIMUM_POOLS,
+    }
+)
+"""What moves or repeats values, or takes the largest: the same on codes. Upsampling becomes that of the nearest."""
+
+
+def is_view(node: object) -> bool:
+    """Return whether a node hands on its first argument's values."""
+    return query.is_call(node, *VIEWS)
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """Return what a view looks at."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def absorbed(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values are never written: the node that reads each computes both in one.
+
+    A clamp takes in what it bounds, a sum one of the products that it adds, a scale per channel the norm in front of
+    it, and the second product of attention everything from the scores on.
+    """
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        if query.is_call(node, *CLAMPS, AFFINE):
+            source = viewed(node)
+            wanted = ops.ONLINE_NORMS if node.target is AFFINE else (*PRODUCTS, ops.ADD, *ops.ONLINE_NORMS, ops.MATMUL)
+            if query.is_call(source, *wanted) and query.only_reader(source) is node:
+                found.add(source)
+        elif query.is_call(node, ops.ADD):
+            found.update(_added_product(node, found))
+        elif query.is_call(node, ops.MATMUL):
+            found.update(_scores(node))
+    return found
+
+
+def _added_product(node: fx.Node, known: Collection[fx.Node]) -> list[fx.Node]:
+    """Return the product that a sum takes in: the last, if no other step stands between."""
+    if node.kwargs.get("alpha", 1) != 1:
+        return []
+    products = [
+        each
+        for each in node.args[:2]
+        if query.is_call(each, *PRODUCTS)
+        and each not in known
+        and query.only_reader(each) is node  # type: ignore[arg-type]
+        and query.shape(each) == query.shape(node)  # type: ignore[arg-type]
+    ]
+    return sorted(products)[-1:]  # type: ignore[return-value, type-var]
+
+
+def _scores(node: fx.Node) -> list[fx.Node]:
+    """Return scores, their bias and softmax of attention, whose second product is ``node``; nothing elsewhere."""
+    softmax = node.args[0]
+    if not query.is_call(softmax, ops.SOFTMAX) or query.only_reader(softmax) is not node:  # type: ignore[arg-type]
+        return []
+    assert isinstance(softmax, fx.Node)
+    if softmax.args[1] not in (-1, query.rank(softmax) - 1):
+        return []
+    scores, found = viewed(softmax), [softmax]
+    if query.is_call(scores, ops.ADD) and any(query.is_constant(each) for each in scores.args[:2]):
+        found.append(scores)
+        (scores,) = [each for each in scores.args[:2] if not query.is_constant(each)]  # type: ignore[misc]
+    is_whole = query.is_call(scores, ops.MATMUL) and not is_requested(scores)
+    found.append(scores)
+    return found if is_whole and all(query.only_reader(each) is not None for each in found) else []

@@ -1,0 +1,111 @@
+"""Asks for codes wherever an integer network rounds: 8 bits for operands of products, 16 for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from torch import fx
+
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.edit import Editor, editing
+from normfuse.graph.quantization import is_requested, request_quantization, request_weight
+from normfuse.integer.roles import POINTWISE, PRODUCTS, absorbed, is_view
+from normfuse.pipeline import Fact, Pass
+from normfuse.quant.integer_type import INT8, INT8_NARROW, IntegerType
+from normfuse.report import PassReport
+
+__all__ = ["INT16_NARROW", "PlaceIntegers"]
+
+INT16_NARROW: Final = IntegerType(16, signed=True, narrow=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceIntegers(Pass):
+    """Put a request behind everything that rounds, for those who read it.
+
+        before   y = linear(norm(x + f), W, b)
+        after    y = linear(request8(norm(request16(x + f))), W, b)
+
+    1. Operands of products and of tables of functions are 8 bits wide; with zero points, but not where two
+       activations meet.
+    2. Everything else (sums, norms, means, what is concatenated, outputs) is 16 bits wide and has none.
+    3. What both kinds read is 16 bits wide, and 8 bits are made of it in front of the products.
+    4. What is part of a larger operator is not rounded (``normfuse.integer.roles``).
+
+    Exact: a request passes its input on. Ranges come next, then integers in the place of everything.
+    """
+
+    name: ClassVar[str] = "place-integers"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.PLACED})
+
+    weight: IntegerType = INT8_NARROW
+
+    def run(self, graph: Graph) -> PassReport:
+        """Edit the graph."""
+        never, applied = absorbed(graph), list[str]()
+        for node in graph.nodes:
+            if query.is_call(node, *PRODUCTS) and query.is_constant(node.args[1]):
+                request_weight(node, self.weight)
+        with editing(graph) as edit:
+            for node in list(graph.nodes):
+                if _rounds(node) and node not in never:
+                    applied += _request(edit, node)
+        return PassReport(name=self.name, applied=PassReport.count(applied))
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Return whether a node makes floats that no other node of the network has made."""
+    is_made = node.op in ("placeholder", "call_function") and query.is_float(node)
+    return is_made and not is_view(node) and not is_requested(node)
+
+
+def _request(edit: Editor, node: fx.Node) -> list[str]:
+    """Ask for the codes of what rounds, wherever they are read."""
+    uses = list(_uses(node))
+    narrow = [use for use in uses if use.is_operand]
+    if len(narrow) == len(uses):
+        is_symmetric = any(use.is_symmetric for use in narrow)
+        request_quantization(edit, node, _narrow(is_symmetric), query.readers(node), is_symmetric=is_symmetric)
+        return ["8 bits"]
+    request_quantization(edit, node, INT16_NARROW, query.readers(node), is_symmetric=True)
+    wide = next(reader for reader in query.readers(node) if is_requested(reader))
+    for source in dict.fromkeys(use.read for use in narrow):
+        readers = [use.reader for use in narrow if use.read is source]
+        is_symmetric = any(use.is_symmetric for use in narrow if use.read is source)
+        place = wide if source is node else source
+        request_quantization(edit, place, _narrow(is_symmetric), readers, is_symmetric=is_symmetric)
+    return ["16 bits", *["8 bits of 16"] * bool(narrow)]
+
+
+def _narrow(is_symmetric: bool) -> IntegerType:
+    return INT8_NARROW if is_symmetric else INT8
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A reader of a tensor, or of a view of it (``read``)."""
+
+    read: fx.Node
+    reader: fx.Node
+
+    @property
+    def is_operand(self) -> bool:
+        """Whether 8 bits are read."""
+        is_first = self.reader.args[:1] == (self.read,)
+        return self.is_symmetric or (is_first and query.is_call(self.reader, *PRODUCTS, *POINTWISE))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether another activation is met."""
+        return query.is_call(self.reader, ops.MATMUL)
+
+
+def _uses(node: fx.Node) -> Iterator[_Use]:
+    for reader in query.readers(node):
+        if is_view(reader):
+            yield from _uses(reader)
+        elif not query.is_call(reader, ops.ATEN.sym_size.int):  # a size is no value
+            yield _Use(node, reader)
