@@ -42,6 +42,9 @@ __all__ = ["command"]
 @click.option("--table-bits", type=int, help="Embedding and position tables: 8 (default) or 4 (in groups).")
 @click.option("--effort", type=int, help="0: seconds; 1: minutes (default); 2: tens of minutes, learns block by block.")
 @click.option("--levers", help="Parts of an effort pulled or let go, as in '+soft-rounding -foresight'.")
+@click.option(
+    "--integer-only/--no-integer-only", default=None, help="Compute everything between inputs and outputs in integers."
+)
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
 @click.option(

@@ -22,6 +22,7 @@ __all__ = [
     "INT_ATTENTION",
     "INT_CONV2D",
     "INT_CONV2D_ADD",
+    "INT_INTERPOLATE",
     "INT_LAYER_NORM",
     "INT_LINEAR",
     "INT_LINEAR_ADD",
@@ -113,6 +114,10 @@ def _broadcast(*tensors: Tensor) -> Sequence[int]:
     return sum(torch.empty_like(each, dtype=torch.int64) for each in tensors).shape  # type: ignore[union-attr]
 
 
+def _interpolated(x: Tensor, low: Tensor, high: Tensor, weight: Tensor, axis: int) -> Tensor:
+    return x.new_empty((*x.shape[:axis], low.shape[0], *x.shape[axis + 1 :]))
+
+
 def _codes(shape: Sequence[int], x: Tensor, maximum: int) -> Tensor:
     return x.new_empty(shape, dtype=codes_type(maximum))
 
@@ -131,6 +136,7 @@ _DEFINITIONS: Final[Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tens
     "int_attention": (reference.int_attention, _attention),
     "int_layer_norm": (reference.int_layer_norm, _norm),
     "int_rms_norm": (reference.int_rms_norm, _norm),
+    "int_interpolate": (reference.int_interpolate, _interpolated),
     "int_table": (reference.int_table, _table),
     "shiftmax": (reference.shiftmax, _elementwise),
     "shift_gelu": (reference.shift_gelu, _elementwise),
@@ -162,6 +168,7 @@ INT_MATMUL: Final = INTEGER_OPERATORS["int_matmul"]
 INT_ATTENTION: Final = INTEGER_OPERATORS["int_attention"]
 INT_LAYER_NORM: Final = INTEGER_OPERATORS["int_layer_norm"]
 INT_RMS_NORM: Final = INTEGER_OPERATORS["int_rms_norm"]
+INT_INTERPOLATE: Final = INTEGER_OPERATORS["int_interpolate"]
 INT_TABLE: Final = INTEGER_OPERATORS["int_table"]
 SHIFTMAX: Final = INTEGER_OPERATORS["shiftmax"]
 SHIFT_GELU: Final = INTEGER_OPERATORS["shift_gelu"]

@@ -1,10 +1,11 @@
 """Each integer operator as an ONNX function of standard integer operators, so that any onnxruntime runs the file.
 
-The bodies do what ``normfuse.kernels.reference`` says, bit for bit. Two things differ in form:
+The bodies do what ``normfuse.kernels.reference`` says, bit for bit. Three things differ in form:
 
 - Operands of products become unsigned, 128 higher, with 128 as their zero point. onnxruntime multiplies uint8 by uint8
   exactly on every processor; uint8 by int8 saturates in 16 bits where there is no VNNI, and int8 by int8 is slow.
 - ONNX shifts unsigned integers only, so what is shifted is made positive by 2^62 first.
+- The larger of two int64 is found by comparing them (``normfuse.kernels.onnx_rescaling`` says why).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnxscript import script
 from onnxscript.values import OnnxFunction
 
 from normfuse.kernels.onnx_domain import DOMAIN, INT8, INT32, INT64, UINT8, UINT64, UP, VERSION, normfuse, op
+from normfuse.kernels.onnx_rescaling import RESCALING
 from normfuse.kernels.onnx_shift_functions import SHIFT_FUNCTIONS
 from normfuse.kernels.reference.attention import EXPONENTIALS
 from normfuse.kernels.reference.norms import ROOT_BITS
@@ -27,37 +29,6 @@ POWERS_OF_TWO = [1 << count for count in range(32)]
 POWERS_OF_FOUR = [1 << (2 * count) for count in range(ROOT_BITS)]
 LIMITS = POWERS_OF_FOUR[1:]
 EXPONENTIAL_TABLE = list(EXPONENTIALS)
-
-
-@script(normfuse, default_opset=op)
-def rounded_shift(x, shift: int):
-    """Return int64 x / 2^shift, rounded to the nearest integer, halves up."""
-    amount = op.Cast(op.Constant(value_int=shift), to=UINT64)
-    one = op.Cast(op.Constant(value_int=1), to=UINT64)
-    up = op.Constant(value_int=UP)
-    power = op.BitShift(one, amount, direction="LEFT")
-    half = op.Cast(op.BitShift(power, one, direction="RIGHT"), to=INT64)
-    positive = op.Cast(op.Add(x, op.Add(half, up)), to=UINT64)
-    shifted = op.Cast(op.BitShift(positive, amount, direction="RIGHT"), to=INT64)
-    below = op.Cast(op.BitShift(op.Cast(up, to=UINT64), amount, direction="RIGHT"), to=INT64)
-    return op.Sub(shifted, below)
-
-
-@script(normfuse, default_opset=op)
-def saturate(x, zero_point: int, minimum: int, maximum: int, to: int):
-    """Return int64 x + zero_point in minimum ... maximum, of type ``to``."""
-    moved = op.Add(x, op.Constant(value_int=zero_point))
-    low = op.Max(moved, op.Constant(value_int=minimum))
-    return op.Cast(op.Min(low, op.Constant(value_int=maximum)), to=to)
-
-
-@script(normfuse, default_opset=op)
-def rescale(x, bias, multiplier, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
-    """Return ``(x + bias) * multiplier / 2^shift + zero_point`` in minimum ... maximum."""
-    total = op.Add(op.Cast(x, to=INT64), op.Cast(bias, to=INT64))
-    scaled = op.Mul(total, op.Cast(multiplier, to=INT64))
-    rounded = normfuse.rounded_shift(scaled, shift=shift)
-    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
 
 
 @script(normfuse, default_opset=op)
@@ -338,14 +309,14 @@ def attended(
     maximum: int,
     to: int,
 ):
-    """Return codes of softmax(scores) v, for int64 scores."""
+    """Return codes of softmax(scores) v, for int32 scores."""
     last = op.Constant(value_ints=[-1])
-    below = op.Sub(op.ReduceMax(scores, last, keepdims=1), scores)
+    below = op.Sub(normfuse.largest_of_row(scores), op.Cast(scores, to=INT64))
     octaves = normfuse.rounded_shift(op.Mul(below, op.Constant(value_int=score_multiplier)), shift=score_shift)
     steps = op.Constant(value_int=256)
     whole = op.Div(octaves, steps)
     fraction = op.Sub(octaves, op.Mul(whole, steps))
-    power = op.Gather(op.Constant(value_ints=POWERS_OF_TWO), op.Min(whole, op.Constant(value_int=31)))
+    power = op.Gather(op.Constant(value_ints=POWERS_OF_TWO), normfuse.smaller(whole, op.Constant(value_int=31)))
     entry = op.Gather(op.Constant(value_ints=EXPONENTIAL_TABLE), fraction)
     half = op.Mul(power, op.Constant(value_int=128))
     weights = op.Div(op.Add(entry, half), op.Mul(power, steps))
@@ -373,7 +344,7 @@ def int_attention(
 ):
     """Return codes of softmax(q k) v."""
     return normfuse.attended(
-        op.Cast(normfuse.product(q, k), to=INT64),
+        normfuse.product(q, k),
         v,
         score_multiplier=score_multiplier,
         score_shift=score_shift,
@@ -403,7 +374,7 @@ def int_attention_bias(
 ):
     """Return codes of softmax(q k + bias) v."""
     return normfuse.attended(
-        op.Add(op.Cast(normfuse.product(q, k), to=INT64), op.Cast(bias, to=INT64)),
+        op.Add(normfuse.product(q, k), bias),
         v,
         score_multiplier=score_multiplier,
         score_shift=score_shift,
@@ -414,6 +385,17 @@ def int_attention_bias(
         maximum=maximum,
         to=to,
     )
+
+
+@script(normfuse, default_opset=op)
+def int_interpolate(x, low, high, weight, axis: int):
+    """Return codes between two neighbours along an axis."""
+    wide = op.Cast(x, to=INT64)
+    before = op.Gather(wide, low, axis=axis)
+    behind = op.Gather(wide, high, axis=axis)
+    moved = op.Mul(op.Sub(behind, before), op.Cast(weight, to=INT64))
+    total = op.Add(op.Mul(before, op.Constant(value_int=16384)), moved)
+    return op.CastLike(normfuse.rounded_shift(total, shift=14), x)
 
 
 @script(normfuse, default_opset=op)
@@ -482,8 +464,8 @@ def int_rms_norm(x, bias, multiplier, epsilon: int, shift: int, zero_point: int,
 FUNCTIONS: Final[Mapping[str, OnnxFunction[..., Any]]] = {
     each.name: each
     for each in (
-        *(rounded_shift, saturate, rescale, unsigned, product, with_residual, convolved, of_channels),
-        *(requantize, int_add, int_multiply, int_mean, int_table),
+        *(*RESCALING, unsigned, product, with_residual, convolved, of_channels),
+        *(requantize, int_add, int_multiply, int_mean, int_table, int_interpolate),
         *(int_linear, int_linear_add, int_linear_table, int_conv2d, int_conv2d_add, int_matmul),
         *(attended, int_attention, int_attention_bias, nearer_root, over_root, int_layer_norm, int_rms_norm),
         *SHIFT_FUNCTIONS,
@@ -500,6 +482,16 @@ def onnx_functions(operators: set[str]) -> list[ir.Function]:
         if name in found:
             continue
         function = ir.serde.deserialize_function(FUNCTIONS[name].to_function_proto())
+        _shorten(function)
         found[name] = function
         wanted += [node.op_type for node in function if node.domain == DOMAIN]
     return [found[name] for name in sorted(found)]
+
+
+def _shorten(function: ir.Function) -> None:
+    """Drop names that onnxscript has made up: the bodies are in every file."""
+    for node in function:
+        node.name = None
+        for value in node.outputs:
+            if value.name is not None and value.name.startswith("tmp"):
+                value.name = value.name.replace("tmp_", "t")

@@ -6,10 +6,9 @@ ONNX divides toward zero and shifts unsigned integers only, so what is rounded d
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from onnxscript import script
-from onnxscript.values import OnnxFunction
 
 from normfuse.kernels.onnx_domain import INT64, UINT64, UP, normfuse, op
 
@@ -30,8 +29,8 @@ def shift_exponential(x, x0: int, n: int):
     highest = op.Constant(value_int=32)
     octaves = op.Sub(op.Add(x, normfuse.floor_divided(x, divisor=2)), normfuse.floor_divided(x, divisor=16))
     top = op.Mul(op.Sub(highest, op.Constant(value_int=n)), unit)
-    positive = op.Max(op.Sub(top, octaves), op.Constant(value_int=0))
-    below = op.Min(positive, op.Mul(highest, unit))
+    positive = normfuse.larger(op.Sub(top, octaves), op.Constant(value_int=0))
+    below = normfuse.smaller(positive, op.Mul(highest, unit))
     whole = op.Div(below, unit)
     rest = op.Sub(below, op.Mul(whole, unit))
     chord = op.Cast(op.Sub(op.Add(unit, unit), rest), to=UINT64)
@@ -43,27 +42,26 @@ def shift_exponential(x, x0: int, n: int):
 def cut_reciprocal(x):
     """Return (2^31 - 1) / min(x, 2^31 - 1) rounded down."""
     largest = op.Constant(value_int=2147483647)
-    return op.Div(largest, op.Min(x, largest))
+    return op.Div(largest, normfuse.smaller(x, largest))
 
 
 @script(normfuse, default_opset=op)
 def shiftmax(scores, x0: int, n: int, maximum: int, to: int):
     """Return a softmax over the last axis."""
-    last = op.Constant(value_ints=[-1])
-    wide = op.Cast(scores, to=INT64)
-    weights = normfuse.shift_exponential(op.Sub(wide, op.ReduceMax(wide, last, keepdims=1)), x0=x0, n=n)
-    factor = normfuse.cut_reciprocal(op.ReduceSum(weights, last, keepdims=1))
+    below = op.Sub(op.Cast(scores, to=INT64), normfuse.largest_of_row(scores))
+    weights = normfuse.shift_exponential(below, x0=x0, n=n)
+    factor = normfuse.cut_reciprocal(op.ReduceSum(weights, op.Constant(value_ints=[-1]), keepdims=1))
     largest = op.Constant(value_int=maximum)
     steps = op.Add(largest, op.Constant(value_int=1))
     shares = op.Div(op.Mul(weights, factor), op.Div(op.Constant(value_int=2147483648), steps))
-    return op.Cast(op.Min(shares, largest), to=to)
+    return op.Cast(normfuse.smaller(shares, largest), to=to)
 
 
 @script(normfuse, default_opset=op)
 def shift_gelu(x, x0: int, n: int, multiplier: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
     """Return codes of x sigmoid(1.702 x), as published."""
     wide = op.Cast(x, to=INT64)
-    largest = op.ReduceMax(wide, op.Constant(value_ints=[-1]), keepdims=1)
+    largest = normfuse.largest_of_row(x)
     own = normfuse.shift_exponential(op.Sub(wide, largest), x0=x0, n=n)
     other = normfuse.shift_exponential(op.Neg(largest), x0=x0, n=n)
     factor = normfuse.cut_reciprocal(op.Add(own, other))
@@ -106,7 +104,7 @@ def lambda_shift_gelu(
     )
 
 
-SHIFT_FUNCTIONS: Final[tuple[OnnxFunction[..., Any], ...]] = (
+SHIFT_FUNCTIONS: Final = (
     floor_divided,
     shift_exponential,
     cut_reciprocal,

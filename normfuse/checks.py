@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import CheckFailed
+from normfuse.export.float_tensors import float_tensors
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
 from normfuse.runtime.agreement import Agreement, compare_codes, output_error
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["Check", "check_codes", "check_export", "check_fold", "require", "samples_in"]
+__all__ = [
+    "Check",
+    "check_codes",
+    "check_export",
+    "check_fold",
+    "check_integers",
+    "check_no_floats",
+    "require",
+    "samples_in",
+]
 
 FOLD_FLOAT64: Final = 1e-10
 """Folding is exact in real arithmetic: in float64 only rounding is left."""
@@ -30,6 +40,9 @@ PRODUCT_FLOAT32: Final = 1e-5
 
 ONE_CODE: Final = 1
 """Kernels may round the last bit of a float differently, which moves a code by one at most."""
+
+NAMED: Final = 5
+"""Names in a check's detail."""
 
 SIMULATION_FLOAT32: Final = 1e-3
 """Behind quantizers and products simulation and engine compute the same floats; one code there may still differ."""
@@ -109,6 +122,24 @@ def check_codes(
     if found.missing:
         largest, detail = math.inf, f"not found in the engine: {', '.join(found.missing)}; {detail}"
     return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), *checked]
+
+
+def check_integers(graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int) -> Check:
+    """Compare an engine without floats with its reference: the outputs are the same bits, or they are not."""
+    session = open_onnx(path, threads=threads)
+    different = 0
+    for sample in samples:
+        feeds = {name: value.numpy() for name, value in zip(graph.input_names, sample, strict=True)}
+        found = session.run(feeds)
+        pairs = zip(graph.output_names, graph.run(*sample), strict=True)
+        different += sum(int((found[name] != wanted.numpy()).sum()) for name, wanted in pairs)
+    return Check("engine's outputs = reference's, values that differ", different, 0, _samples(samples_in(samples)))
+
+
+def check_no_floats(path: Path) -> Check:
+    """Count the float tensors between the quantized inputs and the outputs."""
+    found = float_tensors(path)
+    return Check("float tensors inside the engine", len(found), 0, ", ".join(found[:NAMED]))
 
 
 def _of_products(found: Agreement, seen: str) -> list[Check]:

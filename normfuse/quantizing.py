@@ -14,6 +14,7 @@ from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream
 from normfuse.graph import Graph, query
 from normfuse.graph.quantization import is_requested, requested_weights
+from normfuse.integer_engine import build_integers
 from normfuse.measure import Measured, accuracy
 from normfuse.mixed_report import realised
 from normfuse.mixing import prepare_mixing
@@ -47,6 +48,8 @@ class Quantizing:
             what: the float engine first, and the samples that engines are scored on.
             total: the number of calibration samples.
         """
+        if self.recipe.integer_only:
+            return self._integers(folded, total), None
         base, _ = accuracy(what, what.engines[0], threads=self.threads)
         plan, front = self._plan(folded, what, base, total)
         if base is None:
@@ -57,6 +60,18 @@ class Quantizing:
             engine = replace(chosen.engine, mixed=realised(chosen.engine.mixed, chosen.plan.graph))
         with self.progress.task("comparing engine and simulation"):
             return replace(check_quantized(engine, self.samples, threads=self.threads), front=front), control
+
+    def _integers(self, folded: Graph, total: int) -> Engine:
+        """Return the engine without floats: its blocks have nothing wider to go back to."""
+        return build_integers(
+            folded,
+            self.samples,
+            self.folder.model(self.recipe.label),
+            recipe=self.recipe,
+            total=total,
+            threads=self.threads,
+            progress=self.progress,
+        )
 
     def _plan(self, folded: Graph, what: Measured, base: Score | None, total: int) -> tuple[Plan, Front]:
         """Return the plan; with mixed bits also the front that it was chosen from, if the user wants one."""

@@ -59,9 +59,10 @@ class Recipe:
     nearest, 1 feeds errors back and corrects outputs below eight bits, 2 also learns block by block; ``levers``
     pulls or lets go single parts of that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if
     the quantized network errs less for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that
-    makes quantized blocks better (see ``EqualizeChannels``). ``samples`` limits the calibration samples (0: all).
-    ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score (top-1
-    accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
+    makes quantized blocks better (see ``EqualizeChannels``). ``integer_only`` computes everything between the
+    quantized inputs and the outputs in integers (see ``LowerToIntegers``). ``samples`` limits the calibration
+    samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score
+    (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
     takes its place); ``min_speedup`` the smallest speed-up over float.
     """
 
@@ -83,6 +84,7 @@ class Recipe:
     levers: str = ""
     rotate: bool = False
     equalize: bool = False
+    integer_only: bool = False
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
     seed: int = 0
@@ -107,6 +109,7 @@ class Recipe:
             getattr(self, refuses_what_is_none)
         self._check_mixed()
         self._check_codes()
+        self._check_integers()
         _check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
         _check(
             self.table_bits == MOST or not self.precision.is_float,
@@ -169,6 +172,25 @@ class Recipe:
                 hint="--weights symmetric",
             )
 
+    def _check_integers(self) -> None:
+        """Refuse beside integers what they do not have."""
+        if not self.integer_only:
+            return
+        plain = {
+            "bits": self.precision == Bits(MOST, MOST) and not self.is_mixed,
+            "activations": self.activations is ActivationCodes.STATIC,
+            "weights": self.weights is WeightCodes.SYMMETRIC,
+            "overrides": not self.overrides,
+            "table_bits": self.table_bits == MOST,
+            "rotate": not self.rotate,
+            "equalize": not self.equalize,
+        }
+        wanted = {"bits": "8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
+        for name, holds in plain.items():
+            value = getattr(self, name)
+            shown = value.value if isinstance(value, Enum) else value
+            _check(holds, name, shown, f"{wanted.get(name, 'the default')} beside integer_only")
+
     @property
     def is_mixed(self) -> bool:
         """Whether every layer gets its own bits."""
@@ -177,6 +199,8 @@ class Recipe:
     @property
     def label(self) -> str:
         """How reports call the engine."""
+        if self.integer_only:
+            return "integers"
         return MIXED if self.is_mixed else self.precision.label
 
     @property

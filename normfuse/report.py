@@ -46,7 +46,6 @@ class Reason(Enum):
     NO_RANGE = "no range was observed"
     TOO_SMALL = "it is too small for quantization to pay"
     NO_GAIN = "the quantized network would err more"
-    APPROXIMATED = "integers compute it in a simpler way"
     UNKNOWN_OPERATOR = "normfuse does not know the operator, so it stays float"
 
 

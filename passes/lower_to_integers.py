@@ -50,15 +50,14 @@ class LowerToIntegers(Pass):
             UnsupportedModel: an operator has no integer form, or a sum could overflow; the message names the layer.
         """
         with editing(graph) as edit:
-            lowering = Lowering(edit, self.activations, self.weights, RULES)
-            lowering.run()
+            Lowering(edit, self.activations, self.weights, RULES).run()
             edit.clean()
             for node in list(graph.nodes):
                 if query.is_call(node, INT_TABLE):
                     _join(edit, node)
         names = {operator: name for name, operator in INTEGER_OPERATORS.items()}
         applied = [names[node.target] for node in graph.nodes if node.target in names]
-        return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(lowering.replaced))
+        return PassReport(name=self.name, applied=PassReport.count(applied))
 
 
 def _join(edit: Editor, node: fx.Node) -> None:

@@ -5,6 +5,7 @@ version is tested against this one, bit for bit where integers are concerned.
 """
 
 from normfuse.kernels.reference.attention import int_attention
+from normfuse.kernels.reference.interpolation import int_interpolate
 from normfuse.kernels.reference.norms import int_layer_norm, int_rms_norm, square_root
 from normfuse.kernels.reference.products import (
     int_conv2d,
@@ -37,6 +38,7 @@ __all__ = [
     "int_attention",
     "int_conv2d",
     "int_conv2d_add",
+    "int_interpolate",
     "int_layer_norm",
     "int_linear",
     "int_linear_add",

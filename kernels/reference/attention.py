@@ -49,7 +49,8 @@ def int_attention(
         q: int8 [..., queries, channels], zero point 0.
         k: int8 [..., channels, keys], zero point 0.
         v: int8 [..., keys, values], zero point 0.
-        bias: int32 at the scale of the scores, broadcast against them; None for nothing. -2^30 masks.
+        bias: int32 at the scale of the scores, broadcast against them; None for nothing. It is at most 2^30 in
+            magnitude, scores alone are below it; -2^30 masks.
         score_multiplier: the scale of the scores times log2(e) and 2^8, times 2^score_shift.
         score_shift: see ``rescale``.
         multiplier: v's scale over the result's, times 2^(shift - 20).

@@ -17,6 +17,7 @@ import torch
 from onnxscript import opset21 as op
 
 from normfuse.errors import UnsupportedModel
+from normfuse.export.integer_translation import add_functions, integer_translations
 from normfuse.export.packing import pack_grouped_codes, pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
 from normfuse.graph import Graph, ops, query
@@ -83,9 +84,11 @@ def export_onnx(graph: Graph, path: Path) -> None:
     _name_interface(model, graph)
     _name_quantizers(model, graph)
     _name_nodes(model)
+    _drop_defaults(model)
     unpacked_at_loading(model)
     pack_grouped_codes(model)
     pack_small_codes(model)
+    add_functions(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
     constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
@@ -104,7 +107,7 @@ def _translate(graph: Graph) -> ir.Model:
             to_program(graph),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={**translation_table(), **TRANSLATIONS},
+            custom_translation_table={**translation_table(), **integer_translations(), **TRANSLATIONS},
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -135,12 +138,12 @@ def _name_interface(model: ir.Model, graph: Graph) -> None:
 
 
 def _drop_other_symbols(model: ir.Model) -> None:
-    # Intermediate shapes hold expressions of the tracer's symbols; the runtime infers them again.
+    # Intermediate shapes hold expressions of the tracer's symbols; the runtime infers them again, and types too.
     kept = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph:
         for value in node.outputs:
             if value.name not in kept:
-                value.shape = None
+                value.shape = value.type = None
 
 
 def _name_quantizers(model: ir.Model, graph: Graph) -> None:
@@ -160,6 +163,7 @@ def _narrowed(codes: ir.Value) -> ir.Value:
 
 def _name_nodes(model: ir.Model) -> None:
     """Name nodes ``layer/Operator`` and drop the exporter's notes (they hold paths of this machine)."""
+    model.graph.metadata_props.clear()
     counts: Counter[str] = Counter()
     for node in model.graph:
         layer = _layer(node)
@@ -171,6 +175,18 @@ def _name_nodes(model: ir.Model) -> None:
             node.metadata_props[LAYER] = layer
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _drop_defaults(model: ir.Model) -> None:
+    """Drop the attributes that say what holds without them; the exporter writes all of them out."""
+    for node in model.graph:
+        if node.domain:
+            continue
+        schema = onnx.defs.get_schema(node.op_type, OPSET)
+        for name, attribute in list(node.attributes.items()):
+            default = schema.attributes[name].default_value
+            if default.type == attribute.type.value and onnx.helper.get_attribute_value(default) == attribute.value:
+                del node.attributes[name]
 
 
 def _layer(node: ir.Node) -> str:

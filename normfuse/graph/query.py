@@ -21,6 +21,7 @@ __all__ = [
     "is_tensor",
     "layer_of",
     "only_reader",
+    "operand",
     "rank",
     "readers",
     "shape",
@@ -58,6 +59,13 @@ def constant(graph: Graph, node: fx.Node) -> Tensor:
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Return an argument given by position or by keyword, or its default."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """Return a positional argument that is a node; another is our bug."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def readers(node: fx.Node) -> list[fx.Node]:

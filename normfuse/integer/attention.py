@@ -31,19 +31,20 @@ VALUE: Final = 128
 
 def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write ``softmax(q k + bias) v``, or a plain product where ``node`` is none of attention."""
-    weights, values = node.args[:2]
+    weights, values = query.operand(node, 0), query.operand(node, 1)
     if lowering.is_coded(weights):
         return matmul(lowering, node, written)
-    scores, bias = viewed(weights), None  # type: ignore[arg-type]
+    scores, bias = viewed(weights), None
     if query.is_call(scores, ops.ADD):
-        bias, scores = sorted(scores.args[:2], key=lambda each: not query.is_constant(each))  # type: ignore[assignment]
-    q, k, v = (lowering.coded(each) for each in (*scores.args[:2], values))  # type: ignore[arg-type]
-    unit, keys = q.scale * k.scale, query.shape(values)[-2]  # type: ignore[arg-type]
+        operands = [query.operand(scores, index) for index in (0, 1)]
+        bias, scores = sorted(operands, key=lambda each: not query.is_constant(each))
+    q, k, v = (lowering.coded(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
+    unit, keys = q.scale * k.scale, query.shape(values)[-2]
     octaves = torch.tensor(unit * math.log2(math.e) * (1 << FRACTION), dtype=torch.float64)
     score_multiplier, score_shift = dyadic(octaves, bits=SCORE_BITS)
     multiplier, shift = dyadic(torch.tensor(v.scale / written.scale, dtype=torch.float64))
     where = lowering.layer(node)
-    inner = query.shape(scores.args[0])[-1]  # type: ignore[arg-type]
+    inner = query.shape(viewed(scores))[-1]
     if not isinstance(inner, int) or inner * 127**2 >= MASKED:
         raise UnsupportedModel(f"scores sum up {inner} products", where=where, expected="a fixed number below 66,000")
     if isinstance(keys, int):

@@ -11,6 +11,7 @@ from torch import fx
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, largest_code, unsupported
 from normfuse.integer.products import product
+from normfuse.integer.roles import viewed
 from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_ADD, INT_MEAN, INT_MULTIPLY, INT_TABLE
 from normfuse.quant.dyadic import WIDE, dyadic, require_below
@@ -49,7 +50,7 @@ def multiply(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write the elementwise product of two activations."""
     if not all(isinstance(each, fx.Node) for each in node.args[:2]):
         raise unsupported(node)
-    x, y = (lowering.coded(each) for each in node.args[:2])  # type: ignore[arg-type]
+    x, y = (lowering.coded(query.operand(node, index)) for index in (0, 1))
     multiplier, shift = dyadic(torch.tensor(x.scale * y.scale / written.scale, dtype=torch.float64), bits=30)
     largest = math.prod(largest_code(each.node) + abs(each.zero_point) for each in (x, y)) * int(multiplier)
     require_below(largest, WIDE, what="a product before it is rescaled", where=lowering.layer(node))
@@ -64,9 +65,9 @@ def multiply(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
 
 def mean(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write a mean over axes of fixed sizes, global average pooling among them."""
-    x = lowering.coded(node.args[0])  # type: ignore[arg-type]
+    x = lowering.coded(viewed(node))
     axes, keeps = _axes(node)
-    sizes = [query.shape(node.args[0])[axis] for axis in axes]  # type: ignore[arg-type]
+    sizes = [query.shape(viewed(node))[axis] for axis in axes]
     if not all(isinstance(size, int) for size in sizes):
         raise unsupported(node)
     count = math.prod(int(size) for size in sizes)
@@ -84,7 +85,7 @@ def mean(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
 
 def _axes(node: fx.Node) -> tuple[list[int], bool]:
     if query.is_call(node, ops.MEAN):
-        axes = query.argument(node, 1, "dim") or range(query.rank(node.args[0]))  # type: ignore[arg-type]
+        axes = query.argument(node, 1, "dim") or range(query.rank(viewed(node)))
         return [int(axis) for axis in axes], bool(query.argument(node, 2, "keepdim", False))
     if any(size != 1 for size in node.args[1]):  # type: ignore[union-attr]
         raise unsupported(node)
@@ -93,7 +94,7 @@ def _axes(node: fx.Node) -> tuple[list[int], bool]:
 
 def table(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write a function of one number as its 256 values."""
-    x = lowering.coded(node.args[0])  # type: ignore[arg-type]
+    x = lowering.coded(viewed(node))
     values = (CODES - x.zero_point).double() * x.scale
     found = node.target(values, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     kind = torch.int8 if written.maximum < largest_code(x.node) else torch.int16

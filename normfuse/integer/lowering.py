@@ -22,9 +22,8 @@ from normfuse.kernels.integer_ops import REQUANTIZE
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.quant import QuantParams, RoundedWeight
 from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, dyadic_at, require_below
-from normfuse.report import Refusal
 
-__all__ = ["Lowering", "Rule", "largest_code", "per_channel", "unsupported"]
+__all__ = ["Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
 
 Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
@@ -43,14 +42,12 @@ class Lowering:
         activations: scales and zero points, by the name of what is requested.
         weights: codes of weights, by the name of the linear map.
         rules: what writes an operator.
-        replaced: operators that integers compute differently, for the report.
     """
 
     edit: Editor
     activations: Mapping[str, QuantParams]
     weights: Mapping[str, RoundedWeight]
     rules: Mapping[Any, Rule]
-    replaced: list[Refusal] = field(default_factory=list)
     _codes: dict[fx.Node, Coded] = field(default_factory=dict)
 
     @property
@@ -142,23 +139,21 @@ class Lowering:
         if (rule := self.rules.get(node.target)) is not None:
             written = Written(found.scale, found.zero_point, 0, 0)
             return Coded(rule(self, node, written), found.scale, found.zero_point)
-        view = self.edit.call(node.target, found.node, *node.args[1:], at=node, like=node, **node.kwargs)
+        view = self.edit.call(node.target, found.node, *node.args[1:], at=node, **dict[str, Any](node.kwargs))
         return Coded(view, found.scale, found.zero_point)
 
     def requantize(self, at: fx.Node, found: Coded, written: Written) -> fx.Node:
         """Write codes at another scale, or at one for every channel."""
-        rank, unit = query.rank(found.node), torch.tensor(found.scale / written.scale, dtype=torch.float64)
+        rank, unit = query.rank(found.node), found.scale / written.scale
         affine = written.affine
         gain = affine.scale * unit
         multiplier, bias, shift = per_channel(gain, affine.shift / written.scale)
         bias = bias - found.zero_point
         largest = (largest_code(found.node) + float(bias.abs().max())) * float(multiplier.abs().max())
         require_below(largest, WIDE, what="a rescaled code", where=self.layer(at))
-        shape = [-1 if index == affine.axis % rank else 1 for index in range(rank)] if gain.numel() > 1 else []
-        while shape and shape[0] == 1:
-            shape = shape[1:]
+        behind = [1] * (rank - 1 - affine.axis % rank)
         constants = [
-            self.constant(vector.reshape(shape), f"{at.name}_{name}", at)
+            self.constant(shared(vector).reshape(-1, *behind), f"{at.name}_{name}", at)
             for vector, name in ((bias, "bias"), (multiplier, "multiplier"))
         ]
         return self.edit.call(
@@ -191,6 +186,11 @@ def per_channel(gain: Tensor, offset: Tensor, *, largest_shift: int = LARGEST_SH
     exact = multiplier.double() * 2.0**-shift
     bias = torch.where(multiplier != 0, offset / torch.where(multiplier != 0, exact, 1.0), 0.0)
     return multiplier, torch.round(bias).clamp(-LARGEST_BIAS, LARGEST_BIAS).to(torch.int64), shift
+
+
+def shared(vector: Tensor) -> Tensor:
+    """Return one number where all channels have the same."""
+    return vector[:1] if bool((vector == vector[:1]).all()) else vector
 
 
 def largest_code(node: fx.Node) -> float:

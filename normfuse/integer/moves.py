@@ -1,40 +1,63 @@
-"""What moves codes about: concatenation at one scale, upsampling by repeating the nearest."""
+"""What moves codes about: concatenation at one scale, upsampling."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from normfuse.graph import ops, query
-from normfuse.graph.text import operator_name
 from normfuse.integer.lowering import Lowering, unsupported
+from normfuse.integer.roles import viewed
 from normfuse.integer.written import Written
-from normfuse.report import Reason, Refusal
+from normfuse.kernels.integer_ops import INT_INTERPOLATE
+from normfuse.kernels.reference.interpolation import FRACTION
 
-__all__ = ["concatenate", "upsample"]
+__all__ = ["concatenate", "interpolate", "repeat_nearest"]
 
 
 def concatenate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Bring all parts to one scale and join them."""
-    parts = [lowering.requantize(part, lowering.coded(part), written) for part in node.args[0]]  # type: ignore[union-attr]
-    return lowering.edit.call(ops.CAT, parts, *node.args[1:], at=node, after=True, **node.kwargs)
+    parts = [lowering.requantize(part, lowering.coded(part), written) for part in node.all_input_nodes]
+    return lowering.edit.call(ops.CAT, parts, query.argument(node, 1, "dim", 0), at=node, after=True)
 
 
-def upsample(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
-    """Repeat the nearest code; what would have been interpolated is reported."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    is_nearest = query.is_call(node, ops.ATEN.upsample_nearest2d.vec)
-    if not is_nearest:
-        detail = f"{operator_name(node.target)} became the nearest neighbour"
-        lowering.replaced.append(Refusal(node.name, Reason.APPROXIMATED, detail, query.layer_of(node)))
-    found, sizes = lowering.coded(source).node, query.shape(node)
-    for axis in (2, 3):
-        before, after = query.shape(source)[axis], sizes[axis]
-        if not isinstance(before, int) or not isinstance(after, int):
-            raise unsupported(node)
-        step = torch.arange(after) if is_nearest else torch.arange(after) + 0.5
-        index = torch.floor(step * before / after).to(torch.int64)
-        place = lowering.edit.constant(index, f"{node.name}_{'rows' if axis == 2 else 'columns'}", like=node)
+def repeat_nearest(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
+    """Write nearest upsampling of height and width as codes that are repeated."""
+    found = lowering.coded(viewed(node)).node
+    for axis, before, after, ratio in _axes(node):
+        index = torch.floor(torch.arange(after) * ratio).clamp(max=before - 1).to(torch.int64)
+        place = lowering.edit.constant(index, f"{node.name}_{axis}", like=node)
         found = lowering.edit.call(ops.INDEX_SELECT, found, axis, place, at=node)
     return found
+
+
+def interpolate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
+    """Write bilinear upsampling: between two neighbours along height, then along width."""
+    found = lowering.coded(viewed(node)).node
+    for axis, before, after, ratio in _axes(node):
+        steps = torch.arange(after, dtype=torch.float64)
+        if node.args[2]:  # corners are aligned
+            places = steps * (before - 1) / max(after - 1, 1)
+        else:
+            places = ((steps + 0.5) * ratio - 0.5).clamp(min=0)
+        low = torch.floor(places).to(torch.int64).clamp(max=before - 1)
+        weight = torch.floor((places - low) * (1 << FRACTION) + 0.5).reshape(-1, *[1] * (query.rank(node) - 1 - axis))
+        constants = [
+            lowering.edit.constant(tensor, f"{node.name}_{name}_{axis}", like=node)
+            for name, tensor in (("low", low), ("high", (low + 1).clamp(max=before - 1)))
+        ]
+        part = lowering.constant(weight, f"{node.name}_weight_{axis}", node)
+        found = lowering.edit.call(INT_INTERPOLATE, found, *constants, part, axis, at=node)
+    return found
+
+
+def _axes(node: fx.Node) -> Iterator[tuple[int, int, int, float]]:
+    """Yield height and width: the axis, its sizes before and after, and how far apart results are."""
+    factors = query.argument(node, len(node.target._schema.arguments) - 1, "scale_factors")  # type: ignore[union-attr]
+    for index, axis in enumerate((2, 3)):
+        before, after = query.shape(viewed(node))[axis], query.shape(node)[axis]
+        if not isinstance(before, int) or not isinstance(after, int):
+            raise unsupported(node)
+        yield axis, before, after, 1 / factors[index] if factors else before / after

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from normfuse.errors import UnsupportedModel
 from normfuse.graph import ops, query
-from normfuse.integer.lowering import Lowering, per_channel
+from normfuse.integer.lowering import Lowering, per_channel, shared
+from normfuse.integer.roles import viewed
 from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_LAYER_NORM, INT_RMS_NORM
 from normfuse.kernels.reference.norms import FRACTION
@@ -29,13 +30,13 @@ def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     Raises:
         UnsupportedModel: it is over more than the last axis, or over more than 16,384 channels.
     """
-    x, channels = lowering.coded(node.args[0]), node.args[1]  # type: ignore[arg-type]
+    x, shape = lowering.coded(viewed(node)), node.args[1]
     where = lowering.layer(node)
-    if len(channels) != 1 or not isinstance(channels[0], int) or channels[0] > MOST_CHANNELS:  # type: ignore[arg-type, index, operator, union-attr]
+    count = shape[0] if isinstance(shape, (list, tuple)) and len(shape) == 1 else None
+    if not isinstance(count, int) or count > MOST_CHANNELS:
         raise UnsupportedModel(
-            f"a norm over {channels}", where=where, expected=f"one axis of at most {MOST_CHANNELS} channels"
+            f"a norm over {shape}", where=where, expected=f"one axis of at most {MOST_CHANNELS} channels"
         )
-    count = int(channels[0])  # type: ignore[index, arg-type, union-attr]
     gamma, beta, eps = _constants(lowering, node, count)
     epsilon = max(1, round(eps * (count / x.scale) ** 2))
     require_below(float(count**2 * LARGEST**2 + epsilon), WIDE, what="a sum of squares", where=where)
@@ -45,7 +46,7 @@ def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     largest = (count**0.5 * 2.0**FRACTION + float(bias.abs().max())) * float(multiplier.abs().max())
     require_below(largest, WIDE, what="a normalized value before it is rescaled", where=where)
     constants = [
-        lowering.constant(vector, f"{node.name}_{name}", node)
+        lowering.constant(shared(vector), f"{node.name}_{name}", node)
         for vector, name in ((bias, "bias"), (multiplier, "multiplier"))
     ]
     operator = INT_LAYER_NORM if node.target is ops.LAYER_NORM else INT_RMS_NORM

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, largest_code, per_channel
+from normfuse.integer.roles import viewed
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_CONV2D, INT_CONV2D_ADD, INT_LINEAR, INT_LINEAR_ADD, INT_MATMUL
 from normfuse.quant.dyadic import ACCUMULATOR, WIDE, dyadic, require_below
@@ -47,8 +48,8 @@ def product(
     Raises:
         UnsupportedModel: a sum could overflow.
     """
-    x, weight, place = lowering.coded(node.args[0]), lowering.weights[node.name], at or node  # type: ignore[arg-type]
-    stem, codes = str(node.args[1].target), weight.codes.to(torch.int8)  # type: ignore[union-attr]
+    x, weight, place = lowering.coded(viewed(node)), lowering.weights[node.name], at or node
+    stem, codes = str(query.operand(node, 1).target), weight.codes.to(torch.int8)
     scales = weight.params.scale.double() * x.scale
     is_linear = node.target is ops.LINEAR
     undone = x.zero_point * codes.flatten(1).sum(1, dtype=torch.int64) if is_linear else torch.zeros(1)
@@ -104,8 +105,8 @@ def _constants(  # noqa: PLR0913, PLR0917 - what the last step of a product is m
 
 def matmul(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write the product of two activations."""
-    x, y = (lowering.coded(each) for each in node.args[:2])  # type: ignore[arg-type]
-    inner = query.shape(node.args[0])[-1]  # type: ignore[arg-type]
+    x, y = (lowering.coded(query.operand(node, index)) for index in (0, 1))
+    inner = query.shape(viewed(node))[-1]
     ratio = torch.tensor(x.scale * y.scale / written.scale, dtype=torch.float64)
     multiplier, shift = dyadic(ratio)
     if isinstance(inner, int):

@@ -39,7 +39,7 @@ VIEWS: Final = frozenset(
         *ops.MAXIMUM_POOLS,
     }
 )
-"""What moves or repeats values, or takes the largest: the same on codes. Upsampling becomes that of the nearest."""
+"""What moves or repeats values, or takes the largest: the same on codes. So does what lies between two of them."""
 
 
 def is_view(node: object) -> bool:
@@ -49,9 +49,7 @@ def is_view(node: object) -> bool:
 
 def viewed(node: fx.Node) -> fx.Node:
     """Return what a view looks at."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+    return query.operand(node, 0)
 
 
 def absorbed(graph: Graph) -> set[fx.Node]:
@@ -100,7 +98,7 @@ def _scores(node: fx.Node) -> list[fx.Node]:
     scores, found = viewed(softmax), [softmax]
     if query.is_call(scores, ops.ADD) and any(query.is_constant(each) for each in scores.args[:2]):
         found.append(scores)
-        (scores,) = [each for each in scores.args[:2] if not query.is_constant(each)]  # type: ignore[misc]
+        scores = next(query.operand(scores, at) for at in (0, 1) if not query.is_constant(scores.args[at]))
     is_whole = query.is_call(scores, ops.MATMUL) and not is_requested(scores)
     found.append(scores)
     return found if is_whole and all(query.only_reader(each) is not None for each in found) else []

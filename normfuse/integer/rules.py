@@ -9,7 +9,7 @@ from normfuse.graph import ops
 from normfuse.integer.attention import attention
 from normfuse.integer.elementwise import add, mean, multiply, table
 from normfuse.integer.lowering import Rule
-from normfuse.integer.moves import concatenate, upsample
+from normfuse.integer.moves import concatenate, interpolate, repeat_nearest
 from normfuse.integer.norms import norm
 from normfuse.integer.products import product
 from normfuse.integer.roles import MEANS, POINTWISE
@@ -26,8 +26,8 @@ RULES: Final[Mapping[Any, Rule]] = {
     ops.LAYER_NORM: norm,
     ops.RMS_NORM: norm,
     ops.CAT: concatenate,
-    ops.ATEN.upsample_nearest2d.vec: upsample,
-    ops.ATEN.upsample_bilinear2d.vec: upsample,
+    ops.ATEN.upsample_nearest2d.vec: repeat_nearest,
+    ops.ATEN.upsample_bilinear2d.vec: interpolate,
     **dict.fromkeys(MEANS, mean),
     **dict.fromkeys(POINTWISE, table),
 }
