@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch import fx
 
@@ -13,12 +13,10 @@ from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.integer.roles import POINTWISE, PRODUCTS, absorbed, is_view
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant.integer_type import INT8, INT8_NARROW, IntegerType
+from normfuse.quant.integer_type import INT8, INT8_NARROW, INT16, IntegerType
 from normfuse.report import PassReport
 
-__all__ = ["INT16_NARROW", "PlaceIntegers"]
-
-INT16_NARROW: Final = IntegerType(16, signed=True, narrow=True)
+__all__ = ["PlaceIntegers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,7 @@ def _request(edit: Editor, node: fx.Node) -> list[str]:
         is_symmetric = any(use.is_symmetric for use in narrow)
         request_quantization(edit, node, _narrow(is_symmetric), query.readers(node), is_symmetric=is_symmetric)
         return ["8 bits"]
-    request_quantization(edit, node, INT16_NARROW, query.readers(node), is_symmetric=True)
+    request_quantization(edit, node, INT16, query.readers(node), is_symmetric=True)
     wide = next(reader for reader in query.readers(node) if is_requested(reader))
     for source in dict.fromkeys(use.read for use in narrow):
         readers = [use.reader for use in narrow if use.read is source]
@@ -100,7 +98,7 @@ class _Use:
     @property
     def is_symmetric(self) -> bool:
         """Whether another activation is met."""
-        return query.is_call(self.reader, ops.MATMUL)
+        return query.is_call(self.reader, ops.MATMUL, ops.ATTENTION)
 
 
 def _uses(node: fx.Node) -> Iterator[_Use]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -10,15 +11,15 @@ from torch import fx
 
 from normfuse.errors import UnsupportedModel
 from normfuse.graph import ops, query
-from normfuse.integer.lowering import Lowering
+from normfuse.integer.lowering import Lowering, unsupported
 from normfuse.integer.products import matmul
 from normfuse.integer.roles import viewed
-from normfuse.integer.written import Written
+from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_ATTENTION
 from normfuse.kernels.reference.attention import FRACTION, RECIPROCAL
 from normfuse.quant.dyadic import ACCUMULATOR, WIDE, dyadic, require_below
 
-__all__ = ["attention"]
+__all__ = ["attention", "whole_attention"]
 
 SCORE_BITS: Final = 30
 
@@ -26,11 +27,17 @@ MASKED: Final = 1 << 30
 """What is taken off a masked score; 2^30 steps are many octaves at any scale that scores have."""
 
 WEIGHT: Final = 255
+"""The largest weight."""
+
 VALUE: Final = 128
+"""The largest magnitude of a value's code."""
+
+LARGEST_CODE: Final = 127
+"""The largest magnitude of a code of q or k."""
 
 
 def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
-    """Write ``softmax(q k + bias) v``, or a plain product where ``node`` is none of attention."""
+    """Write ``softmax(q k + bias) v`` that is spelled out, or a plain product where ``node`` is none of attention."""
     weights, values = query.operand(node, 0), query.operand(node, 1)
     if lowering.is_coded(weights):
         return matmul(lowering, node, written)
@@ -39,23 +46,60 @@ def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
         operands = [query.operand(scores, index) for index in (0, 1)]
         bias, scores = sorted(operands, key=lambda each: not query.is_constant(each))
     q, k, v = (lowering.coded(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
-    unit, keys = q.scale * k.scale, query.shape(values)[-2]
+    added = None if bias is None else _bias(lowering, bias, q.scale * k.scale)
+    return _written(lowering, node, _Heads(q, k, v, added, 1.0), written)
+
+
+def whole_attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
+    """Write ``scaled_dot_product_attention``, which is whole where its mask comes with every sample.
+
+    Raises:
+        UnsupportedModel: its mask is causal or float, or heads of values are shared.
+    """
+    q, k, v = (lowering.coded(query.operand(node, index)) for index in range(3))
+    mask = query.argument(node, 3, "attn_mask")
+    is_plain = not query.argument(node, 5, "is_causal", False) and not node.kwargs.get("enable_gqa", False)
+    if not is_plain or (mask is not None and query.dtype(mask) is not torch.bool):
+        raise unsupported(node)
+    rank = query.rank(k.node)
+    turned = lowering.edit.call(ops.PERMUTE, k.node, [*range(rank - 2), rank - 1, rank - 2], at=node)
+    added = None if mask is None else _masked(lowering, node, mask)
+    scale = query.argument(node, 6, "scale")
+    inner = query.shape(query.operand(node, 0))[-1]
+    if scale is None and not isinstance(inner, int):
+        raise unsupported(node)
+    ratio = float(scale) if scale is not None else int(inner) ** -0.5
+    return _written(lowering, node, _Heads(q, replace(k, node=turned), v, added, ratio), written)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """What a group of heads reads: k is turned, [..., channels, keys]; ``scale`` is what scores are multiplied with."""
+
+    q: Coded
+    k: Coded
+    v: Coded
+    bias: fx.Node | None
+    scale: float
+
+
+def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written) -> fx.Node:
+    unit = heads.q.scale * heads.k.scale * heads.scale
     octaves = torch.tensor(unit * math.log2(math.e) * (1 << FRACTION), dtype=torch.float64)
     score_multiplier, score_shift = dyadic(octaves, bits=SCORE_BITS)
-    multiplier, shift = dyadic(torch.tensor(v.scale / written.scale, dtype=torch.float64))
-    where = lowering.layer(node)
-    inner = query.shape(viewed(scores))[-1]
-    if not isinstance(inner, int) or inner * 127**2 >= MASKED:
+    multiplier, shift = dyadic(torch.tensor(heads.v.scale / written.scale, dtype=torch.float64))
+    where, inner, keys = lowering.layer(node), query.shape(heads.q.node)[-1], query.shape(heads.v.node)[-2]
+    if not isinstance(inner, int) or inner * LARGEST_CODE**2 >= MASKED:
         raise UnsupportedModel(f"scores sum up {inner} products", where=where, expected="a fixed number below 66,000")
     if isinstance(keys, int):
         require_below(float(keys) * WEIGHT * VALUE, ACCUMULATOR, what="a sum of values", where=where)
     # Values weigh 128 at most, whatever the number of keys: a row's multiplier is divided by the sum of its weights.
     largest = float(VALUE * int(multiplier) * 2**RECIPROCAL)
     require_below(largest, WIDE, what="a weighted sum before it is rescaled", where=where)
-    added = None if bias is None else _bias(lowering, bias, unit)
     return lowering.edit.call(
         INT_ATTENTION,
-        *(q.node, k.node, v.node, added, int(score_multiplier), score_shift, int(multiplier), shift + RECIPROCAL),
+        *(heads.q.node, heads.k.node, heads.v.node, heads.bias),
+        *(int(score_multiplier), score_shift, int(multiplier), shift + RECIPROCAL),
         *written.ends(),
         at=node,
         after=True,
@@ -67,3 +111,11 @@ def _bias(lowering: Lowering, bias: fx.Node, unit: float) -> fx.Node:
     values = query.constant(lowering.graph, bias).double() / unit
     codes = torch.floor(values.clamp(-MASKED, MASKED) + 0.5)
     return lowering.constant(codes, f"{bias.name}_codes", bias)
+
+
+def _masked(lowering: Lowering, node: fx.Node, mask: fx.Node) -> fx.Node:
+    """Return what is added to scores: 0 where a boolean mask is true, elsewhere what leaves nothing of them."""
+    much = lowering.constant(torch.tensor(MASKED), f"{node.name}_masked", node)
+    seen = lowering.edit.call(ops.ATEN._to_copy.default, mask, dtype=torch.int32, at=node)
+    kept = lowering.edit.call(ops.MUL, seen, much, at=node)
+    return lowering.edit.call(ops.SUB, kept, much, at=node)

@@ -36,10 +36,10 @@ VIEWS: Final = frozenset(
         *(ops.INDEX_SELECT, ops.GETITEM, ops.CLONE, ops.DROPOUT, ops.ATEN.squeeze.dim, ops.ATEN.squeeze.dims),
         *(ops.VIEW, ops.TRANSPOSE, ops.FLATTEN, ops.ATEN.alias.default, ops.ATEN.contiguous.default),
         *(*ops.SPLITS, ops.ATEN.unbind.int, ops.ATEN.upsample_nearest2d.vec, ops.ATEN.upsample_bilinear2d.vec),
-        *ops.MAXIMUM_POOLS,
+        *(*ops.MAXIMUM_POOLS, ops.EMBEDDING),
     }
 )
-"""What moves or repeats values, or takes the largest: the same on codes. So does what lies between two of them."""
+"""What moves, looks up or repeats values, or takes the largest, or one between two: the same on codes."""
 
 
 def is_view(node: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from normfuse.graph import ops
-from normfuse.integer.attention import attention
+from normfuse.integer.attention import attention, whole_attention
 from normfuse.integer.elementwise import add, mean, multiply, table
 from normfuse.integer.lowering import Rule
 from normfuse.integer.moves import concatenate, interpolate, repeat_nearest
@@ -20,6 +20,7 @@ RULES: Final[Mapping[Any, Rule]] = {
     ops.LINEAR: product,
     ops.CONV2D: product,
     ops.MATMUL: attention,
+    ops.ATTENTION: whole_attention,
     ops.ADD: add,
     ops.SUB: add,
     ops.MUL: multiply,
