@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-mixed bench-scoring bench-minilm bench-peers bench-calibration fold-table clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-fold bench-accuracy bench-mixed bench-integers bench-scoring bench-minilm bench-peers bench-calibration fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -58,6 +58,9 @@ bench-accuracy: install  ## what bits and effort cost on the zoo
 
 bench-mixed: install  ## bits by every score at one budget and one quantizer, on the zoo (hours)
 	$(BIN)/python -m benchmarks.mixed
+
+bench-integers: install  ## integer-only engines of the zoo: accuracy, size, and whether they are their reference
+	$(BIN)/python -m benchmarks.integers
 
 bench-scoring: install  ## what every score costs on a DeiT-S, and the solver's time
 	$(BIN)/python -m benchmarks.scoring

@@ -36,6 +36,8 @@ __all__ = [
     "talk",
 ]
 
+MOST_NAMES: Final = 5
+
 SCORES: Final = {"top_1": "top-1 %", "mean_iou": "mean IoU %"}
 
 
@@ -274,6 +276,9 @@ def inspection(found: Mapping[str, Any]) -> None:
             line("the report is not shown: it is of the files that were written")
             return
         _kinds(found["report"])
+        if "float_tensors" in found:
+            names = found["float_tensors"]
+            line(f"float tensors between inputs and outputs: {len(names)} {', '.join(names[:MOST_NAMES])}".rstrip())
         comparison(found["report"])
         line(f"verdict: {found['report']['verdict']['verdict']}")
         return

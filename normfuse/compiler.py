@@ -95,7 +95,7 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         threads=threads,
         speed=recipe.benchmark,
         progress=shown,
-        min_speedup=recipe.min_speedup,
+        min_speedup=recipe.wanted_speedup,
     )
     built = conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
     return replace(built, resume=resume)

@@ -73,7 +73,7 @@ def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Cont
         comparison,
         recipe.label,
         max_drop=recipe.allowed_drop,
-        min_speedup=recipe.min_speedup,
+        min_speedup=recipe.wanted_speedup,
         exceptions=[*_left_float(engine), *_put_back(control), *_over_budget(comparison, recipe)],
     )
     failed = tuple(f"a check failed: {check.name}" for check in engine.checks if not check.holds)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from normfuse.artifact import read_artifact, verify_artifact
 from normfuse.capturing import capture_model
 from normfuse.data import Samples
+from normfuse.export.float_tensors import float_tensors
 from normfuse.folding import FoldOptions, fold_captured
 from normfuse.graph import Graph
 from normfuse.graph.text import operator_name
 from normfuse.loading import LoadedModel
+from normfuse.manifest import MODEL
 from normfuse.progress import Progress, Silent
+from normfuse.recipe import Recipe
 
 __all__ = ["inspect_artifact", "inspect_model"]
+
+RECIPE: Final = "recipe.toml"
 
 
 def inspect_model(
@@ -49,6 +54,14 @@ def _operators(graph: Graph) -> dict[str, int]:
 
 
 def inspect_artifact(folder: Path) -> dict[str, Any]:
-    """Return an artifact's manifest, its report, and whether its files are the ones that were written."""
+    """Return an artifact's manifest, its report, and whether its files are the ones that were written.
+
+    Of an engine that was to be of integers alone also the names of the float tensors in it, as they are found now.
+    """
     artifact = read_artifact(folder)
-    return {"manifest": dict(artifact.manifest), "problems": verify_artifact(folder), "report": artifact.report}
+    problems = verify_artifact(folder)
+    found = {"manifest": dict(artifact.manifest), "problems": problems, "report": artifact.report}
+    recipe = folder / RECIPE
+    if not problems and recipe.exists() and Recipe.from_toml(recipe.read_text(), where=str(recipe)).integer_only:
+        found["float_tensors"] = float_tensors(folder / MODEL)
+    return found

@@ -63,7 +63,7 @@ class Recipe:
     quantized inputs and the outputs in integers (see ``LowerToIntegers``). ``samples`` limits the calibration
     samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score
     (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
-    takes its place); ``min_speedup`` the smallest speed-up over float.
+    takes its place); ``min_speedup`` the smallest speed-up over float, which is not asked of integers.
     """
 
     target: Target = Target.ONNX
@@ -190,6 +190,11 @@ class Recipe:
             value = getattr(self, name)
             shown = value.value if isinstance(value, Enum) else value
             _check(holds, name, shown, f"{wanted.get(name, 'the default')} beside integer_only")
+
+    @property
+    def wanted_speedup(self) -> float:
+        """``min_speedup``, or none where integers are for other machines than the one that measures."""
+        return 0.0 if self.integer_only else self.min_speedup
 
     @property
     def is_mixed(self) -> bool:
