@@ -40,19 +40,19 @@ __all__ = [
 
 
 def _requantized(x: Tensor, bias: Tensor, multiplier: Tensor, *numbers: int) -> Tensor:
-    return _codes(_broadcast(x, bias, multiplier), x, numbers[-1])
+    return _codes(_broadcast(x, bias, multiplier), x, numbers[-2:])
 
 
 def _added(x: Tensor, y: Tensor, *numbers: int) -> Tensor:
-    return _codes(_broadcast(x, y), x, numbers[-1])
+    return _codes(_broadcast(x, y), x, numbers[-2:])
 
 
 def _mean(x: Tensor, axes: Sequence[int], keeps_axes: bool, *numbers: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int64).sum(list(axes), keepdim=keeps_axes).to(codes_type(numbers[-1]))
+    return torch.empty_like(x, dtype=torch.int64).sum(list(axes), keepdim=keeps_axes).to(codes_type(*numbers[-2:]))
 
 
 def _linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _codes((*x.shape[:-1], weight.shape[0]), x, rest[-1])
+    return _codes((*x.shape[:-1], weight.shape[0]), x, rest[-2:])
 
 
 def _linear_table(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, table: Tensor, *rest: int) -> Tensor:
@@ -79,7 +79,7 @@ def _conv2d(
         list(dilation),
         groups,
     )
-    return torch.empty_like(like, dtype=codes_type(numbers[-1]))
+    return torch.empty_like(like, dtype=codes_type(*numbers[-2:]))
 
 
 def _conv2d_add(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, residual: Tensor, *rest: Any) -> Tensor:
@@ -87,11 +87,11 @@ def _conv2d_add(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, res
 
 
 def _matmul(x: Tensor, y: Tensor, *numbers: int) -> Tensor:
-    return torch.empty_like(_product(x, y), dtype=codes_type(numbers[-1]))
+    return torch.empty_like(_product(x, y), dtype=codes_type(*numbers[-2:]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
-    return torch.empty_like(_product(_product(q, k), v), dtype=codes_type(numbers[-1]))
+    return torch.empty_like(_product(_product(q, k), v), dtype=codes_type(*numbers[-2:]))
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, bias: Tensor, multiplier: Tensor, *numbers: int) -> Tensor:
-    return _codes(x.shape, x, numbers[-1])
+    return _codes(x.shape, x, numbers[-2:])
 
 
 def _elementwise(x: Tensor, *numbers: int) -> Tensor:
-    return _codes(x.shape, x, numbers[-1])
+    return _codes(x.shape, x, numbers[-2:])
 
 
 def _table(x: Tensor, table: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ def _interpolated(x: Tensor, low: Tensor, high: Tensor, weight: Tensor, axis: in
     return x.new_empty((*x.shape[:axis], low.shape[0], *x.shape[axis + 1 :]))
 
 
-def _codes(shape: Sequence[int], x: Tensor, maximum: int) -> Tensor:
-    return x.new_empty(shape, dtype=codes_type(maximum))
+def _codes(shape: Sequence[int], x: Tensor, ends: Sequence[int]) -> Tensor:
+    return x.new_empty(shape, dtype=codes_type(*ends))
 
 
 _DEFINITIONS: Final[Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {

@@ -1,7 +1,8 @@
 """The steps that all ONNX functions share: ``normfuse.kernels.reference.rescaling`` in standard integer operators.
 
 onnxruntime (1.31.1, x86-64) gets Min, Max and ReduceMax of int64 wrong where numbers of one high half differ in bit 31;
-comparisons are right, and so is everything on int32.
+comparisons are right, and so is everything on int32. Its ReduceSum of int64 is
+exact below 2^53 only, which no sum reaches.
 """
 
 from __future__ import annotations

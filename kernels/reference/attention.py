@@ -53,7 +53,7 @@ def int_attention(
             magnitude, scores alone are below it; -2^30 masks.
         score_multiplier: the scale of the scores times log2(e) and 2^8, times 2^score_shift.
         score_shift: see ``rescale``.
-        multiplier: v's scale over the result's, times 2^(shift - 20).
+        multiplier: v's scale over the result's, times 2^(shift - 20); 0 or more.
         shift: see ``rescale``; 21 or more.
         zero_point: see ``rescale``.
         minimum: see ``rescale``.
@@ -68,7 +68,7 @@ def int_attention(
     row = (multiplier << RECIPROCAL) // weights.sum(-1, keepdim=True)
     sums = (weights.double() @ v.double()).to(torch.int64)
     found = rounded_shift(sums * row, shift) + zero_point
-    return found.clamp(minimum, maximum).to(codes_type(maximum))
+    return found.clamp(minimum, maximum).to(codes_type(minimum, maximum))
 
 
 def _power_of_two(octaves: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 ``multiplier / 2^shift`` is the ratio of the scales, ``>>`` rounds down, so a half is rounded up: the only rounding of
 the integer operators. Everything between is a 64-bit integer; whoever makes the constants proves that it stays below
-2^62 in magnitude (``normfuse.quant.dyadic``). Codes are int8 where ``maximum`` is 127 or less, else int16.
+2^62 in magnitude (``normfuse.quant.dyadic``). Codes are int8 where it holds both ends, else int16.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 __all__ = ["codes_type", "int_add", "int_mean", "int_multiply", "requantize", "rescale", "rounded_shift"]
 
 
-def codes_type(maximum: int) -> torch.dtype:
-    """Return the type of codes that end at ``maximum``."""
-    return torch.int8 if maximum <= torch.iinfo(torch.int8).max else torch.int16
+def codes_type(minimum: int, maximum: int) -> torch.dtype:
+    """Return the type of codes between two ends: int8 where it holds both."""
+    narrow = torch.iinfo(torch.int8)
+    return torch.int8 if narrow.min <= minimum and maximum <= narrow.max else torch.int16
 
 
 def rounded_shift(x: Tensor, shift: int) -> Tensor:
@@ -39,7 +40,7 @@ def rescale(
         shift: 1 to 62.
         zero_point: the code of zero.
         minimum: the smallest code.
-        maximum: the largest code; 127 or less makes int8, more int16.
+        maximum: the largest code.
     """
     scaled = (x.to(torch.int64) + bias.to(torch.int64)) * multiplier.to(torch.int64)
     return _saturated(rounded_shift(scaled, shift), zero_point, minimum, maximum)
@@ -149,4 +150,4 @@ def int_mean(
 
 
 def _saturated(x: Tensor, zero_point: int, minimum: int, maximum: int) -> Tensor:
-    return (x + zero_point).clamp(minimum, maximum).to(codes_type(maximum))
+    return (x + zero_point).clamp(minimum, maximum).to(codes_type(minimum, maximum))

@@ -79,7 +79,7 @@ def shiftmax(scores: Tensor, x0: int, n: int, maximum: int) -> Tensor:
     weights = shift_exponential(wide - wide.amax(-1, keepdim=True), x0, n)
     factor = LARGEST // weights.sum(-1, keepdim=True).clamp(max=LARGEST)
     shares = (weights * factor) // ((LARGEST + 1) // (maximum + 1))
-    return shares.clamp(max=maximum).to(codes_type(maximum))
+    return shares.clamp(max=maximum).to(codes_type(0, maximum))
 
 
 def shift_gelu(

@@ -44,7 +44,7 @@ def integer_call(operator: Any, arguments: Mapping[str, Any]) -> tuple[str, list
                 list(value) if isinstance(value, (list, tuple)) else int(value)
             )
     if "maximum" in attributes:
-        attributes["to"] = int(_TYPES[codes_type(attributes["maximum"])])
+        attributes["to"] = int(_TYPES[codes_type(attributes.get("minimum", 0), attributes["maximum"])])
     return f"{name}_bias" if arguments.get("bias") is not None and name == "int_attention" else name, inputs, attributes
 
 

@@ -14,6 +14,7 @@ from normfuse.integer.products import product
 from normfuse.integer.roles import viewed
 from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_ADD, INT_MEAN, INT_MULTIPLY, INT_TABLE
+from normfuse.kernels.reference.rescaling import codes_type
 from normfuse.quant.dyadic import WIDE, dyadic, require_below
 
 __all__ = ["add", "mean", "multiply", "table"]
@@ -97,6 +98,6 @@ def table(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     x = lowering.coded(viewed(node))
     values = (CODES - x.zero_point).double() * x.scale
     found = node.target(values, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    kind = torch.int8 if written.maximum < largest_code(x.node) else torch.int16
+    kind = codes_type(written.minimum, written.maximum)
     entries = lowering.edit.constant(written.codes_of(found).to(kind), f"{node.name}_table", like=node)
     return lowering.edit.call(INT_TABLE, x.node, entries, at=node, after=True, name=f"{node.name}_codes")

@@ -18,9 +18,10 @@ from normfuse.export.integer_translation import integer_call
 from normfuse.kernels.integer_ops import INTEGER_OPERATORS
 from normfuse.kernels.onnx_functions import DOMAIN, VERSION, onnx_functions
 
-__all__ = ["assert_identical", "call_function", "onnx_result", "session_of", "torch_result"]
+__all__ = ["IR_VERSION", "OPSET", "assert_identical", "call_function", "onnx_result", "session_of", "torch_result"]
 
-OPSET, IR_VERSION = 21, 10
+OPSET: Final = 21
+IR_VERSION: Final = 10
 
 TYPES: Final = {
     torch.int8: onnx.TensorProto.INT8,
@@ -85,7 +86,8 @@ def _model(
     function: str, attributes: Frozen, types: Sequence[torch.dtype], stored: Sequence[Tensor]
 ) -> onnx.ModelProto:
     names = [f"x{index}" for index in range(len(types) + len(stored))]
-    node = helper.make_node(function, names, ["codes"], domain=DOMAIN, **dict(attributes))
+    options: dict[str, Any] = dict(attributes)
+    node = helper.make_node(function, names, ["codes"], domain=DOMAIN, **options)
     graph = helper.make_graph(
         [node],
         function,

@@ -39,7 +39,7 @@ CODES = st.sampled_from([torch.int8, torch.int16])
 def numbers(draw: Draw, shape: Sequence[int], low: int, high: int, dtype: torch.dtype) -> Tensor:
     """Draw integers: random ones, corners, or the same corner everywhere."""
     generator = seeded(draw(SEEDS))
-    corners = torch.tensor(sorted({low, low + 1, max(low, min(-1, high)), 0, min(1, high), high - 1, high}))
+    corners = torch.tensor(sorted(each for each in {low, low + 1, -1, 0, 1, high - 1, high} if low <= each <= high))
     match draw(st.sampled_from(["any", "any", "corners", "one corner"])):
         case "any":
             found = torch.randint(low, high + 1, tuple(shape), generator=generator)
@@ -277,6 +277,15 @@ def normalized(draw: Draw) -> Arguments:
 
 
 @st.composite
+def interpolated(draw: Draw) -> Arguments:
+    shape, size = (*batch(draw), draw(SIZES), draw(SIZES)), draw(SIZES)
+    axis = draw(st.integers(0, len(shape) - 1))
+    low, high = (numbers(draw, (size,), 0, shape[axis] - 1, torch.int64) for _ in range(2))
+    weight = numbers(draw, (size, *(1 for _ in shape[axis + 1 :])), 0, 1 << 14, torch.int32)
+    return {"x": codes(draw, shape, draw(CODES)), "low": low, "high": high, "weight": weight, "axis": axis}
+
+
+@st.composite
 def shifted_softmax(draw: Draw) -> Arguments:
     keys, n = draw(SIZES), draw(st.integers(1, 32))
     bounds = torch.iinfo(draw(st.sampled_from([torch.int8, torch.int16, torch.int32])))
@@ -320,6 +329,7 @@ CALLS: Final[dict[str, st.SearchStrategy[Arguments]]] = {
     "int_attention": attention(),
     "int_layer_norm": normalized(),
     "int_rms_norm": normalized(),
+    "int_interpolate": interpolated(),
     "shiftmax": shifted_softmax(),
     "shift_gelu": shifted_gelu(),
     "lambda_shift_gelu": bounded_gelu(),
@@ -334,7 +344,9 @@ def check(name: str, arguments: Arguments, *, stored_from: int | None = None) ->
     """Compare both and return what they agree on."""
     expected = torch_result(name, arguments)
     assert_identical(onnx_result(name, arguments, stored_from=stored_from), expected)
-    assert expected.dtype == rescaling.codes_type(arguments["maximum"]) if "maximum" in arguments else True
+    if "maximum" in arguments:
+        ends = arguments.get("minimum", 0), arguments["maximum"]
+        assert expected.dtype == rescaling.codes_type(*ends)
     return expected
 
 
@@ -507,6 +519,56 @@ def test_attention_of_equal_scores(keys: int, bias: int | None, code: int) -> No
     assert found.unique().tolist() == [code]
 
 
+FAR: Final = sorted({sign * ((1 << bit) + step) for sign in (-1, 1) for bit in range(62) for step in (-1, 0, 1)})
+"""Where 64-bit comparisons that look at one half only go wrong: every power of two, and beside it."""
+
+
+@limits
+def test_whatever_is_beyond_the_codes_is_saturated(ends: Arguments) -> None:
+    to = 3 if ends["maximum"] == 127 else 5
+    found = call_function("saturate", [torch.tensor(FAR)], ends | {"to": to})
+    expected = [min(max(each + ends["zero_point"], ends["minimum"]), ends["maximum"]) for each in FAR]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+@pytest.mark.parametrize("multiplier", [1, -3, 2**31 - 1])
+def test_biases_of_any_size_are_rescaled(size: int, multiplier: int) -> None:
+    bias = torch.tensor([each for each in FAR if -(2**31) <= each < 2**31], dtype=torch.int32)
+    ones = torch.ones(1, size, len(bias), dtype=torch.int8)
+    ratio = torch.tensor(multiplier, dtype=torch.int32)
+    for shift in (1, 8, 24, 31):
+        check("requantize", {"x": ones, "bias": bias, "multiplier": ratio, "shift": shift} | INT16_ENDS)
+
+
+@pytest.mark.parametrize("score_shift", [1, 8, 12, 20])
+@pytest.mark.parametrize("score_multiplier", [1, 2**20 + 1, 2**29])
+@pytest.mark.parametrize("bias", [-(2**29), MASK, -MASK])
+def test_scores_of_any_distance(bias: int, score_multiplier: int, score_shift: int) -> None:
+    q, k, v = any_codes(5, 3), any_codes(3, 17, seed=2), any_codes(17, 4, seed=3)
+    added = torch.where(any_numbers(5, 17) < 0, bias, any_numbers(5, 17, seed=9)).to(torch.int32)
+    call = {"q": q, "k": k, "v": v, "bias": added, "score_multiplier": score_multiplier, "score_shift": score_shift}
+    check("int_attention", call | {"multiplier": 3 << 28, "shift": 49} | INT8_ENDS)
+
+
+@pytest.mark.parametrize("ratio", [(1, 31), (1, 24), (2**29, 40), (2**29, 1)], ids=str)
+def test_scores_reach_the_end_of_int32(ratio: tuple[int, int]) -> None:
+    channels = 2**16 - 1  # 128 * 128 of them are 2^30 - 2^14, and a bias of 2^30 comes on top
+    q = torch.tensor([[-128], [127], [0]], dtype=torch.int8).expand(3, channels).contiguous()
+    k = torch.tensor([[-128, -128, 127, 127, 1, 0, -1]], dtype=torch.int8).expand(channels, 7).contiguous()
+    bias = torch.tensor([[-MASK, MASK, -MASK, MASK, 0, 5, MASK]], dtype=torch.int32)
+    call = {"q": q, "k": k, "v": any_codes(7, 5), "score_multiplier": ratio[0], "score_shift": ratio[1]}
+    for each in (bias, bias.flip(-1), None):
+        check("int_attention", call | {"bias": each, "multiplier": 3 << 28, "shift": 49} | INT8_ENDS)
+
+
+@pytest.mark.parametrize("x0", [-5, -127, -128, -200, -300, -2000])
+def test_published_sums_are_cut(x0: int) -> None:
+    x = any_codes(5, 33)
+    check("shift_gelu", {"x": x, "x0": x0, "n": 23, "multiplier": 3, "shift": 4} | INT16_ENDS)
+    check("shiftmax", {"scores": x, "x0": x0, "n": 22, "maximum": 32767})
+
+
 @odd
 @limits
 @pytest.mark.parametrize("name", ["int_layer_norm", "int_rms_norm"])
@@ -548,12 +610,28 @@ def test_rounded_shift_function(shift: int) -> None:
 def test_over_root_function(seed: int) -> None:
     generator = seeded(seed)
     roots = torch.randint(1, 1 << 31, (500,), generator=generator) >> torch.randint(0, 31, (500,), generator=generator)
-    roots = torch.cat([roots.clamp(min=1), torch.tensor([1, 2, 1 << 30, (1 << 31) - 1])])
+    roots = torch.cat([roots, torch.tensor([1, 2, 1 << 30, (1 << 31) - 1])])
     squares = roots * roots
     power = torch.cat([squares - 1, squares, squares + 1, squares + 2 * roots, torch.tensor([WIDE - 1])])
-    power = power.clamp(1, WIDE - 1)[:, None]
-    largest = square_root(power)  # a row's numbers are not far above its root, so that products stay below 2^62
-    x = torch.cat([-largest, torch.zeros_like(largest), largest // 3, largest - 1, largest], dim=-1)
+    check_over_root(power.clamp(1, WIDE - 1))
+
+
+@pytest.mark.parametrize("doublings", range(1, 16))
+def test_over_root_where_newton_ends_above(doublings: int) -> None:
+    """One below a square, Newton's steps end at the root or above it in turns: at 4^doublings power = m^2 - 1 here."""
+    step = 1 << (2 * doublings - 1)
+    multiples = (
+        torch.randint((1 << 30) // step, (1 << 31) // step, (200,), generator=seeded(doublings)).clamp(min=1) * step
+    )
+    m = torch.cat([multiples + 1, multiples - 1])
+    m = m[(m >= 1 << 30) & (m < 1 << 31)]
+    assert len(m)
+    check_over_root((m * m - 1) >> (2 * doublings))
+
+
+def check_over_root(power: Tensor) -> None:
+    largest, power = torch.full((len(power), 1), (1 << 31) - 1), power[:, None]  # times a reciprocal it is below 2^62
+    root = square_root(power)
+    x = torch.cat([-largest, -root, torch.zeros_like(root), root // 3, root, largest // 7, largest], dim=-1)
     found = call_function("over_root", [x, power], {})
     assert_identical(found, _over_root(x, power))
-    assert int((found[:, 4] - (1 << 20)).abs()[largest[:, 0] > 1 << 20].max()) <= 1
