@@ -92,7 +92,7 @@ class Mixing:
             name = f"refresh {number}"
             scores.append(refreshed(self.subject, found[0].decided, name=name, progress=self.progress))
             found = self._chosen(scores, bounds)
-        score = next(each for each in scores if each.method == found[0].method)
+        score = next((each for each in scores if each.method == found[0].method), scores[0])
         return self._plan(found, score, bounds, " ".join(str(limit) for limit in limits))
 
     def _chosen(self, scores: Sequence[Sensitivity], bounds: Mapping[str, float]) -> list[Choice]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, isfinite
 from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from normfuse.precision.chunks import samples_in
 from normfuse.precision.decision import Quantization, round_all_to_nearest
 from normfuse.precision.simulation import Simulation, in_float
 from normfuse.progress import Progress
-from normfuse.quant.allocation import Allocation, allocate
+from normfuse.quant.allocation import Allocation, BudgetTooSmall, allocate
 from normfuse.quant.bits import Bits
 from normfuse.sensitivity.output_loss import OutputLoss
 from normfuse.sensitivity.sensitivity import Sensitivity
@@ -25,6 +27,9 @@ from normfuse.sensitivity.subject import Subject
 from normfuse.sensitivity.units import Member, UseOf, bits_by_map, units, use_of
 
 __all__ = ["Choice", "Decide", "choose", "outputs_lose", "rounded"]
+
+UNIFORM: Final = "uniform"
+"""What reports call the same bits for all, where they compete with scores."""
 
 Decide = Callable[[Mapping[str, Bits]], tuple[Graph, Quantization]]
 """From bits by the name of the linear map to the graph with those requests, and what is decided for it."""
@@ -35,7 +40,7 @@ class Choice:
     """Bits by the name of the linear map, and the network that they make.
 
     Attributes:
-        method: the score that they are the optimum of.
+        method: the score that they are the optimum of; ``uniform`` for the same bits everywhere.
         bits: by the name of the linear map.
         allocation: by the name of the member.
         graph: with requests of these bits.
@@ -67,7 +72,9 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     """Return the choice of every score, the one whose outputs lose least first (ours).
 
     Each is the optimum of its own score under the limits. Scores add up the damage of single parts as if they did not
-    meet; which sum is nearest to the truth is measured on networks as they would ship. Equal bits are decided once.
+    meet; which sum is nearest to the truth is measured on networks as they would ship. Where several scores compete,
+    the same bits for all do, too (the widest within the limits): mixed ones have to be better. Equal bits are decided
+    once.
 
     Args:
         members: what gets bits.
@@ -87,6 +94,8 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
     allocations = {
         score.method: allocate(units(members, score, choices, use=use, rest=rest), limits) for score in scores
     }
+    if len(scores) > 1 and (plain := _uniform(members, scores[0], choices, limits, use=use, rest=rest)) is not None:
+        allocations[UNIFORM] = plain
     bits = {method: bits_by_map(members, found.bits) for method, found in allocations.items()}
     candidates = {tuple(each.values()): each for each in bits.values()}
     found = dict[tuple[Bits, ...], tuple[Graph, Quantization, float | None]]()
@@ -101,6 +110,26 @@ def choose(  # noqa: PLR0913 - what is chosen for, from what, within what, and w
         allocation = allocations[method]
         made.append(Choice(method=method, bits=each, allocation=allocation, graph=graph, decided=decided, loss=lost))
     return sorted(made, key=_badness)
+
+
+def _uniform(
+    members: Sequence[Member],
+    score: Sensitivity,
+    choices: Sequence[Bits],
+    limits: Mapping[str, float],
+    *,
+    use: UseOf,
+    rest: Mapping[str, float],
+) -> Allocation | None:
+    """Return the widest bits that all members can have at once, those of least damage; None where none keep the limits.
+
+    Members whose bits are given keep them.
+    """
+    found = list[Allocation]()
+    for bits in choices:
+        with suppress(BudgetTooSmall):
+            found.append(allocate(units(members, score, [bits], use=use, rest=rest), limits))
+    return min(found, key=lambda each: each.damage, default=None)
 
 
 def _badness(choice: Choice) -> float:

@@ -178,7 +178,7 @@ def test_two_budgets_are_both_kept() -> None:
 def test_the_default_judges_several_scores() -> None:
     built = compiled(budget="avg-bits=6", score="default")
     losses = [each["loss"] for each in built.report["mixed"]["candidates"]]
-    assert {each["score"] for each in built.report["mixed"]["candidates"]} == {"curvature", "kl", "sqnr"}
+    assert {each["score"] for each in built.report["mixed"]["candidates"]} == {"curvature", "kl", "sqnr", "uniform"}
     assert built.report["mixed"]["score"] == built.report["mixed"]["candidates"][0]["score"]
     assert losses == sorted(losses, key=lambda loss: loss or 0.0)
     assert sum(each["share"] for each in built.report["mixed"]["layers"]) == pytest.approx(1)

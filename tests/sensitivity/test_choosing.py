@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -149,6 +150,7 @@ def chosen(decide: Decide, *scores: Sensitivity, limits: Mapping[str, float] = L
 
 BY_FIRST = {"a": Bits(8, 8), "b": Bits(2, 8), "c": Bits(2, 8)}
 BY_LAST = {"a": Bits(2, 8), "b": Bits(8, 8), "c": Bits(8, 8)}
+PLAIN = dict.fromkeys("abc", Bits(2, 8))
 
 
 def test_every_score_gets_its_optimum() -> None:
@@ -165,9 +167,9 @@ def test_every_score_gets_its_optimum() -> None:
 def test_the_outputs_say_which_is_best(scores: Sequence[Sensitivity]) -> None:
     losses = {
         name: outputs_lose(*rounded(subject(), bits_of(**bits)), JUDGING, OutputLoss.DIVERGENCE)
-        for name, bits in (("first", BY_FIRST), ("last", BY_LAST))
+        for name, bits in (("first", BY_FIRST), ("last", BY_LAST), ("uniform", PLAIN))
     }
-    assert losses["first"] != losses["last"]
+    assert len(set(losses.values())) == 3
     found = chosen(Decide(), *scores)
     assert [(choice.method, choice.loss) for choice in found] == sorted(losses.items(), key=lambda each: each[1])
 
@@ -175,9 +177,9 @@ def test_the_outputs_say_which_is_best(scores: Sequence[Sensitivity]) -> None:
 def test_equal_bits_are_decided_once() -> None:
     decide = Decide()
     found = chosen(decide, FIRST_MATTERS, LAST_MATTERS, FIRST_MATTERS_MORE)
-    assert decide.asked == [bits_of(**BY_FIRST), bits_of(**BY_LAST)]
+    assert decide.asked == [bits_of(**BY_FIRST), bits_of(**BY_LAST), bits_of(**PLAIN)]
     by_method = {choice.method: choice for choice in found}
-    assert len(by_method) == 3
+    assert len(by_method) == 4
     one, other = by_method["first"], by_method["first more"]
     assert one.graph is other.graph
     assert one.decided is other.decided
@@ -194,11 +196,12 @@ def test_outputs_are_compared_as_is_asked() -> None:
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_network_whose_loss_is_no_number_is_the_worst(broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(graph: Graph, decided: Quantization, *_: object) -> float:
-        return broken if decided.weights[map_named(subject(), "a").name].params.type.bits == 8 else 5.0
+        widths = {layer: decided.weights[map_named(subject(), layer).name].params.type.bits for layer in "ab"}
+        return broken if widths["a"] == 8 else float(widths["b"] == 2)
 
     monkeypatch.setattr(choosing, "outputs_lose", lose)
     for scores in ((FIRST_MATTERS, LAST_MATTERS), (LAST_MATTERS, FIRST_MATTERS)):
-        assert [choice.method for choice in chosen(Decide(), *scores)] == ["last", "first"]
+        assert [choice.method for choice in chosen(Decide(), *scores)] == ["last", "uniform", "first"]
 
 
 def test_choices_hold_the_network_of_their_bits() -> None:
@@ -210,17 +213,60 @@ def test_choices_hold_the_network_of_their_bits() -> None:
         assert choice.loss == outputs_lose(choice.graph, choice.decided, JUDGING, OutputLoss.DIVERGENCE)
 
 
-@pytest.mark.parametrize("scores", [[FIRST_MATTERS], [FIRST_MATTERS, FIRST_MATTERS_MORE]])
-def test_one_candidate_is_not_measured(scores: list[Sensitivity], monkeypatch: pytest.MonkeyPatch) -> None:
+WHOLE = {WEIGHT_BITS: 8 * (63 + 35 + 20)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "limits", "bits"),
+    [
+        ([FIRST_MATTERS], LIMIT, BY_FIRST),
+        ([FIRST_MATTERS, LAST_MATTERS], WHOLE, dict.fromkeys("abc", Bits(8, 8))),
+    ],
+)
+def test_one_candidate_is_not_measured(
+    scores: list[Sensitivity],
+    limits: Mapping[str, float],
+    bits: Mapping[str, Bits],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def never(*_: object) -> float:
         raise AssertionError("it is measured")
 
     monkeypatch.setattr(choosing, "outputs_lose", never)
     decide = Decide()
-    found = chosen(decide, *scores)
-    assert decide.asked == [bits_of(**BY_FIRST)]
-    assert [choice.method for choice in found] == [each.method for each in scores]
+    found = chosen(decide, *scores, limits=limits)
+    assert decide.asked == [bits_of(**bits)]
+    assert [choice.method for choice in found][: len(scores)] == [each.method for each in scores]
     assert {choice.loss for choice in found} == {None}
+
+
+def test_uniform_bits_are_taken_where_scores_mislead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the widest that the limit allows; one score alone has no competitor."""
+
+    def lose(graph: Graph, decided: Quantization, *_: object) -> float:
+        return float(len({weight.params.type.bits for weight in decided.weights.values()}))
+
+    monkeypatch.setattr(choosing, "outputs_lose", lose)
+    best = chosen(Decide(), FIRST_MATTERS, LAST_MATTERS)[0]
+    assert (best.method, best.loss, best.bits) == ("uniform", 1.0, bits_of(**PLAIN))
+    assert best.allocation.use[WEIGHT_BITS] == 2 * (63 + 35 + 20)
+    assert [choice.method for choice in chosen(Decide(), FIRST_MATTERS)] == ["first"]
+
+
+def test_no_uniform_bits_fit() -> None:
+    given = [replace(members()[0], override=Bits(8, 8)), *members()[1:]]
+    options_ = {"judging": JUDGING, "loss": OutputLoss.DIVERGENCE, "progress": Silent()}
+    use = lambda member, bits: {"narrow": float(bits.weight == 2), "wide": float(bits.weight == 8)}  # noqa: E731
+    found = choose(
+        given,
+        [FIRST_MATTERS, LAST_MATTERS],
+        CHOICES,
+        {"narrow": 1.0, "wide": 2.0},
+        use=use,
+        decide=Decide(),
+        **options_,  # type: ignore[arg-type]
+    )
+    assert {choice.method for choice in found} == {"first", "last"}
 
 
 def test_what_the_rest_uses_counts() -> None:
