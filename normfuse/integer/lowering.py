@@ -62,17 +62,17 @@ class Lowering:
             written = Written.of(params)
             node = self._input(request, params) if viewed(request).op == "placeholder" else self.write(request, written)
             self._codes[request] = Coded(node, written.scale, written.zero_point)
+        (end,) = [node for node in self.graph.nodes if node.op == "output"]
         for output in dict.fromkeys(self.graph.outputs):
             if query.is_float(output):
                 found = self.coded(output)
                 scale, zero = self._parameters(found, f"{output.name}_scale", output)
-                values = self.edit.call(DEQUANTIZE, found.node, scale, zero, -1, at=output, after=True)
-                self._move_behind(values, found.node)
+                values = self.edit.call(DEQUANTIZE, found.node, scale, zero, -1, at=end, like=output)
                 self.edit.redirect(output, values, only=lambda reader: reader.op == "output")
 
-    def _move_behind(self, node: fx.Node, source: fx.Node) -> None:
-        (end,) = [each for each in self.graph.nodes if each.op == "output"]
-        end.prepend(node)
+    def coded_requests(self) -> list[tuple[fx.Node, Coded]]:
+        """Return every request with its codes, in graph order."""
+        return [(node, found) for node, found in self._codes.items() if is_requested(node)]
 
     def _input(self, request: fx.Node, params: QuantParams) -> fx.Node:
         source = viewed(request)

@@ -1,4 +1,13 @@
-"""Norms to train with that become a constant affine at inference, and fold, and what is published beside them."""
+"""Norms to train with that become a constant affine at inference, and fold, and what is published beside them.
+
+``prepare_qat`` fine-tunes on the integers that ship; it is imported when it is first asked for, because it brings the
+compiler with it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstBN
 from normfuse.nn.evo_norm import EvoNormB0
@@ -11,6 +20,9 @@ from normfuse.nn.rms_norm import CRMSNorm, RMSNorm, compress_channels, expand_ch
 from normfuse.nn.unified_norm import UnifiedNorm
 from normfuse.nn.weight_standardization import Deviation, StandardizedConv2d, standardize_convs, standardize_weight
 
+if TYPE_CHECKING:
+    from normfuse.nn.integer_training import IntegerTraining, prepare_qat
+
 __all__ = [
     "IBN",
     "BatchChannelNorm",
@@ -18,6 +30,7 @@ __all__ = [
     "Deviation",
     "EstBN",
     "EvoNormB0",
+    "IntegerTraining",
     "PRepBN",
     "PowerNorm",
     "RMSNorm",
@@ -27,7 +40,15 @@ __all__ = [
     "UnifiedNorm",
     "compress_channels",
     "expand_channels",
+    "prepare_qat",
     "replace_norms",
     "standardize_convs",
     "standardize_weight",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs the compiler when it is first asked for."""
+    if name not in ("IntegerTraining", "prepare_qat"):
+        raise AttributeError(f"module 'normfuse.nn' has no attribute {name!r}")
+    return getattr(import_module("normfuse.nn.integer_training"), name)

@@ -1,0 +1,92 @@
+"""What decides an integer network: where it rounds, the ranges there, and the codes of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from normfuse.calibration import ChosenRange, Ranges, calibrate
+from normfuse.feeding import Stream, fixed_batch
+from normfuse.graph import Graph
+from normfuse.graph.quantization import requests
+from normfuse.passes.find_affines import FindAffines
+from normfuse.passes.place_integers import PlaceIntegers
+from normfuse.pipeline import Fact, Phase, Pipeline
+from normfuse.precision import round_all_to_nearest
+from normfuse.progress import Progress
+from normfuse.quant import QuantParams, Range, RoundedWeight
+from normfuse.quant.bits import MOST
+from normfuse.recipe import Recipe
+from normfuse.report import PassReport
+
+__all__ = ["IntegerPlan", "plan_integers"]
+
+MARGIN: Final = 1.5
+"""How much wider than what was seen 16-bit codes reach: it costs them half a bit, and a sum that ends too early far
+more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerPlan:
+    """A float graph with requests, and what stands in their place once it is written as integers.
+
+    Attributes:
+        graph: the float graph; its requests are where the network rounds.
+        ranges: what was chosen, for the report.
+        activations: scale and zero point, by the name of what is requested.
+        weights: codes by the name of the linear map.
+        passes: what was done on the way.
+    """
+
+    graph: Graph
+    ranges: Ranges
+    activations: Mapping[str, QuantParams]
+    weights: Mapping[str, RoundedWeight]
+    passes: tuple[PassReport, ...]
+
+
+def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int, progress: Progress) -> IntegerPlan:
+    """Decide how a folded float graph is written as integers.
+
+    Args:
+        folded: the float graph; it is not changed.
+        samples: calibration samples.
+        recipe: how ranges are chosen.
+        total: the number of samples, for the progress bar.
+        progress: shows what takes long.
+    """
+    graph = folded.copy()
+    place = Phase("integers", (FindAffines(), PlaceIntegers()))
+    reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
+    ranges = _ranges(graph, samples, recipe, total, progress)
+    with progress.task("rounding weights"):
+        chosen = round_all_to_nearest(graph, ranges.by_name)
+    return IntegerPlan(
+        graph=graph,
+        ranges=ranges,
+        activations={name: each for name, each in chosen.activations.items() if isinstance(each, QuantParams)},
+        weights=chosen.weights,
+        passes=tuple(reports),
+    )
+
+
+def _ranges(graph: Graph, samples: Stream, recipe: Recipe, total: int, progress: Progress) -> Ranges:
+    batch = fixed_batch(graph) or 1
+    found = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
+    wide = {request.source.name for request in requests(graph) if request.type.bits > MOST}
+    return replace(found, chosen=_widened(found.chosen, wide), samples=found.samples * batch)
+
+
+def _widened(chosen: Mapping[str, ChosenRange], wide: set[str]) -> dict[str, ChosenRange]:
+    """Return the ranges with those of 16-bit codes beyond what was seen."""
+    return {
+        name: replace(
+            found,
+            range=Range(MARGIN * found.observed.minimum, MARGIN * found.observed.maximum),
+            method="min-max, widened",
+        )
+        if name in wide
+        else found
+        for name, found in chosen.items()
+    }

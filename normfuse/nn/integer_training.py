@@ -1,0 +1,194 @@
+"""Fine-tunes a network on the very integers that it will ship as."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfuse.atomic import write_file
+from normfuse.build import FOLDING
+from normfuse.capturing import Examples, Model, capture_model
+from normfuse.data import Data, load_samples
+from normfuse.errors import UsageError
+from normfuse.feeding import bind, stream
+from normfuse.graph import Graph, query
+from normfuse.graph.edit import editing
+from normfuse.graph.program import to_program
+from normfuse.graph.quantization import is_requested
+from normfuse.graph.quickly import quickly
+from normfuse.integer.lowering import Lowering
+from normfuse.integer.rules import RULES
+from normfuse.integer.written import Coded
+from normfuse.integer_plan import IntegerPlan, plan_integers
+from normfuse.precision.straight_through import straight_through
+from normfuse.progress import Silent
+from normfuse.quant import QuantParams, RoundedWeight, quantize
+from normfuse.recipe import Recipe
+from normfuse.rewrite.linear_map import read_linear_map
+
+__all__ = ["IntegerTraining", "prepare_qat"]
+
+BIAS, WEIGHT = 2, 1
+"""Arguments of a linear map."""
+
+HALF: Final = 0.5
+
+
+def prepare_qat(
+    model: Model | Graph,
+    samples: Data,
+    example_inputs: Examples | None = None,
+    *,
+    recipe: Recipe | None = None,
+    free_within: float | None = None,
+) -> IntegerTraining:
+    """Return a module to fine-tune: it computes what the integer engine would, and has gradients.
+
+    Args:
+        model: anything that ``normfuse.compile`` takes, or a graph that is folded already.
+        samples: calibration samples, in the forms that ``normfuse.compile`` takes.
+        example_inputs: to capture a module with; else the first sample serves.
+        recipe: how ranges are chosen, and how many samples choose them.
+        free_within: confidence-guided freezing ("OFQ", Liu et al., 2023, arXiv 2302.02210): only weights that are no
+            farther than this from the border between two codes, in codes, still move; published is 0.005, for the end
+            of a training. None: all weights move.
+
+    Raises:
+        UnsupportedModel: the model cannot be written as integers.
+        UsageError: ``free_within`` is no distance from a border.
+    """
+    if free_within is not None and not 0 < free_within <= HALF:
+        raise UsageError(f"free_within cannot be {free_within}", expected="above 0, at most 0.5, or None")
+    chosen = recipe or Recipe(integer_only=True)
+    given = load_samples(samples, name="calibration")
+    if isinstance(model, Graph):
+        folded = model
+    else:
+        folded = capture_model(model, example_inputs, given)
+        FOLDING.run(folded)
+    bound = bind(given, folded)
+    total = min(len(bound), chosen.samples or len(bound))
+    source = stream(bound, folded, limit=chosen.samples)
+    plan = plan_integers(folded, source, recipe=chosen, total=total, progress=Silent())
+    return IntegerTraining(folded, plan, free_within)
+
+
+class IntegerTraining(nn.Module):
+    """A network whose outputs are those of its integer engine, and whose gradients are those of its float graph.
+
+    Every step writes the weights as integers and runs them (``torch.ops.normfuse.*``, the arithmetic that ships). The
+    float graph then goes through the values that the integers stand for, and lends them its gradients: wherever
+    something is rounded, the gradient passes straight through, and stops where codes have ended.
+
+    Trained are weights and biases of linear maps and convolutions (``parameters()``); scales stay as they were
+    calibrated. ``save`` writes the tuned model for ``normfuse compile --integer-only``.
+    """
+
+    def __init__(self, folded: Graph, plan: IntegerPlan, free_within: float | None = None) -> None:
+        super().__init__()
+        self._folded, self._plan = folded, plan
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        for node in plan.graph.nodes:
+            linear = read_linear_map(plan.graph, node) if node.name in plan.weights else None
+            if linear is None:
+                continue
+            key = node.name
+            self.weights[key] = nn.Parameter(linear.weight.detach().clone())
+            self.biases[key] = nn.Parameter(_bias(linear.bias, linear.outputs, linear.weight))
+            if free_within is not None:
+                self.weights[key].register_hook(self._freeze(key, free_within))
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what the integer engine returns, with gradients."""
+        integers = self._integers(inputs)
+        found = self._plan.graph.run_as(inputs, lambda node, args, kwargs: self._compute(node, args, kwargs, integers))
+        return found[0] if len(found) == 1 else found
+
+    def tuned(self) -> Graph:
+        """Return the folded float graph with the weights as they are now."""
+        graph = self._folded.copy()
+        with editing(graph) as edit:
+            for node in [node for node in graph.nodes if node.name in self.weights]:
+                label = query.layer_of(node) or node.name
+                edit.set_constant(node, WEIGHT, self.weights[node.name].detach().clone(), f"{label}.weight")
+                edit.set_constant(node, BIAS, self.biases[node.name].detach().clone(), f"{label}.bias")
+        return graph
+
+    def save(self, path: str | Path) -> None:
+        """Write the tuned model as a file that ``normfuse compile`` reads; whole or not at all.
+
+        Raises:
+            BadInput: the file cannot be written.
+        """
+        archive = io.BytesIO()
+        torch.export.save(to_program(self.tuned()), archive)
+        write_file(Path(path), archive.getbuffer())
+
+    @torch.no_grad()
+    def _integers(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return the value of every request in the integer network, by its name."""
+        graph, plan = self._plan.graph.copy(), self._plan
+        with editing(graph) as edit:
+            lowering = Lowering(edit, plan.activations, {name: self._rounded(name) for name in self.weights}, RULES)
+            lowering.run()
+            coded = {request.name: found for request, found in lowering.coded_requests()}
+        by_node: dict[str, list[tuple[str, Coded]]] = {}
+        for name, found in coded.items():
+            by_node.setdefault(found.node.name, []).append((name, found))
+        values = dict[str, Tensor]()
+
+        def watch(node: fx.Node, value: Any) -> Any:
+            for name, found in by_node.get(node.name, ()):
+                scale = torch.tensor(found.scale, dtype=torch.float32, device=value.device)
+                values[name] = (value.to(torch.int32) - found.zero_point).to(torch.float32) * scale
+            return value
+
+        graph.run_watched(inputs, watch)
+        return values
+
+    def _rounded(self, name: str) -> RoundedWeight:
+        known = self._plan.weights[name]
+        weight, bias = self.weights[name].detach(), self.biases[name].detach()
+        return replace(known, codes=quantize(weight.float(), known.params), bias=bias.float())
+
+    def _compute(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], integers: Mapping[str, Tensor]
+    ) -> Any:
+        if is_requested(node):
+            params = self._plan.activations[query.operand(node, 0).name]
+            return _passed(args[0], integers[node.name], params)
+        if node.name in self.weights:
+            weight = self.weights[node.name]
+            moved = straight_through(weight, self._rounded(node.name).values.to(weight.dtype))
+            rest = args[BIAS + 1 :]
+            return quickly(node, (args[0], moved, self.biases[node.name], *rest), _without_bias(kwargs))
+        return quickly(node, args, kwargs)
+
+    def _freeze(self, name: str, free_within: float) -> Any:
+        def freeze(gradient: Tensor) -> Tensor:
+            params = self._plan.weights[name].params
+            steps = self.weights[name].detach() / params.granularity.spread(params.scale, gradient.shape)
+            to_border = (steps - steps.floor() - HALF).abs()
+            return torch.where(to_border <= free_within, gradient, torch.zeros_like(gradient))
+
+        return freeze
+
+
+def _passed(x: Tensor, value: Tensor, params: QuantParams) -> Tensor:
+    """Return the value that integers stand for; the gradient goes to x where it lies between the ends of the codes."""
+    inside = (x >= params.smallest.to(x.dtype)) & (x <= params.largest.to(x.dtype))
+    return torch.where(inside, straight_through(x, value), value)
+
+
+def _bias(bias: Tensor | None, outputs: int, like: Tensor) -> Tensor:
+    return like.new_zeros(outputs) if bias is None else bias.detach().clone()
+
+
+def _without_bias(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "bias"}
