@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.accuracy import BATCH, exact_percent, folded, held_out, percent, spread
 from examples.zoo.data import make
@@ -24,6 +25,7 @@ from normfuse.export.onnx import export_onnx
 from normfuse.graph import Graph
 from normfuse.integer_engine import build_integers
 from normfuse.measure import file_bytes
+from normfuse.nn import prepare_qat
 from normfuse.progress import Silent
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -37,6 +39,9 @@ USUAL: Final = [
 ]
 COMPARED: Final = 512
 """Samples on which engine and reference have to be equal."""
+
+TUNED, RATE = 64, 1e-5
+"""Images of a step of fine-tuning, and its learning rate."""
 
 WAYS: Final = ((1, 1), (7, 2), (64, 1))
 """Batch sizes and threads that they are compared with."""
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--test", type=int, default=4000, help="test images; of scenes a quarter (4096 pixels each)")
+    parser.add_argument("--tune", type=int, default=0, help="steps of fine-tuning (64 images each) before the engine")
     parser.add_argument("--compared", type=int, default=COMPARED)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
@@ -67,7 +73,7 @@ def main() -> None:
     rows = []
     for name in given.models:
         test = given.test // 4 if MODELS[name].task == "scenes" else given.test
-        found = [_measure(name, seed, given.samples, test, given.compared) for seed in range(given.seeds)]
+        found = [_measure(name, seed, given, test) for seed in range(given.seeds)]
         figures[name] = {field: [getattr(each, field) for each in found] for field in Found.__slots__}
         exact = exact_percent(name, test)
         lost = [each.lost for each in found]
@@ -79,24 +85,26 @@ def main() -> None:
         rows.append((name, f"{exact:.2f}", spread(lost, "{:.2f}"), relative, share, equal, found[0].floats))
     columns = ("model", "float %", "points lost", "of the score", "of the float file", "reference", "float tensors")
     ways = ", ".join(f"{batch} on {threads}" for batch, threads in WAYS)
-    title = f"integers alone, {given.seeds} seeds; compared on {given.compared} samples (batch {ways} threads)"
+    tuned = f"after {given.tune} steps of {TUNED} images, " if given.tune else ""
+    title = f"integers alone, {tuned}{given.seeds} seeds; compared on {given.compared} samples (batch {ways} threads)"
     render.table(title, columns, rows)
     if given.output:
         given.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _measure(name: str, seed: int, count: int, test: int, compared: int) -> Found:
+def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Found:
     task = MODELS[name].task
-    samples, _ = make(task, "calib", count, seed)
+    samples, _ = make(task, "calib", given.samples, seed)
+    graph = _tuned(name, seed, samples, given.tune) if given.tune else folded(name)
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
         exact, path = Path(folder) / "float.onnx", Path(folder) / "integers.onnx"
         export_onnx(folded(name), exact)
         engine = build_integers(
-            folded(name),
+            graph,
             lambda: ([sample[None]] for sample in samples),
             path,
             recipe=Recipe(integer_only=True, seed=seed),
-            total=count,
+            total=len(samples),
             threads=1,
             progress=Silent(),
         )
@@ -107,9 +115,26 @@ def _measure(name: str, seed: int, count: int, test: int, compared: int) -> Foun
         return Found(
             lost=exact_percent(name, test) - percent((each[output] for each in logits), labels),
             share=file_bytes(path) / file_bytes(exact),
-            different=_different(engine.graph, path, images[:compared]),
+            different=_different(engine.graph, path, images[: given.compared]),
             floats=len(float_tensors(path)),
         )
+
+
+def _tuned(name: str, seed: int, samples: Tensor, steps: int) -> Graph:
+    """Return the folded graph after a short training on its integers, towards the labels and the float model."""
+    exact = folded(name)
+    (image,) = exact.input_names
+    training = prepare_qat(exact, {image: samples.numpy()})
+    images, labels = make(MODELS[name].task, "train", TUNED * steps, seed)
+    optimizer = torch.optim.Adam(training.parameters(), lr=RATE)
+    for some, wanted in zip(torch.split(images, TUNED), torch.split(labels, TUNED), strict=True):
+        found = training(some)
+        assert isinstance(found, Tensor)
+        loss = functional.cross_entropy(found, wanted) + functional.mse_loss(found, exact.run(some)[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return training.tuned()
 
 
 def _run(session: OnnxSession, graph: Graph, images: Tensor) -> dict[str, np.ndarray]:
