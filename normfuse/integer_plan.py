@@ -10,6 +10,7 @@ from normfuse.calibration import ChosenRange, Ranges, calibrate
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requests
+from normfuse.integer.rules import refuse_unsupported
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.place_integers import PlaceIntegers
 from normfuse.pipeline import Fact, Phase, Pipeline
@@ -55,10 +56,14 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         recipe: how ranges are chosen.
         total: the number of samples, for the progress bar.
         progress: shows what takes long.
+
+    Raises:
+        UnsupportedModel: an operator has no integer form; the message names the layer.
     """
     graph = folded.copy()
     place = Phase("integers", (FindAffines(), PlaceIntegers()))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
+    refuse_unsupported(graph)
     ranges = _ranges(graph, samples, recipe, total, progress)
     with progress.task("rounding weights"):
         chosen = round_all_to_nearest(graph, ranges.by_name)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from normfuse.errors import UnsupportedModel
 from normfuse.graph import Graph, ops, query
-from normfuse.graph.affine import AFFINE, read_affine
+from normfuse.graph.affine import AFFINE, Affine, read_affine
 from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import is_requested
 from normfuse.graph.text import operator_name
@@ -31,6 +31,8 @@ Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 LARGEST_BIAS: Final = 1 << 30
 
 WIDE_CODES: Final = 32767
+
+NARROW_CODES: Final = 127
 
 
 @dataclass(slots=True)
@@ -135,12 +137,25 @@ class Lowering:
         return Coded(self.edit.constant(codes, f"{node.name}_codes", like=node), scale, 0)
 
     def _view(self, node: fx.Node) -> Coded:
+        if query.is_call(node, ops.EMBEDDING):
+            return self._embedding(node)
         found = self.coded(viewed(node))
         if (rule := self.rules.get(node.target)) is not None:
             written = Written(found.scale, found.zero_point, 0, 0)
             return Coded(rule(self, node, written), found.scale, found.zero_point)
         view = self.edit.call(node.target, found.node, *node.args[1:], at=node, **dict[str, Any](node.kwargs))
         return Coded(view, found.scale, found.zero_point)
+
+    def _embedding(self, node: fx.Node) -> Coded:
+        """Look rows up in a table of 8-bit codes, with a scale for every channel, and bring them to 16 bits."""
+        values = query.constant(self.graph, viewed(node)).double()
+        scales = (values.abs().amax(0) / NARROW_CODES).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = torch.floor(values / scales + 0.5).to(torch.int8)
+        table = self.edit.constant(codes, f"{viewed(node).target}_codes", like=node)
+        rows = self.edit.call(node.target, table, *node.args[1:], at=node, **dict[str, Any](node.kwargs))
+        whole = float(values.abs().max()) / WIDE_CODES or 1.0
+        written = Written(whole, 0, -WIDE_CODES, WIDE_CODES, Affine(scales, torch.zeros_like(scales), -1))
+        return Coded(self.requantize(node, Coded(rows, 1.0, 0), written), whole, 0)
 
     def requantize(self, at: fx.Node, found: Coded, written: Written) -> fx.Node:
         """Write codes at another scale, or at one for every channel."""

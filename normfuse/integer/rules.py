@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from normfuse.graph import ops
+from normfuse.graph import Graph, ops
+from normfuse.graph.affine import AFFINE
+from normfuse.graph.quantization import is_requested, requests
 from normfuse.integer.attention import attention, whole_attention
 from normfuse.integer.elementwise import add, mean, multiply, table
-from normfuse.integer.lowering import Rule
+from normfuse.integer.lowering import Rule, unsupported
 from normfuse.integer.moves import concatenate, interpolate, repeat_nearest
 from normfuse.integer.norms import norm
 from normfuse.integer.products import product
-from normfuse.integer.roles import MEANS, POINTWISE
+from normfuse.integer.roles import CLAMPS, MEANS, POINTWISE, is_view
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "refuse_unsupported"]
 
 RULES: Final[Mapping[Any, Rule]] = {
     ops.LINEAR: product,
@@ -32,3 +34,16 @@ RULES: Final[Mapping[Any, Rule]] = {
     **dict.fromkeys(MEANS, mean),
     **dict.fromkeys(POINTWISE, table),
 }
+
+
+def refuse_unsupported(graph: Graph) -> None:
+    """Refuse a graph with requests behind operators that nothing here writes, before anything is calibrated.
+
+    Raises:
+        UnsupportedModel: there is one; the message names the layer.
+    """
+    for request in requests(graph):
+        source = request.source
+        is_made = source.op == "call_function" and not is_requested(source) and not is_view(source)
+        if is_made and source.target not in {*RULES, *CLAMPS, AFFINE}:
+            raise unsupported(source)
