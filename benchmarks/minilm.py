@@ -51,6 +51,19 @@ class SentenceEncoder(nn.Module):
         return nn.functional.normalize((hidden * counts).sum(1) / counts.sum(1), dim=1)
 
 
+class Encoder(nn.Module):
+    """BERT behind its look-up of words; what is pooled later."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return hidden states for vectors of words, both [sentences, tokens, width]."""
+        found: Tensor = self.bert(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state
+        return found
+
+
 def main() -> None:
     """Compile at every width, plain and equalized; print what that did to vectors, rankings, file and time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,12 +71,16 @@ def main() -> None:
     parser.add_argument("--effort", type=int, default=1)
     parser.add_argument("--table-bits", type=int, default=8, help="of word vectors and positions: 8 or 4")
     parser.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--integer-only", action="store_true", help="only the encoder, behind its look-up, in integers")
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
     given = parser.parse_args()
     fetch()
     model, tokenizer = load()
     exact = float_vectors(model, tokenizer)
     found: dict[str, Any] = {"environment": describe_environment().as_dict()}
+    if given.integer_only:
+        _in_integers(model, tokenizer, exact, given.benchmark)
+        return
     ways = {f"{bits}{', equalized' * equalize}": (bits, equalize) for bits in given.bits for equalize in (False, True)}
     for way, (bits, equalize) in ways.items():
         choices = {"effort": given.effort, "table_bits": given.table_bits, "benchmark": given.benchmark}
@@ -123,6 +140,39 @@ def measure(model: nn.Module, tokenizer: Any, exact: np.ndarray, recipe: Recipe)
     (vectors,) = session(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).values()
     compared = built.report["comparison"]
     return {**closeness(vectors, exact), "comparison": compared}
+
+
+def _in_integers(model: nn.Module, tokenizer: Any, exact: np.ndarray, is_timed: bool) -> None:
+    """Compile the encoder to integers, pool what it makes in float, and print how near the vectors are."""
+    bert = model.get_submodule("bert")
+    words = bert.get_submodule("embeddings.word_embeddings")
+
+    def looked_up(tokens: Any) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            vectors = words(torch.as_tensor(tokens["input_ids"])).numpy()
+        return {"words": vectors, "attention_mask": np.asarray(tokens["attention_mask"])}
+
+    def samples() -> Iterator[dict[str, np.ndarray]]:
+        for sentence in calibration_sentences():
+            each = looked_up(tokenizer(sentence, return_tensors="np"))
+            yield {name: array[0] for name, array in each.items()}
+
+    ones, free = torch.ones(EXAMPLE, dtype=torch.int64), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    example = (torch.zeros(*EXAMPLE, exact.shape[1]), ones)
+    program = torch.export.export(Encoder(bert).eval(), example, dynamic_shapes=(free, free), strict=False)
+    recipe = Recipe(integer_only=True, benchmark=is_timed)
+    built = normfuse.compile(program, calibration=samples, recipe=recipe, progress=render.ShownProgress())
+    with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
+        built.save(Path(folder) / "artifact")
+        session = normfuse.load(Path(folder) / "artifact")
+    given = looked_up(tokenizer(retrieval_sentences(), padding=True, return_tensors="np"))
+    (hidden,) = session(**given).values()
+    mask = given["attention_mask"][..., None]
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    near = closeness(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), exact)
+    row = ("integers", *_cells({**near, "comparison": built.report["comparison"]}))
+    columns = ("engine", "cosine, mean", "cosine, least", "rank correlation", "file MB", "of float", "speed")
+    render.table(f"MiniLM-L6 behind its look-up, integers alone, {len(exact)} sentences", columns, [row])
 
 
 def captured(model: nn.Module) -> torch.export.ExportedProgram:
