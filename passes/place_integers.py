@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import fx
 
@@ -18,6 +18,8 @@ from normfuse.report import PassReport
 
 __all__ = ["PlaceIntegers"]
 
+POOLS: Final = frozenset(ops.MAXIMUM_POOLS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceIntegers(Pass):
@@ -27,7 +29,7 @@ class PlaceIntegers(Pass):
         after    y = linear(request8(norm(request16(x + f))), W, b)
 
     1. Operands of products and of tables of functions are 8 bits wide; with zero points, but not where two
-       activations meet.
+       activations meet. So is what maximum pooling reads: no runtime pools 16 bits.
     2. Everything else (sums, norms, means, what is concatenated, outputs) is 16 bits wide and has none.
     3. What both kinds read is 16 bits wide, and 8 bits are made of it in front of the products.
     4. What is part of a larger operator is not rounded (``normfuse.integer.roles``).
@@ -93,7 +95,7 @@ class _Use:
     def is_operand(self) -> bool:
         """Whether 8 bits are read."""
         is_first = self.reader.args[:1] == (self.read,)
-        return self.is_symmetric or (is_first and query.is_call(self.reader, *PRODUCTS, *POINTWISE))
+        return self.is_symmetric or (is_first and query.is_call(self.reader, *PRODUCTS, *POINTWISE, *POOLS))
 
     @property
     def is_symmetric(self) -> bool:
@@ -103,7 +105,7 @@ class _Use:
 
 def _uses(node: fx.Node) -> Iterator[_Use]:
     for reader in query.readers(node):
-        if is_view(reader):
+        if is_view(reader) and not query.is_call(reader, *POOLS):
             yield from _uses(reader)
         elif not query.is_call(reader, ops.ATEN.sym_size.int):  # a size is no value
             yield _Use(node, reader)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -13,7 +13,7 @@ from normfuse.errors import UnsupportedModel
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, unsupported
 from normfuse.integer.products import matmul
-from normfuse.integer.roles import viewed
+from normfuse.integer.roles import is_given, is_view, viewed
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_ATTENTION
 from normfuse.kernels.reference.attention import FRACTION, RECIPROCAL
@@ -25,6 +25,9 @@ SCORE_BITS: Final = 30
 
 MASKED: Final = 1 << 30
 """What is taken off a masked score; 2^30 steps are many octaves at any scale that scores have."""
+
+PART: Final = MASKED >> 2
+"""The largest part of a bias: the sum of four is still within what is added to scores, and one masks."""
 
 WEIGHT: Final = 255
 """The largest weight."""
@@ -44,7 +47,7 @@ def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     scores, bias = viewed(weights), None
     if query.is_call(scores, ops.ADD):
         operands = [query.operand(scores, index) for index in (0, 1)]
-        bias, scores = sorted(operands, key=lambda each: not query.is_constant(each))
+        bias, scores = sorted(operands, key=lambda each: not is_given(each))
     q, k, v = (lowering.coded(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
     added = None if bias is None else _bias(lowering, bias, q.scale * k.scale)
     return _written(lowering, node, _Heads(q, k, v, added, 1.0), written)
@@ -54,21 +57,27 @@ def whole_attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.N
     """Write ``scaled_dot_product_attention``, which is whole where its mask comes with every sample.
 
     Raises:
-        UnsupportedModel: its mask is causal or float, or heads of values are shared.
+        UnsupportedModel: its mask is causal, or float and no constant, or heads of values are shared.
     """
     q, k, v = (lowering.coded(query.operand(node, index)) for index in range(3))
     mask = query.argument(node, 3, "attn_mask")
     is_plain = not query.argument(node, 5, "is_causal", False) and not node.kwargs.get("enable_gqa", False)
-    if not is_plain or (mask is not None and query.dtype(mask) is not torch.bool):
+    is_known = mask is None or query.dtype(mask) is torch.bool or is_given(mask)
+    if not is_plain or not is_known:
         raise unsupported(node)
     rank = query.rank(k.node)
     turned = lowering.edit.call(ops.PERMUTE, k.node, [*range(rank - 2), rank - 1, rank - 2], at=node)
-    added = None if mask is None else _masked(lowering, node, mask)
     scale = query.argument(node, 6, "scale")
     inner = query.shape(query.operand(node, 0))[-1]
     if scale is None and not isinstance(inner, int):
         raise unsupported(node)
     ratio = float(scale) if scale is not None else int(inner) ** -0.5
+    if mask is None:
+        added = None
+    elif query.dtype(mask) is torch.bool:
+        added = _masked(lowering, node, mask)
+    else:
+        added = _bias(lowering, mask, q.scale * k.scale * ratio)
     return _written(lowering, node, _Heads(q, replace(k, node=turned), v, added, ratio), written)
 
 
@@ -108,9 +117,16 @@ def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written)
 
 
 def _bias(lowering: Lowering, bias: fx.Node, unit: float) -> fx.Node:
-    values = query.constant(lowering.graph, bias).double() / unit
-    codes = torch.floor(values.clamp(-MASKED, MASKED) + 0.5)
-    return lowering.constant(codes, f"{bias.name}_codes", bias)
+    """Return a bias that is given at the scale of the scores, its parts in the same form as they were."""
+    if query.is_constant(bias):
+        values = query.constant(lowering.graph, bias).double() / unit
+        codes = torch.floor(values.clamp(-PART, PART) + 0.5)
+        return lowering.constant(codes, f"{bias.name}_codes", bias)
+    if is_view(bias):
+        source = _bias(lowering, viewed(bias), unit)
+        return lowering.edit.call(bias.target, source, *bias.args[1:], at=bias, **dict[str, Any](bias.kwargs))
+    parts = [_bias(lowering, query.operand(bias, index), unit) for index in (0, 1)]
+    return lowering.edit.call(ops.ADD, *parts, at=bias)
 
 
 def _masked(lowering: Lowering, node: fx.Node, mask: fx.Node) -> fx.Node:

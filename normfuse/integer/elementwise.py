@@ -11,7 +11,7 @@ from torch import fx
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, largest_code, unsupported
 from normfuse.integer.products import product
-from normfuse.integer.roles import viewed
+from normfuse.integer.roles import MEANS, viewed
 from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_ADD, INT_MEAN, INT_MULTIPLY, INT_TABLE
 from normfuse.kernels.reference.rescaling import codes_type
@@ -90,7 +90,7 @@ def _axes(node: fx.Node) -> tuple[list[int], bool]:
         return [int(axis) for axis in axes], bool(query.argument(node, 2, "keepdim", False))
     if any(size != 1 for size in node.args[1]):  # type: ignore[union-attr]
         raise unsupported(node)
-    return [-2, -1], True
+    return [*range(-MEANS[node.target], 0)], True
 
 
 def table(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:

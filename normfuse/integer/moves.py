@@ -1,7 +1,8 @@
-"""What moves codes about: concatenation at one scale, upsampling."""
+"""What moves codes about: concatenation at one scale, upsampling, padding."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_INTERPOLATE
 from normfuse.kernels.reference.interpolation import FRACTION
 
-__all__ = ["concatenate", "interpolate", "repeat_nearest"]
+__all__ = ["concatenate", "interpolate", "pad", "repeat_nearest"]
 
 
 def concatenate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
@@ -51,6 +52,27 @@ def interpolate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
         part = lowering.constant(weight, f"{node.name}_weight_{axis}", node)
         found = lowering.edit.call(INT_INTERPOLATE, found, *constants, part, axis, at=node)
     return found
+
+
+def pad(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
+    """Put the code of a number around codes.
+
+    Raises:
+        UnsupportedModel: what is padded is no number, or lies beyond the codes.
+    """
+    found, mode = lowering.coded(viewed(node)).node, query.argument(node, 2, "mode", "constant")
+    value = float(query.argument(node, 3, "value") or 0.0)
+    kind = query.dtype(found)
+    code, ends = math.floor(value / written.scale + 0.5) + written.zero_point, torch.iinfo(kind)
+    if mode != "constant" or not ends.min <= code <= ends.max:
+        raise unsupported(node)
+    sides = list(node.args[1])  # type: ignore[arg-type]
+    if kind is torch.int8:
+        return lowering.edit.call(ops.PAD, found, sides, "constant", code, at=node)
+    # onnxruntime pads no int16.
+    wide = lowering.edit.call(ops.ATEN._to_copy.default, found, dtype=torch.int32, at=node)
+    padded = lowering.edit.call(ops.PAD, wide, sides, "constant", code, at=node)
+    return lowering.edit.call(ops.ATEN._to_copy.default, padded, dtype=kind, at=node)
 
 
 def _axes(node: fx.Node) -> Iterator[tuple[int, int, int, float]]:

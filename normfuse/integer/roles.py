@@ -11,7 +11,7 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested
 
-__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_view", "viewed"]
+__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_given", "is_view", "viewed"]
 
 PRODUCTS: Final = frozenset({ops.LINEAR, ops.CONV2D})
 """Products with constant weights; what follows them is part of their last step."""
@@ -28,7 +28,8 @@ POINTWISE: Final = frozenset(
 )
 """Functions of one number: tables."""
 
-MEANS: Final = frozenset({ops.MEAN, ops.ATEN.adaptive_avg_pool2d.default})
+MEANS: Final = {ops.MEAN: 0, ops.ATEN.adaptive_avg_pool1d.default: 1, ops.ATEN.adaptive_avg_pool2d.default: 2}
+"""Means over axes, or over so many last ones."""
 
 VIEWS: Final = frozenset(
     {
@@ -36,7 +37,7 @@ VIEWS: Final = frozenset(
         *(ops.INDEX_SELECT, ops.GETITEM, ops.CLONE, ops.DROPOUT, ops.ATEN.squeeze.dim, ops.ATEN.squeeze.dims),
         *(ops.VIEW, ops.TRANSPOSE, ops.FLATTEN, ops.ATEN.alias.default, ops.ATEN.contiguous.default),
         *(*ops.SPLITS, ops.ATEN.unbind.int, ops.ATEN.upsample_nearest2d.vec, ops.ATEN.upsample_bilinear2d.vec),
-        *(*ops.MAXIMUM_POOLS, ops.EMBEDDING),
+        *(*ops.MAXIMUM_POOLS, ops.EMBEDDING, ops.PAD),
     }
 )
 """What moves, looks up or repeats values, or takes the largest, or one between two: the same on codes."""
@@ -50,6 +51,25 @@ def is_view(node: object) -> bool:
 def viewed(node: fx.Node) -> fx.Node:
     """Return what a view looks at."""
     return query.operand(node, 0)
+
+
+def is_given(node: object) -> bool:
+    """Return whether a value is made of constants alone, by views and sums: the bias of scores, for any batch."""
+    if not isinstance(node, fx.Node):
+        return False
+    is_made = is_view(node) or query.is_call(node, ops.ADD)
+    return query.is_constant(node) or (is_made and all(is_given(each) for each in _values(node)))
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a node reads; sizes are none."""
+    return [each for each in node.all_input_nodes if query.is_tensor(each)]
+
+
+def _given_parts(node: object) -> set[fx.Node]:
+    if not isinstance(node, fx.Node) or query.is_constant(node) or not is_given(node):
+        return set()
+    return {node}.union(*(_given_parts(each) for each in _values(node)))
 
 
 def absorbed(graph: Graph) -> set[fx.Node]:
@@ -69,6 +89,8 @@ def absorbed(graph: Graph) -> set[fx.Node]:
             found.update(_added_product(node, found))
         elif query.is_call(node, ops.MATMUL):
             found.update(_scores(node))
+        elif query.is_call(node, ops.ATTENTION):
+            found.update(_given_parts(query.argument(node, 3, "attn_mask")))
     return found
 
 
@@ -96,9 +118,11 @@ def _scores(node: fx.Node) -> list[fx.Node]:
     if softmax.args[1] not in (-1, query.rank(softmax) - 1):
         return []
     scores, found = viewed(softmax), [softmax]
-    if query.is_call(scores, ops.ADD) and any(query.is_constant(each) for each in scores.args[:2]):
+    given = set[fx.Node]()
+    if query.is_call(scores, ops.ADD) and any(is_given(each) for each in scores.args[:2]):
         found.append(scores)
-        scores = next(query.operand(scores, at) for at in (0, 1) if not query.is_constant(scores.args[at]))
+        bias, scores = sorted((query.operand(scores, 0), query.operand(scores, 1)), key=lambda each: not is_given(each))
+        given = _given_parts(bias)
     is_whole = query.is_call(scores, ops.MATMUL) and not is_requested(scores)
     found.append(scores)
-    return found if is_whole and all(query.only_reader(each) is not None for each in found) else []
+    return [*found, *given] if is_whole and all(query.only_reader(each) is not None for each in found) else []

@@ -11,7 +11,7 @@ from normfuse.graph.quantization import is_requested, requests
 from normfuse.integer.attention import attention, whole_attention
 from normfuse.integer.elementwise import add, mean, multiply, table
 from normfuse.integer.lowering import Rule, unsupported
-from normfuse.integer.moves import concatenate, interpolate, repeat_nearest
+from normfuse.integer.moves import concatenate, interpolate, pad, repeat_nearest
 from normfuse.integer.norms import norm
 from normfuse.integer.products import product
 from normfuse.integer.roles import CLAMPS, MEANS, POINTWISE, is_view
@@ -29,6 +29,7 @@ RULES: Final[Mapping[Any, Rule]] = {
     ops.LAYER_NORM: norm,
     ops.RMS_NORM: norm,
     ops.CAT: concatenate,
+    ops.PAD: pad,
     ops.ATEN.upsample_nearest2d.vec: repeat_nearest,
     ops.ATEN.upsample_bilinear2d.vec: interpolate,
     **dict.fromkeys(MEANS, mean),
