@@ -56,4 +56,5 @@ def build_integers(  # noqa: PLR0913 - what an engine needs; a bundle of them wo
         checks=checks,
         ranges=plan.ranges,
         quantized_weights=len(plan.weights),
+        blocks=plan.blocks,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from normfuse.calibration import ChosenRange, Ranges, calibrate
+from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requests
@@ -14,7 +15,8 @@ from normfuse.integer.rules import refuse_unsupported
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.place_integers import PlaceIntegers
 from normfuse.pipeline import Fact, Phase, Pipeline
-from normfuse.precision import round_all_to_nearest
+from normfuse.planning import refined
+from normfuse.precision import BlockReport, round_all_to_nearest
 from normfuse.progress import Progress
 from normfuse.quant import QuantParams, Range, RoundedWeight
 from normfuse.quant.bits import MOST
@@ -22,6 +24,9 @@ from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 
 __all__ = ["IntegerPlan", "plan_integers"]
+
+PLAIN_PROCESSOR: Final = "avx512_vnni"
+"""Integers are the same everywhere: no processor needs narrower codes for its products."""
 
 MARGIN: Final = 1.5
 """How much wider than what was seen 16-bit codes reach: it costs them half a bit, and a sum that ends too early far
@@ -38,6 +43,7 @@ class IntegerPlan:
         activations: scale and zero point, by the name of what is requested.
         weights: codes by the name of the linear map.
         passes: what was done on the way.
+        blocks: what became of every block, where rounding to nearest was not all.
     """
 
     graph: Graph
@@ -45,6 +51,7 @@ class IntegerPlan:
     activations: Mapping[str, QuantParams]
     weights: Mapping[str, RoundedWeight]
     passes: tuple[PassReport, ...]
+    blocks: tuple[BlockReport, ...]
 
 
 def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int, progress: Progress) -> IntegerPlan:
@@ -61,18 +68,21 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         UnsupportedModel: an operator has no integer form; the message names the layer.
     """
     graph = folded.copy()
-    place = Phase("integers", (FindAffines(), PlaceIntegers()))
+    wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
+    place = Phase("integers", (FindAffines(), PlaceIntegers(weight=wanted.weight)))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
     refuse_unsupported(graph)
     ranges = _ranges(graph, samples, recipe, total, progress)
     with progress.task("rounding weights"):
-        chosen = round_all_to_nearest(graph, ranges.by_name)
+        nearest = round_all_to_nearest(graph, ranges.by_name)
+    chosen, blocks = refined(graph, samples, nearest, recipe, wanted, None, progress)
     return IntegerPlan(
         graph=graph,
         ranges=ranges,
         activations={name: each for name, each in chosen.activations.items() if isinstance(each, QuantParams)},
         weights=chosen.weights,
         passes=tuple(reports),
+        blocks=tuple(blocks),
     )
 
 

@@ -177,7 +177,7 @@ class Recipe:
         if not self.integer_only:
             return
         plain = {
-            "bits": self.precision == Bits(MOST, MOST) and not self.is_mixed,
+            "bits": self.precision.weight <= MOST and self.precision.activation == MOST and not self.is_mixed,
             "activations": self.activations is ActivationCodes.STATIC,
             "weights": self.weights is WeightCodes.SYMMETRIC,
             "overrides": not self.overrides,
@@ -185,7 +185,7 @@ class Recipe:
             "rotate": not self.rotate,
             "equalize": not self.equalize,
         }
-        wanted = {"bits": "8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
+        wanted = {"bits": "8, or w2a8 to w7a8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
         for name, holds in plain.items():
             value = getattr(self, name)
             shown = value.value if isinstance(value, Enum) else value

@@ -42,6 +42,7 @@ class PlaceIntegers(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.PLACED})
 
     weight: IntegerType = INT8_NARROW
+    """Codes of weights, per output channel."""
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""

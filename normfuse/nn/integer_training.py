@@ -29,6 +29,7 @@ from normfuse.integer_plan import IntegerPlan, plan_integers
 from normfuse.precision.straight_through import straight_through
 from normfuse.progress import Silent
 from normfuse.quant import QuantParams, RoundedWeight, quantize
+from normfuse.quant.levers import Effort
 from normfuse.recipe import Recipe
 from normfuse.rewrite.linear_map import read_linear_map
 
@@ -54,7 +55,8 @@ def prepare_qat(
         model: anything that ``normfuse.compile`` takes, or a graph that is folded already.
         samples: calibration samples, in the forms that ``normfuse.compile`` takes.
         example_inputs: to capture a module with; else the first sample serves.
-        recipe: how ranges are chosen, and how many samples choose them.
+        recipe: how ranges are chosen, how many samples choose them, and the bits of weights. Whatever its effort,
+            weights are rounded to nearest: training does better than what else an effort tries.
         free_within: confidence-guided freezing ("OFQ", Liu et al., 2023, arXiv 2302.02210): only weights that are no
             farther than this from the border between two codes, in codes, still move; published is 0.005, for the end
             of a training. None: all weights move.
@@ -65,7 +67,7 @@ def prepare_qat(
     """
     if free_within is not None and not 0 < free_within <= HALF:
         raise UsageError(f"free_within cannot be {free_within}", expected="above 0, at most 0.5, or None")
-    chosen = recipe or Recipe(integer_only=True)
+    chosen = replace(recipe or Recipe(integer_only=True), effort=int(Effort.NEAREST))
     given = load_samples(samples, name="calibration")
     if isinstance(model, Graph):
         folded = model

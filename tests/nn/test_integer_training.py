@@ -54,7 +54,7 @@ def prepared(**options: object) -> IntegerTraining:
 
 def test_outputs_are_the_bits_of_the_engine() -> None:
     built = normfuse.compile(
-        model(), calibration={"image": IMAGES.numpy()}, recipe=Recipe(integer_only=True, benchmark=False)
+        model(), calibration={"image": IMAGES.numpy()}, recipe=Recipe(integer_only=True, effort=0, benchmark=False)
     )
     engine = built.engine.graph
     found = prepared()(IMAGES)
