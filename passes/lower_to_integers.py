@@ -10,7 +10,8 @@ from torch import fx
 
 from normfuse.graph import Graph, query
 from normfuse.graph.edit import Editor, editing
-from normfuse.integer.lowering import Lowering
+from normfuse.graph.quantization import is_requested
+from normfuse.integer.lowering import Lowering, unsupported
 from normfuse.integer.rules import RULES
 from normfuse.kernels.integer_ops import INT_LINEAR, INT_LINEAR_TABLE, INT_TABLE, INTEGER_OPERATORS
 from normfuse.pipeline import Fact, Pass
@@ -52,12 +53,20 @@ class LowerToIntegers(Pass):
         with editing(graph) as edit:
             Lowering(edit, self.activations, self.weights, RULES).run()
             edit.clean()
+            _refuse_left_over(graph)
             for node in list(graph.nodes):
                 if query.is_call(node, INT_TABLE):
                     _join(edit, node)
         names = {operator: name for name, operator in INTEGER_OPERATORS.items()}
         applied = [names[node.target] for node in graph.nodes if node.target in names]
         return PassReport(name=self.name, applied=PassReport.count(applied))
+
+
+def _refuse_left_over(graph: Graph) -> None:
+    """Refuse what reads floats and makes none (comparisons, argmax), which nothing has written."""
+    left = [node for node in graph.nodes if is_requested(node)]
+    if left:  # those in front of the last are read on the way to it
+        raise unsupported(query.readers(left[-1])[0])
 
 
 def _join(edit: Editor, node: fx.Node) -> None:

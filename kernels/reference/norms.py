@@ -40,8 +40,8 @@ def int_layer_norm(
 
     Args:
         x: int8 or int16 [..., channels], zero point 0.
-        bias: int32 [channels], at 2^-20: beta / gamma.
-        multiplier: int32 [channels]: gamma over the result's scale, times 2^(shift - 20).
+        bias: int32 [channels], or [1] for all, at 2^-20: beta / gamma.
+        multiplier: int32 [channels], or [1]: gamma over the result's scale, times 2^(shift - 20).
         epsilon: ``eps (channels / scale of x)^2``, 1 or more.
         shift: see ``rescale``.
         zero_point: see ``rescale``.

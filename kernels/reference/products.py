@@ -61,7 +61,7 @@ def int_linear_add(
         weight: as for ``int_linear``.
         bias: as for ``int_linear``; what undoes the residual's zero point is in here too.
         multiplier: as for ``int_linear``.
-        residual: int8 or int16 [..., out].
+        residual: int8 or int16, broadcast against the result.
         residual_multiplier: its scale over the result's, times 2^shift; up to 46 bits.
         shift: see ``rescale``.
         zero_point: see ``rescale``.
@@ -150,7 +150,7 @@ def int_conv2d_add(
         weight: as for ``int_conv2d``.
         bias: as for ``int_conv2d``; what undoes the residual's zero point is in here too.
         multiplier: as for ``int_conv2d``.
-        residual: int8 or int16 [batch, out, height, width].
+        residual: int8 or int16, broadcast against the result.
         stride: as for ``int_conv2d``.
         padding: as for ``int_conv2d``.
         dilation: as for ``int_conv2d``.

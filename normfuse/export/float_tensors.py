@@ -22,7 +22,8 @@ FLOATS: Final = frozenset(
 def float_tensors(path: Path) -> list[str]:
     """Return the names of the float tensors that an ONNX file computes with, in its order; functions are looked into.
 
-    Inputs that QuantizeLinear alone reads are left out, outputs that DequantizeLinear writes, and the scales of both:
+    Inputs that QuantizeLinear alone reads are left out, outputs that DequantizeLinear writes (twice, where the
+    model returns a tensor twice), and the scales of both:
     what lies between is empty in an integer network. A tensor whose type cannot be inferred counts as float.
     """
     model = shape_inference.infer_shapes(inliner.inline_local_functions(onnx.load(path)), data_prop=False)
@@ -40,8 +41,10 @@ def _at_the_ends(graph: onnx.GraphProto) -> Iterator[str]:
             if all(node.input[0] not in other.input or _reads_shape(other) for other in graph.node if other != node):
                 yield node.input[0]
             yield node.input[1]
-        elif node.op_type == "DequantizeLinear" and node.output[0] in outputs:
-            yield from (node.output[0], node.input[1])
+        elif node.op_type == "DequantizeLinear":
+            copies = [each for each in graph.node if node.output[0] in each.input]
+            if all(each.op_type == "Identity" and each.output[0] in outputs for each in copies):
+                yield from (node.output[0], node.input[1], *(each.output[0] for each in copies))
 
 
 def _reads_shape(node: onnx.NodeProto) -> bool:

@@ -17,7 +17,7 @@ from normfuse.integer.roles import is_given, is_view, viewed
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_ATTENTION
 from normfuse.kernels.reference.attention import FRACTION, RECIPROCAL
-from normfuse.quant.dyadic import ACCUMULATOR, WIDE, dyadic, require_below
+from normfuse.quant.dyadic import ACCUMULATOR, LARGEST_SHIFT, WIDE, dyadic, require_below
 
 __all__ = ["attention", "whole_attention"]
 
@@ -96,10 +96,14 @@ def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written)
     unit = heads.q.scale * heads.k.scale * heads.scale
     octaves = torch.tensor(unit * math.log2(math.e) * (1 << FRACTION), dtype=torch.float64)
     score_multiplier, score_shift = dyadic(octaves, bits=SCORE_BITS)
-    multiplier, shift = dyadic(torch.tensor(heads.v.scale / written.scale, dtype=torch.float64))
+    multiplier, shift = dyadic(
+        torch.tensor(heads.v.scale / written.scale, dtype=torch.float64), largest_shift=LARGEST_SHIFT - RECIPROCAL
+    )
     where, inner, keys = lowering.layer(node), query.shape(heads.q.node)[-1], query.shape(heads.v.node)[-2]
     if not isinstance(inner, int) or inner * LARGEST_CODE**2 >= MASKED:
-        raise UnsupportedModel(f"scores sum up {inner} products", where=where, expected="a fixed number below 66,000")
+        raise UnsupportedModel(
+            f"scores sum up {inner} products", where=where, expected=f"a fixed number up to {MASKED // LARGEST_CODE**2}"
+        )
     if isinstance(keys, int):
         require_below(float(keys) * WEIGHT * VALUE, ACCUMULATOR, what="a sum of values", where=where)
     # Values weigh 128 at most, whatever the number of keys: a row's multiplier is divided by the sum of its weights.

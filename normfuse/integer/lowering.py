@@ -21,12 +21,14 @@ from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import REQUANTIZE
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.quant import QuantParams, RoundedWeight
-from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, dyadic_at, require_below
+from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, require_below
 
 __all__ = ["Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
 
 Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
+
+SIZE: Final = ops.ATEN.sym_size.int
 
 LARGEST_BIAS: Final = 1 << 30
 
@@ -64,6 +66,9 @@ class Lowering:
             written = Written.of(params)
             node = self._input(request, params) if viewed(request).op == "placeholder" else self.write(request, written)
             self._codes[request] = Coded(node, written.scale, written.zero_point)
+        for request in self._codes:
+            if is_requested(request):  # a size is that of the float tensor
+                self.edit.redirect(request, viewed(request), only=lambda reader: query.is_call(reader, SIZE))
         (end,) = [node for node in self.graph.nodes if node.op == "output"]
         for output in dict.fromkeys(self.graph.outputs):
             if query.is_float(output):
@@ -195,9 +200,7 @@ def per_channel(gain: Tensor, offset: Tensor, *, largest_shift: int = LARGEST_SH
     """
     least = offset.abs() / LARGEST_BIAS
     raised = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
-    multiplier, shift = dyadic(raised)
-    if shift > largest_shift:
-        multiplier, shift = dyadic_at(raised, largest_shift), largest_shift
+    multiplier, shift = dyadic(raised, largest_shift=largest_shift)
     exact = multiplier.double() * 2.0**-shift
     bias = torch.where(multiplier != 0, offset / torch.where(multiplier != 0, exact, 1.0), 0.0)
     return multiplier, torch.round(bias).clamp(-LARGEST_BIAS, LARGEST_BIAS).to(torch.int64), shift

@@ -22,15 +22,16 @@ WIDE: Final = 1 << 62
 """What is shifted has to stay below this in magnitude."""
 
 
-def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS) -> tuple[Tensor, int]:
+def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS, largest_shift: int = LARGEST_SHIFT) -> tuple[Tensor, int]:
     """Return int64 multipliers and one shift, so that ``multiplier / 2^shift`` is the nearest to every ratio.
 
-    The largest multiplier has ``bits`` bits, unless the shift ends at ``LARGEST_SHIFT``: then the ratios are so small
-    that nothing is left of what they scale.
+    The largest multiplier has ``bits`` bits, unless the shift ends at ``largest_shift``: then the ratios are so small
+    that little or nothing is left of what they scale.
 
     Args:
         ratios: float64, of any shape and sign, finite.
         bits: 2 to 46.
+        largest_shift: 1 to 60.
 
     Raises:
         ValueError: a ratio is not finite, or so large that no shift is left; that is our bug.
@@ -39,7 +40,7 @@ def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS) -> tuple[Tensor, int]
     if not bool(torch.isfinite(ratios).all()) or largest >= 2.0 ** (bits - 1):
         raise ValueError(f"ratios up to {largest} cannot be written with {bits} bits")
     _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
-    shift = min(bits - int(exponent), LARGEST_SHIFT) if largest else 1
+    shift = min(bits - int(exponent), largest_shift) if largest else 1
     multipliers = torch.round(ratios.double() * 2.0**shift).to(torch.int64)
     if int(multipliers.abs().max() if multipliers.numel() else 0) >= 1 << bits:  # rounded up to the next power of two
         return dyadic_at(ratios, shift - 1), shift - 1
