@@ -29,6 +29,7 @@ Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
 
 SIZE: Final = ops.ATEN.sym_size.int
+ARGMAX: Final = ops.ATEN.argmax.default
 
 LARGEST_BIAS: Final = 1 << 30
 
@@ -69,6 +70,8 @@ class Lowering:
         for request in self._codes:
             if is_requested(request):  # a size is that of the float tensor
                 self.edit.redirect(request, viewed(request), only=lambda reader: query.is_call(reader, SIZE))
+        for node in [node for node in self.graph.nodes if query.is_call(node, ARGMAX)]:
+            self._largest(node)
         (end,) = [node for node in self.graph.nodes if node.op == "output"]
         for output in dict.fromkeys(self.graph.outputs):
             if query.is_float(output):
@@ -76,6 +79,13 @@ class Lowering:
                 scale, zero = self._parameters(found, f"{output.name}_scale", output)
                 values = self.edit.call(DEQUANTIZE, found.node, scale, zero, -1, at=end, like=output)
                 self.edit.redirect(output, values, only=lambda reader: reader.op == "output")
+
+    def _largest(self, node: fx.Node) -> None:
+        """Let a class map be found among codes: the largest value has the largest code."""
+        if self.is_coded(viewed(node)):
+            codes = self.coded(viewed(node)).node  # of 32 bits, because onnxruntime compares no int16
+            wide = self.edit.call(ops.ATEN._to_copy.default, codes, dtype=torch.int32, at=node)
+            self.edit.substitute(node, viewed(node), wide)
 
     def coded_requests(self) -> list[tuple[fx.Node, Coded]]:
         """Return every request with its codes, in graph order."""
