@@ -123,7 +123,7 @@ def _codes(shape: Sequence[int], x: Tensor, ends: Sequence[int]) -> Tensor:
 
 
 _DEFINITIONS: Final[Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
-    "requantize": (reference.requantize, _requantized),
+    "requantize": (reference.rescale, _requantized),
     "int_add": (reference.int_add, _added),
     "int_multiply": (reference.int_multiply, _added),
     "int_mean": (reference.int_mean, _mean),

@@ -25,7 +25,7 @@ from normfuse.kernels.reference.quantizers import (
     reshape,
     unpack,
 )
-from normfuse.kernels.reference.rescaling import int_add, int_mean, int_multiply, requantize, rescale
+from normfuse.kernels.reference.rescaling import int_add, int_mean, int_multiply, rescale
 from normfuse.kernels.reference.shift_exponential import lambda_shift_gelu, shift_gelu, shiftmax
 from normfuse.kernels.reference.tables import int_table
 
@@ -51,7 +51,6 @@ __all__ = [
     "lambda_shift_gelu",
     "quantize",
     "quantize_logarithm",
-    "requantize",
     "rescale",
     "reshape",
     "shift_gelu",

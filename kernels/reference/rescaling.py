@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["codes_type", "int_add", "int_mean", "int_multiply", "requantize", "rescale", "rounded_shift"]
+__all__ = ["codes_type", "int_add", "int_mean", "int_multiply", "rescale", "rounded_shift"]
 
 
 def codes_type(minimum: int, maximum: int) -> torch.dtype:
@@ -31,11 +31,14 @@ def rounded_shift(x: Tensor, shift: int) -> Tensor:
 def rescale(
     x: Tensor, bias: Tensor, multiplier: Tensor, shift: int, zero_point: int, minimum: int, maximum: int
 ) -> Tensor:
-    """Return codes at another scale (ours; see the head of this file).
+    """Return codes at another scale, or at one of its own for every channel (ours; see the head of this file).
+
+    The operator ``requantize`` is this: a frozen norm in front of a product is the multiplier and the bias of its
+    channels, so it costs nothing.
 
     Args:
         x: integers of any shape.
-        bias: int32, broadcast against x: what is added in x's own scale.
+        bias: int32, broadcast against x: what is added in x's own scale; what undoes its zero point is in here.
         multiplier: int32, broadcast against x: the ratio of the scales, times 2^shift.
         shift: 1 to 62.
         zero_point: the code of zero.
@@ -44,25 +47,6 @@ def rescale(
     """
     scaled = (x.to(torch.int64) + bias.to(torch.int64)) * multiplier.to(torch.int64)
     return _saturated(rounded_shift(scaled, shift), zero_point, minimum, maximum)
-
-
-def requantize(
-    x: Tensor, bias: Tensor, multiplier: Tensor, shift: int, zero_point: int, minimum: int, maximum: int
-) -> Tensor:
-    """Return the codes of ``x`` at another scale, or at one of its own for every channel: ``rescale`` as an operator.
-
-    A frozen norm in front of a product is the multiplier and the bias of its channels, so it costs nothing.
-
-    Args:
-        x: int8 or int16.
-        bias: int32, broadcast against x; holds what undoes x's zero point.
-        multiplier: as for ``rescale``.
-        shift: as for ``rescale``.
-        zero_point: as for ``rescale``.
-        minimum: as for ``rescale``.
-        maximum: as for ``rescale``.
-    """
-    return rescale(x, bias, multiplier, shift, zero_point, minimum, maximum)
 
 
 def int_add(
