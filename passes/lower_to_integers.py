@@ -74,5 +74,6 @@ def _join(edit: Editor, node: fx.Node) -> None:
     source, table = node.args
     assert isinstance(source, fx.Node)
     if query.is_call(source, INT_LINEAR) and query.only_reader(source) is node:
-        *operands, shift, zero_point, _, _ = source.args
-        edit.replace(node, INT_LINEAR_TABLE, *operands, table, shift, zero_point)
+        *operands, shift, zero_point, minimum, maximum = source.args
+        if (minimum, maximum) == (-128, 127):  # a bound in front of the table is lost in the joint operator
+            edit.replace(node, INT_LINEAR_TABLE, *operands, table, shift, zero_point)

@@ -100,6 +100,8 @@ def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written)
         torch.tensor(heads.v.scale / written.scale, dtype=torch.float64), largest_shift=LARGEST_SHIFT - RECIPROCAL
     )
     where, inner, keys = lowering.layer(node), query.shape(heads.q.node)[-1], query.shape(heads.v.node)[-2]
+    if any(query.dtype(each.node) is not torch.int8 for each in (heads.q, heads.k, heads.v)):  # constants have 16 bits
+        raise unsupported(node)
     if not isinstance(inner, int) or inner * LARGEST_CODE**2 >= MASKED:
         raise UnsupportedModel(
             f"scores sum up {inner} products", where=where, expected=f"a fixed number up to {MASKED // LARGEST_CODE**2}"

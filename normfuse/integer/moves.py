@@ -20,7 +20,8 @@ __all__ = ["concatenate", "interpolate", "pad", "repeat_nearest"]
 
 def concatenate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Bring all parts to one scale and join them."""
-    parts = [lowering.requantize(part, lowering.coded(part), written) for part in node.all_input_nodes]
+    tensors = [each for each in node.args[0] if isinstance(each, fx.Node)]  # type: ignore[union-attr]
+    parts = [lowering.requantize(part, lowering.coded(part), written) for part in tensors]
     return lowering.edit.call(ops.CAT, parts, query.argument(node, 1, "dim", 0), at=node, after=True)
 
 

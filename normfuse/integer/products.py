@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import ops, query
-from normfuse.integer.lowering import Lowering, largest_code, per_channel
+from normfuse.integer.lowering import Lowering, largest_code, per_channel, unsupported
 from normfuse.integer.roles import viewed
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_CONV2D, INT_CONV2D_ADD, INT_LINEAR, INT_LINEAR_ADD, INT_MATMUL
@@ -48,6 +48,8 @@ def product(
     Raises:
         UnsupportedModel: a sum could overflow.
     """
+    if node.name not in lowering.weights:  # an activation
+        raise unsupported(node)
     x, weight, place = lowering.coded(viewed(node)), lowering.weights[node.name], at or node
     stem, codes = str(query.operand(node, 1).target), weight.codes.to(torch.int8)
     scales = weight.params.scale.double() * x.scale
@@ -106,6 +108,8 @@ def _constants(  # noqa: PLR0913, PLR0917 - what the last step of a product is m
 def matmul(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write the product of two activations."""
     x, y = (lowering.coded(query.operand(node, index)) for index in (0, 1))
+    if any(query.dtype(each.node) is not torch.int8 for each in (x, y)):  # constants have 16 bits
+        raise unsupported(node)
     inner = query.shape(viewed(node))[-1]
     ratio = torch.tensor(x.scale * y.scale / written.scale, dtype=torch.float64)
     multiplier, shift = dyadic(ratio)

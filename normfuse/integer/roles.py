@@ -83,7 +83,8 @@ def absorbed(graph: Graph) -> set[fx.Node]:
         if query.is_call(node, *CLAMPS, AFFINE):
             source = viewed(node)
             wanted = ops.ONLINE_NORMS if node.target is AFFINE else (*PRODUCTS, ops.ADD, *ops.ONLINE_NORMS, ops.MATMUL)
-            if query.is_call(source, *wanted) and query.only_reader(source) is node:
+            is_along = node.target is not AFFINE or _is_along_channels(node)
+            if query.is_call(source, *wanted) and query.only_reader(source) is node and is_along:
                 found.add(source)
         elif query.is_call(node, ops.ADD):
             found.update(_added_product(node, found))
@@ -94,9 +95,15 @@ def absorbed(graph: Graph) -> set[fx.Node]:
     return found
 
 
+def _is_along_channels(node: fx.Node) -> bool:
+    """Return whether an affine is along the last axis, as a norm's own, or the same everywhere."""
+    is_last = node.args[3] == query.rank(node) - 1
+    return is_last or query.shape(query.operand(node, 1)) == (1,)
+
+
 def _added_product(node: fx.Node, known: Collection[fx.Node]) -> list[fx.Node]:
     """Return the product that a sum takes in: the last, if no other step stands between."""
-    if node.kwargs.get("alpha", 1) != 1:
+    if node.kwargs.get("alpha", 1) != 1 or node.args[0] is node.args[1]:
         return []
     products = [
         each

@@ -1,0 +1,154 @@
+"""What has no integer form, or could overflow, is refused by its layer's name, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integer_module import build, module, normal
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normfuse.errors import UnsupportedModel, UsageError
+from normfuse.recipe import Recipe
+from normfuse.testing import Small
+
+
+class Step(nn.Module):
+    """A layer whose name is looked for."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+def causal(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def shared_heads(x: Tensor) -> Tensor:
+    heads = x.reshape(-1, 4, 2, 3).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads[:, :1], heads[:, 1:], enable_gqa=True)
+
+
+def float_mask(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :4])
+
+
+STEPS: dict[str, nn.Module] = {
+    "sort": Step(lambda x: x.sort(-1)[0]),
+    "cumsum": Step(lambda x: x.cumsum(1)),
+    "softmax": Step(lambda x: x.softmax(-1)),
+    "division": Step(lambda x: x / (x * x + 1)),
+    "square root": Step(lambda x: (x * x).sqrt()),
+    "largest along an axis": Step(lambda x: x.amax(1, keepdim=True)),
+    "mean over the batch": Step(lambda x: x.mean(0, keepdim=True)),
+    "reflected padding": Step(lambda x: F.pad(x, (1, 2), mode="reflect")),
+    "padding beyond the codes": Step(lambda x: F.pad(x, (1, 2), value=1e6)),
+    "causal attention": Step(causal),
+    "grouped queries": Step(shared_heads),
+    "a mask that is computed": Step(float_mask),
+    "norm over two axes": nn.LayerNorm((4, 6)),
+    "group norm": nn.GroupNorm(2, 4),
+    "recurrence": nn.GRU(6, 6),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_an_operator_without_an_integer_form(step: nn.Module, tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        found = m.step(m.map(x))
+        return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+    refused(module(forward, map=nn.Linear(7, 6), step=step), normal(4, 4, 7), path=tmp_path / "integers.onnx")
+
+
+def refused(network: nn.Module, *samples: Tensor, path: Path, where: str = "step", expected: str = "") -> None:
+    """Check that a model is refused by a layer's name."""
+    with pytest.raises(UnsupportedModel) as refusal:
+        build(network, *samples, path=path)
+    assert refusal.value.where == where
+    assert expected in refusal.value.expected
+    assert refusal.value.exit_code == 3
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [nn.ConvTranspose2d(3, 2, 3), nn.Conv3d(1, 2, 1)])
+def test_convolutions_without_an_integer_form(step: nn.Module, tmp_path: Path) -> None:
+    network = module(lambda m, x: m.step(m.conv(x)), conv=nn.Conv2d(2, 3, 1), step=step)
+    if isinstance(step, nn.Conv3d):
+        network = module(lambda m, x: m.step(m.conv(x)[:, None]), conv=nn.Conv2d(2, 3, 1), step=step)
+    refused(network, normal(4, 2, 5, 6), path=tmp_path / "integers.onnx")
+
+
+ANSWERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "comparison": lambda x: x > 0.5,
+    "the two largest": lambda x: x.topk(2)[1],
+    "order": lambda x: x.argsort(-1),
+}
+
+
+@pytest.mark.parametrize("function", ANSWERS.values(), ids=ANSWERS)
+def test_answers_that_are_no_floats(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """Nothing asks for their codes, so what they read would stay float."""
+    network = module(lambda m, x: m.step(m.map(x)), map=nn.Linear(7, 6), step=Step(function))
+    refused(network, normal(4, 7), path=tmp_path / "integers.onnx")
+
+
+def heavy(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """Return the layer with weights that all are the largest codes."""
+    with torch.no_grad():
+        layer.weight.fill_(0.01)
+    return layer
+
+
+OVERFLOWS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "linear map": (heavy(nn.Linear(140_000, 1)), (140_000,), "2^31"),
+    "convolution": (heavy(nn.Conv2d(20_000, 1, (1, 7))), (20_000, 1, 7), "2^31"),
+    "product of activations": (Step(lambda x: x @ x.transpose(1, 2)), (1, 140_000), "2^31"),
+    "attention": (Step(lambda x: F.scaled_dot_product_attention(x, x, x)), (2, 67_000), "66572"),
+    "long attention": (Step(lambda x: F.scaled_dot_product_attention(x[:, :1], x, x)), (66_000, 2), "2^31"),
+    "mean": (Step(lambda x: x.mean(-1)), (1, 140_000), "2^62"),
+    "layer norm": (nn.LayerNorm(20_000), (20_000,), "16384"),
+    "large eps": (nn.LayerNorm(5, eps=1e12), (5,), "2^62"),
+}
+
+
+@pytest.mark.parametrize(("step", "shape", "expected"), OVERFLOWS.values(), ids=OVERFLOWS)
+def test_sums_that_could_overflow(step: nn.Module, shape: tuple[int, ...], expected: str, tmp_path: Path) -> None:
+    network = Small(lambda m, x: m.step(x), step=step).eval()
+    refused(network, normal(2, *shape), path=tmp_path / "integers.onnx", expected=expected)
+
+
+RECIPES: dict[str, tuple[dict[str, Any], str]] = {
+    "float": ({"bits": 32}, "bits"),
+    "activations of 4 bits": ({"bits": "w4a4"}, "bits"),
+    "activations of 16 bits": ({"bits": "w8a16"}, "bits"),
+    "mixed": ({"bits": "mixed", "budget": "bytes=0.2x"}, "bits"),
+    "dynamic": ({"activations": "dynamic"}, "activations"),
+    "asymmetric": ({"weights": "asymmetric"}, "weights"),
+    "overrides": ({"overrides": "head=8"}, "overrides"),
+    "tables": ({"table_bits": 4}, "table_bits"),
+    "rotate": ({"rotate": True}, "rotate"),
+    "equalize": ({"equalize": True}, "equalize"),
+}
+
+
+@pytest.mark.parametrize(("options", "name"), RECIPES.values(), ids=RECIPES)
+def test_recipes_that_contradict_integers_alone(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Recipe().with_options(integer_only=True, **options)
+    assert refusal.value.what.startswith(f"{name} cannot be ")
+    assert "integer_only" in refusal.value.expected
+
+
+def test_a_recipe_of_integers_can_be_read_back() -> None:
+    recipe = Recipe(integer_only=True, samples=3)
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert recipe.label == "integers"
