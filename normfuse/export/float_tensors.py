@@ -30,7 +30,8 @@ def float_tensors(path: Path) -> list[str]:
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    allowed = set(_at_the_ends(graph))
+    read = {name for node in graph.node for name in node.input}
+    allowed = {*_at_the_ends(graph), *(value.name for value in graph.input if value.name not in read)}
     return [name for name in _names(graph) if name not in allowed and types.get(name, 0) in {0, *FLOATS}]
 
 

@@ -98,7 +98,7 @@ def absorbed(graph: Graph) -> set[fx.Node]:
 def _is_along_channels(node: fx.Node) -> bool:
     """Return whether an affine is along the last axis, as a norm's own, or the same everywhere."""
     is_last = node.args[3] == query.rank(node) - 1
-    return is_last or query.shape(query.operand(node, 1)) == (1,)
+    return bool(is_last) or query.shape(query.operand(node, 1)) == (1,)
 
 
 def _added_product(node: fx.Node, known: Collection[fx.Node]) -> list[fx.Node]:

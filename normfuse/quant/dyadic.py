@@ -43,6 +43,8 @@ def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS, largest_shift: int = 
     shift = min(bits - int(exponent), largest_shift) if largest else 1
     multipliers = torch.round(ratios.double() * 2.0**shift).to(torch.int64)
     if int(multipliers.abs().max() if multipliers.numel() else 0) >= 1 << bits:  # rounded up to the next power of two
+        if shift == 1:
+            raise ValueError(f"ratios up to {largest} cannot be written with {bits} bits")
         return dyadic_at(ratios, shift - 1), shift - 1
     return multipliers, shift
 

@@ -208,8 +208,8 @@ class _Trial:
         weights = 255 * shares / shares.amax(-1, keepdim=True)
         errors = 0.5 + weights * (2.0**-9 * 0.7 + 0.5 * step + 1e-4)
         reach = (v[..., None, :, :] - value[..., :, None, :]).abs()  # [..., queries, keys, values]
-        total: Tensor = weights.sum(-1, keepdim=True) - errors.sum(-1, keepdim=True)
-        return (errors[..., None] * reach).sum(-2) / total
+        moved: Tensor = (errors[..., None] * reach).sum(-2).div(weights.sum(-1, True) - errors.sum(-1, True))
+        return moved
 
     def _step_of_scores(self, node: fx.Node) -> float:
         """Return the step of scores that have a bias, of which every part is held in it."""
