@@ -32,6 +32,9 @@ MARGIN: Final = 1.5
 """How much wider than what was seen 16-bit codes reach: it costs them half a bit, and a sum that ends too early far
 more."""
 
+NOTHING: Final = Range(0.0, 2.0**-10)
+"""The range of what was always 0: any holds it, and in small steps what is added to it is exact enough."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerPlan:
@@ -90,18 +93,15 @@ def _ranges(graph: Graph, samples: Stream, recipe: Recipe, total: int, progress:
     batch = fixed_batch(graph) or 1
     found = calibrate(graph, samples, method=recipe.calibration, total=total // batch, progress=progress)
     wide = {request.source.name for request in requests(graph) if request.type.bits > MOST}
-    return replace(found, chosen=_widened(found.chosen, wide), samples=found.samples * batch)
+    chosen = {name: _own(each, is_wide=name in wide) for name, each in found.chosen.items()}
+    return replace(found, chosen=chosen, samples=found.samples * batch)
 
 
-def _widened(chosen: Mapping[str, ChosenRange], wide: set[str]) -> dict[str, ChosenRange]:
-    """Return the ranges with those of 16-bit codes beyond what was seen."""
-    return {
-        name: replace(
-            found,
-            range=Range(MARGIN * found.observed.minimum, MARGIN * found.observed.maximum),
-            method="min-max, widened",
-        )
-        if name in wide
-        else found
-        for name, found in chosen.items()
-    }
+def _own(chosen: ChosenRange, *, is_wide: bool) -> ChosenRange:
+    """Return the range of 16-bit codes beyond what was seen, and a small one for nothing but 0."""
+    low, high = chosen.observed.minimum, chosen.observed.maximum
+    if low == high == 0:
+        return replace(chosen, range=NOTHING, method="nothing but 0")
+    if is_wide:
+        return replace(chosen, range=Range(MARGIN * low, MARGIN * high), method="min-max, widened")
+    return chosen

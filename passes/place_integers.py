@@ -100,7 +100,9 @@ class _Use:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether another activation is met."""
+        """Whether another activation is met, at once or by what is pooled; there a mean square counts, too."""
+        if query.is_call(self.reader, *POOLS):
+            return any(use.is_symmetric or query.is_call(use.reader, ops.RMS_NORM) for use in _uses(self.reader))
         return query.is_call(self.reader, ops.MATMUL, ops.ATTENTION)
 
 

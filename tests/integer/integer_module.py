@@ -16,6 +16,7 @@ from normfuse.build import FOLDING, Engine
 from normfuse.errors import UnsupportedModel
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph, capture, ops, query
+from normfuse.graph.affine import AFFINE, read_affine
 from normfuse.graph.edit import Editor, converted
 from normfuse.graph.quantization import is_requested
 from normfuse.integer.lowering import Lowering
@@ -144,6 +145,8 @@ class _Trial:
 
     def _with_codes(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of a call with its weight, or its table, as 8-bit codes stand for it."""
+        if query.is_call(node, ops.RMS_NORM) and len(args) < 4:  # the default is that of the type
+            return *args, *[None] * (3 - len(args)), torch.finfo(torch.float32).eps
         if query.is_call(node, ops.EMBEDDING):
             scale = args[0].abs().amax(0) / 127
             return torch.floor(args[0] / scale + 0.5) * scale, *args[1:]
@@ -179,7 +182,10 @@ class _Trial:
         own = 0.0
         if (weight := self.lowered.plan.weights.get(node.name)) is not None:
             own = self._scale_of(query.operand(node, 0)) * float(weight.params.scale.max())
-        elif query.is_call(node, ops.LAYER_NORM, ops.RMS_NORM):
+        elif query.is_call(node, AFFINE):  # what is added is held in steps of what is scaled
+            read, gain = query.operand(node, 0), read_affine(self.lowered.plan.graph, node).scale
+            own = 0.0 if _is_norm(read) else self._scale_of(read) * float(gain.abs().max())
+        elif _is_norm(node):
             gamma = query.argument(node, 2, "weight")
             largest = 1.0 if gamma is None else float(query.constant(self.lowered.plan.graph, gamma).abs().max())
             own = largest * 2.0**-norms.FRACTION
@@ -219,6 +225,10 @@ class _Trial:
         (product,) = [each for each in scores.all_input_nodes if not is_given(each)]
         parts = sum(_constants(each) for each in scores.all_input_nodes if is_given(each))
         return parts * self._scale_of(query.operand(product, 0)) * self._scale_of(query.operand(product, 1))
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return query.is_call(node, ops.LAYER_NORM, ops.RMS_NORM)
 
 
 def _constants(node: fx.Node) -> int:
