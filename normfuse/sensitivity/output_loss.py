@@ -12,11 +12,9 @@ from torch import Tensor
 from normfuse.errors import UsageError
 from normfuse.graph import Graph, query
 from normfuse.quant.output_kind import OutputKind
+from normfuse.sensitivity.targets import CLASSES, class_relevance
 
 __all__ = ["OutputLoss", "surprise"]
-
-CLASSES: Final = 1
-"""The axis of class scores: [samples, classes, ...]."""
 
 RANKS: Final = (2, 4)
 """Axes of class scores: [samples, classes], or [samples, classes, height, width]."""
@@ -26,7 +24,11 @@ class OutputLoss(Enum):
     """How outputs are compared; the value is what recipes and reports write."""
 
     DIVERGENCE = "divergence"
-    """The Kullback-Leibler divergence of class probabilities, quantized from float, the mean over an image's pixels."""
+    """The Kullback-Leibler divergence of class probabilities, quantized from float.
+
+    Of an image's pixels it is the mean over the classes that float finds there, each the mean over its pixels: classes
+    count alike, as in a mean IoU, however large they are (ours).
+    """
     NOISE = "noise"
     """The squared error over the squares of the float outputs: the inverse of the SQNR. None where these are 0."""
 
@@ -61,7 +63,7 @@ class OutputLoss(Enum):
             return _rows(found - wanted).square().sum(dim=1) / _size(wanted)
         exact, guessed = wanted.log_softmax(CLASSES), found.log_softmax(CLASSES)
         apart = torch.where(exact.isinf(), 0.0, exact - guessed)  # a class that is ruled out has no part in it
-        return (exact.exp() * apart).sum(dim=CLASSES).reshape(len(wanted), -1).mean(dim=1)
+        return _rows((exact.exp() * apart).sum(dim=CLASSES) * _shares(wanted)).sum(dim=1)
 
     def probe(self, wanted: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """Return random cotangents ``S v`` of the outputs, for normal v, with ``S S^T`` the curvature of the loss.
@@ -79,14 +81,20 @@ class OutputLoss(Enum):
             found = v * (2 / _size(wanted.double())).sqrt().reshape(-1, *[1] * (wanted.ndim - 1))
             return found.to(wanted.dtype)
         p = wanted.double().softmax(CLASSES)
-        found = (p.sqrt() * v - p * (p.sqrt() * v).sum(dim=CLASSES, keepdim=True)) / wanted[0, 0].numel() ** 0.5
-        return found.to(wanted.dtype)
+        found = p.sqrt() * v - p * (p.sqrt() * v).sum(dim=CLASSES, keepdim=True)
+        return (found * _shares(p).sqrt().unsqueeze(CLASSES)).to(wanted.dtype)
 
 
 def surprise(outputs: Sequence[Tensor]) -> Tensor:
-    """Return ``-log p`` of the class that the network finds, summed over samples (the mean over the pixels of each)."""
-    losses = [-value.log_softmax(CLASSES).amax(dim=CLASSES).reshape(len(value), -1).mean(dim=1) for value in outputs]
-    return torch.stack(losses).sum()
+    """Return ``-log p`` of the class that the network finds, summed over samples; pixels count as in the divergence."""
+    return torch.stack(
+        [-(value.log_softmax(CLASSES).amax(dim=CLASSES) * _shares(value)).sum() for value in outputs]
+    ).sum()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Return what every pixel counts, [samples, ...] without the axis of classes: see ``class_relevance``."""
+    return class_relevance(scores, scores.argmax(dim=CLASSES)).sum(dim=CLASSES)
 
 
 def _size(wanted: Tensor) -> Tensor:

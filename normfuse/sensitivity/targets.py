@@ -11,7 +11,7 @@ from torch import Tensor
 from normfuse.errors import UsageError
 from normfuse.sensitivity.relevance_call import ratio
 
-__all__ = ["Target", "class_target", "default_target", "magnitude_target"]
+__all__ = ["CLASSES", "Target", "class_relevance", "class_target", "default_target", "magnitude_target"]
 
 Target = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 """From the outputs of a network to the relevance of each, in its shape; None for an output that gets none."""

@@ -30,14 +30,18 @@ def test_divergence_is_from_the_exact_probabilities() -> None:
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), atol=8 * EPS64, rtol=0)
 
 
-def test_divergence_is_the_mean_over_pixels_and_the_sum_over_outputs() -> None:
+def test_divergence_is_the_mean_over_classes_of_the_mean_over_their_pixels_and_the_sum_over_outputs() -> None:
+    """Of four pixels float finds class 1 in one alone; an error there counts three times one that is elsewhere."""
     wanted, found = logs([1, 1], [1, 1]), logs([1, 3], [1, 1])
     one = (log(2) + log(2 / 3)) / 2
-    dense = torch.zeros(2, 2, 1, 3, dtype=torch.float64)
-    wrong = dense.clone()
-    wrong[0, 1, 0, 2] = log(3)
-    losses = OutputLoss.DIVERGENCE.per_sample([found, wrong], [wanted, dense])
-    torch.testing.assert_close(losses, torch.tensor([one + one / 3, 0.0]).double(), atol=8 * EPS64, rtol=1e-7)
+    dense = logs([3, 1], [3, 1], [1, 3], [3, 1]).T.reshape(1, 2, 2, 2).repeat(2, 1, 1, 1)
+    guessed = dense.clone()
+    guessed[0, :, 1, 0] = 0.0
+    guessed[1, :, 0, 0] = 0.0
+    pixel = 3 / 4 * log(3 / 2) + log(1 / 2) / 4
+    losses = OutputLoss.DIVERGENCE.per_sample([found, guessed], [wanted, dense])
+    expected = torch.tensor([one + pixel / 2, pixel / 6], dtype=torch.float64)
+    torch.testing.assert_close(losses, expected, atol=8 * EPS64, rtol=0)
 
 
 def test_divergence_does_not_feel_a_shift_of_all_scores() -> None:
@@ -136,7 +140,7 @@ def hessian(loss: OutputLoss, wanted: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", OutputLoss)
-@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 2, 1)])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 2, 1), (1, 2, 3, 2)])
 def test_probes_have_the_curvature_of_the_loss(loss: OutputLoss, shape: tuple[int, ...]) -> None:
     wanted = torch.randn(shape, generator=seeded(1), dtype=torch.float64)
     exact = hessian(loss, wanted)
@@ -171,8 +175,8 @@ def test_probes_of_several_outputs_are_independent_and_repeatable() -> None:
 
 
 def test_surprise_is_that_of_the_class_that_is_found() -> None:
-    """Probabilities 3/4 and 5/6 of the largest: - log 3/4 - log 5/6; of pixels 1/2 and 3/4 the mean."""
-    pixels = torch.tensor([[[[0.0, log(3)]], [[0.0, 0.0]]]], dtype=torch.float64)
-    expected = -log(3 / 4) - log(5 / 6) + (log(2) - log(3 / 4)) / 2
+    """Probabilities 3/4 and 5/6 of the largest: - log 3/4 - log 5/6; of pixels 2/3, 3/4 and 3/4 that of each class."""
+    pixels = logs([2, 1], [1, 3], [1, 3]).T.reshape(1, 2, 1, 3)
+    expected = -log(3 / 4) - log(5 / 6) + (-log(2 / 3) - log(3 / 4)) / 2
     found = surprise([logs([1, 3], [5, 1])]) + surprise([pixels])
     assert float(found) == pytest.approx(expected, rel=16 * EPS64)
