@@ -45,6 +45,11 @@ __all__ = ["command"]
 @click.option(
     "--integer-only/--no-integer-only", default=None, help="Compute everything between inputs and outputs in integers."
 )
+@click.option(
+    "--allow-float-islands/--no-float-islands",
+    default=None,
+    help="Beside --integer-only: leave in float what has no integer form.",
+)
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
 @click.option(

@@ -24,6 +24,7 @@ __all__ = [
     "check_export",
     "check_fold",
     "check_integers",
+    "check_islands",
     "check_no_floats",
     "require",
     "samples_in",
@@ -134,6 +135,23 @@ def check_integers(graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]]
         pairs = zip(graph.output_names, graph.run(*sample), strict=True)
         different += sum(int((found[name] != wanted.numpy()).sum()) for name, wanted in pairs)
     return Check("engine's outputs = reference's, values that differ", different, 0, _samples(samples_in(samples)))
+
+
+def check_islands(
+    graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int
+) -> tuple[Check, Check]:
+    """Compare an engine of integers and float islands with its reference.
+
+    Codes that are made of floats may be one apart. Given the engine's, everything behind them is the same bits.
+    """
+    found = compare_codes(graph, path, samples, threads=threads)
+    share = max((tensor.share_different for tensor in found.tensors), default=0.0)
+    detail = f"{len(found.tensors)} tensors, {_samples(samples_in(samples))}, at most {share:.2%} of a tensor's differ"
+    largest = math.inf if found.missing else float(found.largest_difference)
+    return (
+        Check("codes behind floats = reference's", largest, float(ONE_CODE), detail),
+        Check("engine's outputs = reference's, given these codes", found.output_error, 0.0, detail),
+    )
 
 
 def check_no_floats(path: Path) -> Check:

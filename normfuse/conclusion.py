@@ -26,7 +26,7 @@ __all__ = ["FLOAT", "conclude"]
 
 FLOAT: Final = "float"
 
-STAYED_FLOAT: Final = frozenset({Reason.NOT_CONSTANT, Reason.UNSUPPORTED_TYPE, Reason.NO_RANGE})
+STAYED_FLOAT: Final = frozenset({Reason.NOT_CONSTANT, Reason.UNSUPPORTED_TYPE, Reason.NO_RANGE, Reason.NO_INTEGER_FORM})
 """Why a linear map that the target would run in integers runs in float (too small ones are left on purpose)."""
 
 

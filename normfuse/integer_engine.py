@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from normfuse.build import CHECKED_BATCHES, Engine
-from normfuse.checks import check_integers, check_no_floats, require
+from normfuse.checks import check_integers, check_islands, check_no_floats, require
 from normfuse.export.onnx import export_onnx
 from normfuse.feeding import Stream
 from normfuse.graph import Graph
@@ -35,19 +35,23 @@ def build_integers(  # noqa: PLR0913 - what an engine needs; a bundle of them wo
         progress: shows what takes long.
 
     Raises:
-        UnsupportedModel: an operator has no integer form, or a sum could overflow; the message names the layer.
-        CheckFailed: the file does not compute what the reference does, or holds a float tensor.
+        UnsupportedModel: an operator has no integer form, or a sum could overflow, and it may not stay float; the
+            message names the layer.
+        CheckFailed: the file does not compute what the reference does, or holds a float tensor that may not be there.
     """
     plan = plan_integers(folded, samples, recipe=recipe, total=total, progress=progress)
     graph = plan.graph.copy()
     with progress.task("writing integers"):
-        lower = Phase("integers", (LowerToIntegers(activations=plan.activations, weights=plan.weights),))
-        lowered = Pipeline(phases=(lower,), given=frozenset({Fact.PLACED})).run(graph)
+        lower = LowerToIntegers(activations=plan.activations, weights=plan.weights, allows_islands=plan.allows_islands)
+        lowered = Pipeline(phases=(Phase("integers", (lower,)),), given=frozenset({Fact.PLACED})).run(graph)
         export_onnx(graph, path)
     give_back_memory()
     with progress.task("comparing engine and reference"):
         seen = list(islice(samples(), CHECKED_BATCHES))
-        checks = (check_integers(graph, path, seen, threads=threads), check_no_floats(path))
+        if any(report.refused for report in lowered):
+            checks = check_islands(graph, path, seen, threads=threads)
+        else:
+            checks = (check_integers(graph, path, seen, threads=threads), check_no_floats(path))
     require(checks)
     return Engine(
         graph=graph,

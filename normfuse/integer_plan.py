@@ -10,9 +10,12 @@ from normfuse.calibration import ChosenRange, Ranges, calibrate
 from normfuse.export.placement import onnx_placement
 from normfuse.feeding import Stream, fixed_batch
 from normfuse.graph import Graph
+from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import requests
-from normfuse.integer.rules import refuse_unsupported
+from normfuse.integer.lowering import Lowering
+from normfuse.integer.rules import RULES, refuse_other_floats, refuse_unsupported
 from normfuse.passes.find_affines import FindAffines
+from normfuse.passes.join_islands import JoinIslands
 from normfuse.passes.place_integers import PlaceIntegers
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.planning import refined
@@ -47,6 +50,7 @@ class IntegerPlan:
         weights: codes by the name of the linear map.
         passes: what was done on the way.
         blocks: what became of every block, where rounding to nearest was not all.
+        allows_islands: whether what has no integer form stays float.
     """
 
     graph: Graph
@@ -55,6 +59,11 @@ class IntegerPlan:
     weights: Mapping[str, RoundedWeight]
     passes: tuple[PassReport, ...]
     blocks: tuple[BlockReport, ...]
+    allows_islands: bool = False
+
+    def lowering(self, edit: Editor, weights: Mapping[str, RoundedWeight]) -> Lowering:
+        """Return what writes a copy of the graph as integers, with these weights."""
+        return Lowering(edit, self.activations, weights, RULES, self.allows_islands)
 
 
 def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int, progress: Progress) -> IntegerPlan:
@@ -68,13 +77,17 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         progress: shows what takes long.
 
     Raises:
-        UnsupportedModel: an operator has no integer form; the message names the layer.
+        UnsupportedModel: an operator has no integer form, and may not stay float, or floats are no float32; the message
+            names the layer.
     """
+    refuse_other_floats(folded)
     graph = folded.copy()
     wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
-    place = Phase("integers", (FindAffines(), PlaceIntegers(weight=wanted.weight)))
+    join = (JoinIslands(),) if recipe.allow_float_islands else ()
+    place = Phase("integers", (FindAffines(), PlaceIntegers(weight=wanted.weight), *join))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
-    refuse_unsupported(graph)
+    if not recipe.allow_float_islands:
+        refuse_unsupported(graph)
     ranges = _ranges(graph, samples, recipe, total, progress)
     with progress.task("rounding weights"):
         nearest = round_all_to_nearest(graph, ranges.by_name)
@@ -86,6 +99,7 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         weights=chosen.weights,
         passes=tuple(reports),
         blocks=tuple(blocks),
+        allows_islands=recipe.allow_float_islands,
     )
 
 

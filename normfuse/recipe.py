@@ -60,7 +60,8 @@ class Recipe:
     pulls or lets go single parts of that (see ``Levers``). ``rotate`` turns residual streams and heads, exactly, if
     the quantized network errs less for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that
     makes quantized blocks better (see ``EqualizeChannels``). ``integer_only`` computes everything between the
-    quantized inputs and the outputs in integers (see ``LowerToIntegers``). ``samples`` limits the calibration
+    quantized inputs and the outputs in integers (see ``LowerToIntegers``); ``allow_float_islands`` leaves in float
+    what has no integer form. ``samples`` limits the calibration
     samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score
     (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
     takes its place); ``min_speedup`` the smallest speed-up over float, which is not asked of integers.
@@ -85,6 +86,7 @@ class Recipe:
     rotate: bool = False
     equalize: bool = False
     integer_only: bool = False
+    allow_float_islands: bool = False
     calibration: CalibrationMethod = CalibrationMethod.AUTO
     samples: int = 0
     seed: int = 0
@@ -175,6 +177,7 @@ class Recipe:
     def _check_integers(self) -> None:
         """Refuse beside integers what they do not have."""
         if not self.integer_only:
+            _check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
             return
         plain = {
             "bits": self.precision.weight <= MOST and self.precision.activation == MOST and not self.is_mixed,

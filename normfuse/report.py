@@ -46,6 +46,7 @@ class Reason(Enum):
     NO_RANGE = "no range was observed"
     TOO_SMALL = "it is too small for quantization to pay"
     NO_GAIN = "the quantized network would err more"
+    NO_INTEGER_FORM = "it has no integer form, so it stays float between codes, as allowed"
     UNKNOWN_OPERATOR = "normfuse does not know the operator, so it stays float"
 
 

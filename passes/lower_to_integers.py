@@ -11,12 +11,15 @@ from torch import fx
 from normfuse.graph import Graph, query
 from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import is_requested
-from normfuse.integer.lowering import Lowering, unsupported
+from normfuse.graph.text import operator_name
+from normfuse.integer.lowering import SIZE, Lowering, unsupported
+from normfuse.integer.roles import is_view
 from normfuse.integer.rules import RULES
 from normfuse.kernels.integer_ops import INT_LINEAR, INT_LINEAR_TABLE, INT_TABLE, INTEGER_OPERATORS
+from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant import QuantParams, RoundedWeight
-from normfuse.report import PassReport
+from normfuse.report import PassReport, Reason, Refusal
 
 __all__ = ["LowerToIntegers"]
 
@@ -31,8 +34,9 @@ class LowerToIntegers(Pass):
     1. A request's source and whatever is not rounded in front of it become one operator
        (``normfuse.integer.rules``), with scales as multipliers and shifts.
     2. Views move codes.
-    3. Inputs are quantized first and outputs dequantized last; nothing else is float.
-    4. A table behind a linear map becomes part of it.
+    3. Inputs are quantized first and outputs dequantized last; nothing else is float, but
+    4. with ``allows_islands`` what has no integer form, between the values of codes and new codes.
+    5. A table behind a linear map becomes part of it.
 
     Not exact: this is the arithmetic that ships. The graph then computes, bit for bit, what its ONNX file does.
     """
@@ -43,15 +47,18 @@ class LowerToIntegers(Pass):
 
     activations: Mapping[str, QuantParams]
     weights: Mapping[str, RoundedWeight]
+    allows_islands: bool = False
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph.
 
         Raises:
-            UnsupportedModel: an operator has no integer form, or a sum could overflow; the message names the layer.
+            UnsupportedModel: an operator has no integer form, or a sum could overflow, and it may not stay float; the
+                message names the layer.
         """
         with editing(graph) as edit:
-            Lowering(edit, self.activations, self.weights, RULES).run()
+            lowering = Lowering(edit, self.activations, self.weights, RULES, self.allows_islands)
+            lowering.run()
             edit.clean()
             _refuse_left_over(graph)
             for node in list(graph.nodes):
@@ -59,7 +66,18 @@ class LowerToIntegers(Pass):
                     _join(edit, node)
         names = {operator: name for name, operator in INTEGER_OPERATORS.items()}
         applied = [names[node.target] for node in graph.nodes if node.target in names]
-        return PassReport(name=self.name, applied=PassReport.count(applied))
+        left = tuple(_left(node, lowering.islands) for node in graph.nodes if _computes_in_floats(node))
+        return PassReport(name=self.name, applied=PassReport.count(applied), refused=left)
+
+
+def _computes_in_floats(node: fx.Node) -> bool:
+    is_ours = query.is_call(node, QUANTIZE, DEQUANTIZE) or node.op != "call_function" or is_view(node)
+    return not is_ours and any(map(query.is_float, node.all_input_nodes)) and not query.is_call(node, SIZE)
+
+
+def _left(node: fx.Node, reasons: Mapping[str, str]) -> Refusal:
+    detail = reasons.get(node.name, operator_name(node.target))
+    return Refusal(node.name, Reason.NO_INTEGER_FORM, detail, query.layer_of(node) or "")
 
 
 def _refuse_left_over(graph: Graph) -> None:
@@ -70,7 +88,7 @@ def _refuse_left_over(graph: Graph) -> None:
 
 
 def _join(edit: Editor, node: fx.Node) -> None:
-    """Make a table part of the linear map in front of it (4)."""
+    """Make a table part of the linear map in front of it (5)."""
     source, table = node.args
     assert isinstance(source, fx.Node)
     if query.is_call(source, INT_LINEAR) and query.only_reader(source) is node:

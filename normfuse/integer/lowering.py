@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,7 @@ from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.quant import QuantParams, RoundedWeight
 from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, require_below
 
-__all__ = ["Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
+__all__ = ["SIZE", "Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
 
 Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
@@ -47,12 +47,16 @@ class Lowering:
         activations: scales and zero points, by the name of what is requested.
         weights: codes of weights, by the name of the linear map.
         rules: what writes an operator.
+        allows_islands: whether what has no integer form stays float between codes; else it is refused.
+        islands: why values stayed float, by the name of their node.
     """
 
     edit: Editor
     activations: Mapping[str, QuantParams]
     weights: Mapping[str, RoundedWeight]
     rules: Mapping[Any, Rule]
+    allows_islands: bool = False
+    islands: dict[str, str] = field(default_factory=dict)
     _codes: dict[fx.Node, Coded] = field(default_factory=dict)
 
     @property
@@ -61,11 +65,16 @@ class Lowering:
         return self.edit.graph
 
     def run(self) -> None:
-        """Write integers in the place of all floats between inputs and outputs."""
+        """Write integers in the place of all floats between inputs and outputs.
+
+        Raises:
+            UnsupportedModel: an operator has no integer form, and islands are not allowed.
+        """
         for request in [node for node in self.graph.nodes if is_requested(node)]:
             params = self.activations[viewed(request).name]
             written = Written.of(params)
-            node = self._input(request, params) if viewed(request).op == "placeholder" else self.write(request, written)
+            is_input = viewed(request).op == "placeholder"
+            node = self._quantized(request, params) if is_input else self._written(request, written, params)
             self._codes[request] = Coded(node, written.scale, written.zero_point)
         for request in self._codes:
             if is_requested(request):  # a size is that of the float tensor
@@ -74,24 +83,62 @@ class Lowering:
             self._largest(node)
         (end,) = [node for node in self.graph.nodes if node.op == "output"]
         for output in dict.fromkeys(self.graph.outputs):
-            if query.is_float(output):
-                found = self.coded(output)
+            if query.is_float(output) and (found := self._coded_or_island(output)) is not None:
                 scale, zero = self._parameters(found, f"{output.name}_scale", output)
                 values = self.edit.call(DEQUANTIZE, found.node, scale, zero, -1, at=end, like=output)
                 self.edit.redirect(output, values, only=lambda reader: reader.op == "output")
+        if self.allows_islands:
+            self._read_floats()
 
     def _largest(self, node: fx.Node) -> None:
         """Let a class map be found among codes: the largest value has the largest code."""
         if self.is_coded(viewed(node)):
             codes = self.coded(viewed(node)).node  # of 32 bits, because onnxruntime compares no int16
-            wide = self.edit.call(ops.ATEN._to_copy.default, codes, dtype=torch.int32, at=node)
-            self.edit.substitute(node, viewed(node), wide)
+            self.edit.substitute(node, viewed(node), self.typed(codes, torch.int32))
+
+    def _coded_or_island(self, output: fx.Node) -> Coded | None:
+        """Return an output's codes; None where a view of it stays float."""
+        try:
+            return self.coded(output)
+        except UnsupportedModel as refusal:
+            if not self.allows_islands:
+                raise
+            self.islands[output.name] = refusal.what
+            return None
+
+    def _read_floats(self) -> None:
+        """Let what stayed float read the values that codes stand for; what has been written is read no more.
+
+        Codes are 16 bits wide there: onnxruntime 1.31 moves the dequantizer of int8 behind two views and then refuses
+        its own types.
+        """
+        for request, found in [(request, found) for request, found in self.coded_requests() if request.users]:
+            wide = replace(found, node=self.typed(found.node, torch.int16))
+            scale, zero = self._parameters(wide, f"{request.name}_scale", request)
+            values = self.edit.call(DEQUANTIZE, wide.node, scale, zero, -1, at=wide.node, after=True, like=request)
+            self.edit.redirect(request, values)
+
+    def typed(self, codes: fx.Node, kind: torch.dtype) -> fx.Node:
+        """Return the same codes in another type."""
+        if query.dtype(codes) is kind:
+            return codes
+        return self.edit.call(ops.ATEN._to_copy.default, codes, dtype=kind, at=codes, after=True)
 
     def coded_requests(self) -> list[tuple[fx.Node, Coded]]:
         """Return every request with its codes, in graph order."""
         return [(node, found) for node, found in self._codes.items() if is_requested(node)]
 
-    def _input(self, request: fx.Node, params: QuantParams) -> fx.Node:
+    def _written(self, request: fx.Node, written: Written, params: QuantParams) -> fx.Node:
+        try:
+            return self.write(request, written)
+        except UnsupportedModel as refusal:
+            if not self.allows_islands:
+                raise
+            self.islands[viewed(request).name] = refusal.what
+            return self._quantized(request, params)
+
+    def _quantized(self, request: fx.Node, params: QuantParams) -> fx.Node:
+        """Quantize a float: an input, or what has no integer form."""
         source = viewed(request)
         found = Coded(source, float(params.scale), int(params.zero_point))
         scale, zero = self._parameters(found, f"{source.name}_scale", source, params.stored_zero_point)
@@ -234,9 +281,10 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
 
 def unsupported(node: fx.Node) -> UnsupportedModel:
     """Return the refusal of an operator without an integer form."""
+    called = query.operand(node, 0) if query.is_call(node, ops.GETITEM) else node
     return UnsupportedModel(
-        f"{operator_name(node.target)} has no integer form",
+        f"{operator_name(called.target)} has no integer form",
         where=query.layer_of(node) or node.name,
         expected="operators that normfuse computes in integers",
-        hint="without --integer-only the rest is quantized and this stays float",
+        hint="--allow-float-islands leaves this in float between codes",
     )

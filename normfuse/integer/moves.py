@@ -10,7 +10,7 @@ from torch import fx
 
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, unsupported
-from normfuse.integer.roles import viewed
+from normfuse.integer.roles import is_view, padding, viewed
 from normfuse.integer.written import Written
 from normfuse.kernels.integer_ops import INT_INTERPOLATE
 from normfuse.kernels.reference.interpolation import FRACTION
@@ -56,24 +56,20 @@ def interpolate(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
 
 
 def pad(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
-    """Put the code of a number around codes.
+    """Put the code of a number around codes: of 0, or at the scale that holds the number too.
 
     Raises:
-        UnsupportedModel: what is padded is no number, or lies beyond the codes.
+        UnsupportedModel: what is padded is no number.
     """
-    found, mode = lowering.coded(viewed(node)).node, query.argument(node, 2, "mode", "constant")
-    value = float(query.argument(node, 3, "value") or 0.0)
-    kind = query.dtype(found)
-    code, ends = math.floor(value / written.scale + 0.5) + written.zero_point, torch.iinfo(kind)
-    if mode != "constant" or not ends.min <= code <= ends.max:
+    value, source = padding(node), lowering.coded(viewed(node))
+    if value is None:
         raise unsupported(node)
-    sides = list(node.args[1])  # type: ignore[arg-type]
-    if kind is torch.int8:
-        return lowering.edit.call(ops.PAD, found, sides, "constant", code, at=node)
-    # onnxruntime pads no int16.
-    wide = lowering.edit.call(ops.ATEN._to_copy.default, found, dtype=torch.int32, at=node)
-    padded = lowering.edit.call(ops.PAD, wide, sides, "constant", code, at=node)
-    return lowering.edit.call(ops.ATEN._to_copy.default, padded, dtype=kind, at=node)
+    found = source.node if is_view(node) else lowering.requantize(node, source, written)
+    code = math.floor(value / written.scale + 0.5) + written.zero_point
+    kind, sides = query.dtype(found), list(node.args[1])  # type: ignore[arg-type]
+    padded = lowering.typed(found, torch.int32 if kind is torch.int16 else kind)  # onnxruntime pads no int16
+    padded = lowering.edit.call(ops.PAD, padded, sides, "constant", code, at=padded, after=True, like=node)
+    return lowering.typed(padded, kind)
 
 
 def _axes(node: fx.Node) -> Iterator[tuple[int, int, int, float]]:

@@ -11,7 +11,7 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested
 
-__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_given", "is_view", "viewed"]
+__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_given", "is_view", "padding", "viewed"]
 
 PRODUCTS: Final = frozenset({ops.LINEAR, ops.CONV2D})
 """Products with constant weights; what follows them is part of their last step."""
@@ -44,8 +44,21 @@ VIEWS: Final = frozenset(
 
 
 def is_view(node: object) -> bool:
-    """Return whether a node hands on its first argument's values."""
-    return query.is_call(node, *VIEWS)
+    """Return whether a node hands on its first argument's values.
+
+    One of several results does if these are views, and padding if it is with 0.
+    """
+    if not isinstance(node, fx.Node) or not query.is_call(node, *VIEWS):
+        return False
+    if query.is_call(node, ops.GETITEM):
+        return is_view(viewed(node))
+    return not query.is_call(node, ops.PAD) or padding(node) == 0
+
+
+def padding(node: fx.Node) -> float | None:
+    """Return the number that a tensor is padded with; None where it is made of the tensor itself."""
+    is_number = query.argument(node, 2, "mode", "constant") == "constant"
+    return float(query.argument(node, 3, "value") or 0.0) if is_number else None
 
 
 def viewed(node: fx.Node) -> fx.Node:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from normfuse.graph import Graph, ops
+import torch
+from torch import fx
+
+from normfuse.errors import UnsupportedModel
+from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested, requests
 from normfuse.integer.attention import attention, whole_attention
@@ -16,7 +20,7 @@ from normfuse.integer.norms import norm
 from normfuse.integer.products import product
 from normfuse.integer.roles import CLAMPS, MEANS, POINTWISE, is_view
 
-__all__ = ["RULES", "refuse_unsupported"]
+__all__ = ["RULES", "has_integer_form", "refuse_other_floats", "refuse_unsupported"]
 
 RULES: Final[Mapping[Any, Rule]] = {
     ops.LINEAR: product,
@@ -44,7 +48,27 @@ def refuse_unsupported(graph: Graph) -> None:
         UnsupportedModel: there is one; the message names the layer.
     """
     for request in requests(graph):
-        source = request.source
-        is_made = source.op == "call_function" and not is_requested(source) and not is_view(source)
-        if is_made and source.target not in {*RULES, *CLAMPS, AFFINE}:
-            raise unsupported(source)
+        if not has_integer_form(request.source):
+            raise unsupported(request.source)
+
+
+def refuse_other_floats(graph: Graph) -> None:
+    """Refuse a graph with floats of another type than float32, from which codes are made.
+
+    Raises:
+        UnsupportedModel: there is one; the message names the input or the layer.
+    """
+    for node in graph.nodes:
+        if not query.is_constant(node) and query.is_float(node) and query.dtype(node) is not torch.float32:
+            raise UnsupportedModel(
+                f"the model computes in {query.dtype(node)}",
+                where=query.layer_of(node) or node.name,
+                expected="torch.float32: nothing of it is left in integers",
+                hint="capture model.float() with inputs of torch.float32",
+            )
+
+
+def has_integer_form(node: fx.Node) -> bool:
+    """Return whether something here writes what makes a value, whatever its options and sizes."""
+    is_made = node.op == "call_function" and not is_requested(node) and not is_view(node)
+    return not is_made or node.target in {*RULES, *CLAMPS, AFFINE}

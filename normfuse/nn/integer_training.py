@@ -22,8 +22,6 @@ from normfuse.graph.edit import editing
 from normfuse.graph.program import to_program
 from normfuse.graph.quantization import is_requested
 from normfuse.graph.quickly import quickly
-from normfuse.integer.lowering import Lowering
-from normfuse.integer.rules import RULES
 from normfuse.integer.written import Coded
 from normfuse.integer_plan import IntegerPlan, plan_integers
 from normfuse.precision.straight_through import straight_through
@@ -137,7 +135,7 @@ class IntegerTraining(nn.Module):
         """Return the value of every request in the integer network, by its name."""
         graph, plan = self._plan.graph.copy(), self._plan
         with editing(graph) as edit:
-            lowering = Lowering(edit, plan.activations, {name: self._rounded(name) for name in self.weights}, RULES)
+            lowering = plan.lowering(edit, {name: self._rounded(name) for name in self.weights})
             lowering.run()
             coded = {request.name: found for request, found in lowering.coded_requests()}
         by_node: dict[str, list[tuple[str, Coded]]] = {}

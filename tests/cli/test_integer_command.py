@@ -24,6 +24,7 @@ from normfuse.capturing import capture_model
 from normfuse.cli.compile import command
 from normfuse.errors import UnsupportedModel, UsageError
 from normfuse.export.float_tensors import float_tensors
+from normfuse.inspection import inspect_artifact
 from normfuse.integer_engine import build_integers
 from normfuse.loading import load_model
 from normfuse.progress import Silent
@@ -176,3 +177,17 @@ def test_a_model_that_has_no_integer_form_is_refused_by_its_layer_and_leaves_not
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
     assert not any(path.is_file() and path.suffix == ".onnx" for path in temporary.rglob("*"))
+
+
+@pytest.mark.slow
+def test_what_has_no_integer_form_stays_float_where_that_is_allowed(files: Path, tmp_path: Path) -> None:
+    given = [files / "model.pt2", "--calib", files / "data.npz", "-o", tmp_path / "out", *QUICKLY]
+    done = CliRunner().invoke(command, [*map(str, given), "--allow-float-islands", "--json"], standalone_mode=False)
+    assert done.exception is None, done.exception
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"]["verdict"] == "partly kept"
+    assert "left in float: middle" in report["verdict"]["reasons"]
+    refused = [each for step in report["passes"] if step["name"] == "lower-to-integers" for each in step["refused"]]
+    assert [(each["layer"], each["detail"]) for each in refused] == [("middle", "aten.cumsum has no integer form")]
+    assert "has no integer form" in (tmp_path / "out" / "report.html").read_text()
+    assert inspect_artifact(tmp_path / "out")["float_tensors"]

@@ -19,9 +19,7 @@ from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE, read_affine
 from normfuse.graph.edit import Editor, converted
 from normfuse.graph.quantization import is_requested
-from normfuse.integer.lowering import Lowering
 from normfuse.integer.roles import CLAMPS, is_given
-from normfuse.integer.rules import RULES
 from normfuse.integer.written import Coded
 from normfuse.integer_engine import build_integers
 from normfuse.integer_plan import IntegerPlan, plan_integers
@@ -270,14 +268,18 @@ def folded(original: nn.Module | ExportedProgram, *samples: Tensor) -> tuple[Gra
     return graph, lambda: ([each[at : at + size] for each in samples] for at in starts)
 
 
-def build(original: nn.Module | ExportedProgram, *samples: Tensor, path: Path) -> Engine:
+def build(original: nn.Module | ExportedProgram, *samples: Tensor, path: Path, recipe: Recipe = RECIPE) -> Engine:
     """Fold a model and write its integers to a file."""
     graph, stream = folded(original, *samples)
-    return build_integers(graph, stream, path, recipe=RECIPE, total=len(samples[0]), threads=1, progress=Silent())
+    return build_integers(graph, stream, path, recipe=recipe, total=len(samples[0]), threads=1, progress=Silent())
 
 
 def lower(
-    original: nn.Module | ExportedProgram, *shapes: Shape, count: int = SAMPLES, is_written: bool = True
+    original: nn.Module | ExportedProgram,
+    *shapes: Shape,
+    count: int = SAMPLES,
+    is_written: bool = True,
+    recipe: Recipe = RECIPE,
 ) -> Lowered:
     """Make a module integers, calibrated on ``count`` samples of every input.
 
@@ -285,14 +287,14 @@ def lower(
     """
     samples = _inputs(shapes, count, seed=1)
     graph, stream = folded(original, *samples)
-    plan = plan_integers(graph, stream, recipe=RECIPE, total=count, progress=Silent())
+    plan = plan_integers(graph, stream, recipe=recipe, total=count, progress=Silent())
     ships, session = _written(graph, stream) if is_written else (_lowered(plan), None)
     steps = plan.graph.copy()
     # Requests of outputs will be gone when all is written.
     asked = [node for node in steps.nodes if is_requested(node) or query.is_call(node, *ROUNDING)]
-    lowering = Lowering(Editor(steps), plan.activations, plan.weights, RULES)
+    lowering = plan.lowering(Editor(steps), plan.weights)
     lowering.run()
-    codes = {node.name: lowering.coded(node) for node in asked}
+    codes = {node.name: lowering.coded(node) for node in asked if lowering.is_coded(node)}
     return Lowered(original=original, plan=plan, steps=steps, codes=codes, graph=ships, session=session)
 
 
@@ -305,8 +307,8 @@ def _written(graph: Graph, stream: Stream) -> tuple[Graph, OnnxSession]:
 
 def _lowered(plan: IntegerPlan) -> Graph:
     graph = plan.graph.copy()
-    phase = Phase("integers", (LowerToIntegers(activations=plan.activations, weights=plan.weights),))
-    Pipeline(phases=(phase,), given=frozenset({Fact.PLACED})).run(graph)
+    lower = LowerToIntegers(activations=plan.activations, weights=plan.weights, allows_islands=plan.allows_islands)
+    Pipeline(phases=(Phase("integers", (lower,)),), given=frozenset({Fact.PLACED})).run(graph)
     return graph
 
 

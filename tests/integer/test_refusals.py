@@ -29,7 +29,8 @@ class Step(nn.Module):
 
 
 def causal(x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    heads = x[:, None]
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0]
 
 
 def shared_heads(x: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ def shared_heads(x: Tensor) -> Tensor:
 
 
 def float_mask(x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :4])
+    heads = x[:, None]
+    return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=heads[..., :4])[:, 0]
 
 
 STEPS: dict[str, nn.Module] = {
@@ -50,7 +52,6 @@ STEPS: dict[str, nn.Module] = {
     "largest along an axis": Step(lambda x: x.amax(1, keepdim=True)),
     "mean over the batch": Step(lambda x: x.mean(0, keepdim=True)),
     "reflected padding": Step(lambda x: F.pad(x, (1, 2), mode="reflect")),
-    "padding beyond the codes": Step(lambda x: F.pad(x, (1, 2), value=1e6)),
     "causal attention": Step(causal),
     "grouped queries": Step(shared_heads),
     "a mask that is computed": Step(float_mask),
@@ -108,6 +109,17 @@ def heavy(layer: nn.Linear | nn.Conv2d) -> nn.Module:
     return layer
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_type(kind: torch.dtype, tmp_path: Path) -> None:
+    network = module(lambda m, x: m.step(x), step=nn.Linear(7, 6)).to(kind)
+    refused(network, normal(4, 7).to(kind), path=tmp_path / "integers.onnx", where="x", expected="torch.float32")
+
+
+def test_floats_of_another_type_in_the_middle(tmp_path: Path) -> None:
+    network = module(lambda m, x: m.step(m.map(x)), map=nn.Linear(7, 6), step=Step(lambda x: x.double().relu().float()))
+    refused(network, normal(4, 7), path=tmp_path / "integers.onnx", expected="torch.float32")
+
+
 OVERFLOWS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "linear map": (heavy(nn.Linear(140_000, 1)), (140_000,), "2^31"),
     "convolution": (heavy(nn.Conv2d(20_000, 1, (1, 7))), (20_000, 1, 7), "2^31"),
@@ -146,6 +158,11 @@ def test_recipes_that_contradict_integers_alone(options: dict[str, Any], name: s
         Recipe().with_options(integer_only=True, **options)
     assert refusal.value.what.startswith(f"{name} cannot be ")
     assert "integer_only" in refusal.value.expected
+
+
+def test_islands_are_allowed_beside_integers_only() -> None:
+    with pytest.raises(UsageError, match="allow_float_islands cannot be True"):
+        Recipe(allow_float_islands=True)
 
 
 def test_a_recipe_of_integers_can_be_read_back() -> None:
