@@ -169,3 +169,31 @@ def test_a_tensor_whose_type_nobody_knows_counts(tmp_path: Path) -> None:
     model.graph.node.insert(1, node("Unknown", "codes", "secret", domain="theirs"))
     onnx.save(model, path)
     assert float_tensors(path) == ["secret"]
+
+
+def branch(name: str, *nodes: onnx.NodeProto, gives: str = "") -> onnx.GraphProto:
+    value = helper.make_tensor_value_info(gives or nodes[-1].output[0], INT8, None)
+    return helper.make_graph(list(nodes), name, [], [value])
+
+
+def test_a_float_inside_a_branch_is_found(tmp_path: Path) -> None:
+    """Both branches give codes; one of them goes through floats, in a branch of its own."""
+    floats = branch(
+        "floats",
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["hidden"]),
+        helper.make_node("QuantizeLinear", ["hidden", "scale", "zero"], ["back"]),
+    )
+    plain = branch("plain", helper.make_node("Identity", ["codes"], ["same"]))
+    inner = helper.make_node("If", ["asked"], ["chosen"], then_branch=floats, else_branch=plain)
+    again = branch("again", helper.make_node("Identity", ["codes"], ["again"]))
+    outer = helper.make_node("If", ["asked"], ["made"], then_branch=branch("outer", inner), else_branch=again)
+    asked = numpy_helper.from_array(np.array(True), "asked")
+    assert float_tensors(write(tmp_path / "floats.onnx", [outer], more=[asked])) == ["hidden"]
+
+
+def test_an_input_that_a_branch_reads_is_no_end(tmp_path: Path) -> None:
+    quantized = branch("again", helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["again"]))
+    plain = branch("plain", helper.make_node("Identity", ["codes"], ["same"]))
+    chosen = helper.make_node("If", ["asked"], ["made"], then_branch=quantized, else_branch=plain)
+    asked = numpy_helper.from_array(np.array(True), "asked")
+    assert float_tensors(write(tmp_path / "floats.onnx", [chosen], more=[asked])) == ["x"]
