@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.existing_grid import existing_steps
 from normfuse.quant.granularity import PerChannel, PerGroup
 from normfuse.quant.integer_type import INT32, IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
@@ -32,7 +33,7 @@ class WeightClip(Enum):
     """Where the range of a weight channel ends."""
 
     MAXIMUM = "at its largest magnitude"
-    MSE = "where the squared error of its values is least"
+    MSE = "where the squared error of its values is least, or at the end of the grid that they are on already"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -106,7 +107,7 @@ def weight_params(
         axis: the output channels: 0 for linear and convolution weights.
         type: a signed type, or any if not symmetric.
         clip: where the ranges end. The search tries 26 ends per scale, 68 if not symmetric, and never does worse than
-            the maximum.
+            the maximum. Symmetric weights that are on a grid of the type already keep it (``existing_steps``).
         group: how many neighbours on the axis of the inputs (1 beside an ``axis`` of 0, else 0) share a scale; None for
             all weights of a channel.
         is_symmetric: whether zero points are 0.
@@ -122,6 +123,9 @@ def weight_params(
     if clip is WeightClip.MSE:
         ends = _search(rows, ends, type, is_symmetric)
     found = _params(ends, type, is_symmetric)
+    if clip is WeightClip.MSE and is_symmetric:  # a search among ends may pass by the one without any error
+        steps = existing_steps(rows, type)
+        found = replace(found, scale=torch.where(steps > 0, steps, found.scale))
     scale, zero_point = scales(found.scale), scales(found.zero_point)
     return QuantParams(scale=scale, zero_point=zero_point, type=type, granularity=granularity)
 
