@@ -111,12 +111,18 @@ class IntegerTraining(nn.Module):
         return found[0] if len(found) == 1 else found
 
     def tuned(self) -> Graph:
-        """Return the folded float graph with the weights as they are now."""
+        """Return the folded float graph with biases as they are now, and of weights what their codes stand for.
+
+        Not the weights that are trained: these are wherever training has left them between two borders, and whatever
+        rounded them anew, on other scales or with another weighing of errors, would make another network of them. What
+        is on a grid already is left there by ``normfuse compile``.
+        """
         graph = self._folded.copy()
         with editing(graph) as edit:
             for node in [node for node in graph.nodes if node.name in self.weights]:
                 label = query.layer_of(node) or node.name
-                edit.set_constant(node, WEIGHT, self.weights[node.name].detach().clone(), f"{label}.weight")
+                values = self._rounded(node.name).values.to(self.weights[node.name].dtype)
+                edit.set_constant(node, WEIGHT, values, f"{label}.weight")
                 edit.set_constant(node, BIAS, self.biases[node.name].detach().clone(), f"{label}.bias")
         return graph
 
