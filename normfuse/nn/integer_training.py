@@ -24,11 +24,16 @@ from normfuse.graph.quantization import is_requested
 from normfuse.graph.quickly import quickly
 from normfuse.integer.written import Coded
 from normfuse.integer_plan import IntegerPlan, plan_integers
+from normfuse.nn.weight_rounding import WeightRounding, distance_to_border
+from normfuse.passes.merge_query_key_maps import MergeQueryKeyMaps
+from normfuse.pipeline import Fact, Phase, Pipeline
+from normfuse.precision.decision import input_scales
 from normfuse.precision.straight_through import straight_through
 from normfuse.progress import Silent
-from normfuse.quant import QuantParams, RoundedWeight, quantize
+from normfuse.quant import QuantParams, RoundedWeight
 from normfuse.quant.levers import Effort
 from normfuse.recipe import Recipe
+from normfuse.report import PassReport
 from normfuse.rewrite.linear_map import read_linear_map
 
 __all__ = ["IntegerTraining", "prepare_qat"]
@@ -36,18 +41,24 @@ __all__ = ["IntegerTraining", "prepare_qat"]
 BIAS, WEIGHT = 2, 1
 """Arguments of a linear map."""
 
-HALF: Final = 0.5
+LARGEST_DISTANCE: Final = 0.5
+"""Of a code from the nearest border."""
 
 
-def prepare_qat(
+def prepare_qat(  # noqa: PLR0913 - its options, which are keywords
     model: Model | Graph,
     samples: Data,
     example_inputs: Examples | None = None,
     *,
     recipe: Recipe | None = None,
     free_within: float | None = None,
+    scales_follow: bool = False,
+    merges_queries_and_keys: bool = False,
 ) -> IntegerTraining:
     """Return a module to fine-tune: it computes what the integer engine would, and has gradients.
+
+    The last three are the remedies of "OFQ" (Liu et al., 2023, arXiv 2302.02210) against weights that oscillate between
+    two codes; any of them go together.
 
     Args:
         model: anything that ``normfuse.compile`` takes, or a graph that is folded already.
@@ -55,15 +66,19 @@ def prepare_qat(
         example_inputs: to capture a module with; else the first sample serves.
         recipe: how ranges are chosen, how many samples choose them, and the bits of weights. Whatever its effort,
             weights are rounded to nearest: training does better than what else an effort tries.
-        free_within: confidence-guided freezing ("OFQ", Liu et al., 2023, arXiv 2302.02210): only weights that are no
-            farther than this from the border between two codes, in codes, still move; published is 0.005, for the end
-            of a training. None: all weights move.
+        free_within: confidence-guided freezing: only weights that are no farther than this from the border between two
+            codes, in codes, still move; published is 0.005, for the end of a training. None: all weights move.
+        scales_follow: the scales of weights are statistical: they follow the mean magnitude of their channel at every
+            step (``WeightRounding``). Else they stay as calibrated.
+        merges_queries_and_keys: query-key reparameterization: trained, and shipped, is one matrix per head in place of
+            the queries' and the keys' (``MergeQueryKeyMaps``, which says where). It is more weights and more work as
+            soon as there are three heads. ``IntegerTraining.merged`` says where it was done, and why not elsewhere.
 
     Raises:
         UnsupportedModel: the model cannot be written as integers.
-        UsageError: ``free_within`` is no distance from a border.
+        UsageError: ``free_within`` is no distance from a border, or there are no queries and keys to merge.
     """
-    if free_within is not None and not 0 < free_within <= HALF:
+    if free_within is not None and not 0 < free_within <= LARGEST_DISTANCE:
         raise UsageError(f"free_within cannot be {free_within}", expected="above 0, at most 0.5, or None")
     chosen = replace(recipe or Recipe(integer_only=True), effort=int(Effort.NEAREST))
     given = load_samples(samples, name="calibration")
@@ -72,11 +87,34 @@ def prepare_qat(
     else:
         folded = capture_model(model, example_inputs, given)
         FOLDING.run(folded)
+    merged = None
+    if merges_queries_and_keys:
+        folded, merged = _merged(folded)
     bound = bind(given, folded)
     total = min(len(bound), chosen.samples or len(bound))
     source = stream(bound, folded, limit=chosen.samples)
     plan = plan_integers(folded, source, recipe=chosen, total=total, progress=Silent())
-    return IntegerTraining(folded, plan, free_within)
+    return IntegerTraining(folded, plan, free_within=free_within, scales_follow=scales_follow, merged=merged)
+
+
+def _merged(folded: Graph) -> tuple[Graph, PassReport]:
+    """Return a copy with queries and keys merged, and the report.
+
+    Raises:
+        UsageError: there are none that could be; the message says why.
+    """
+    graph = folded.copy()
+    merge = Phase("training", (MergeQueryKeyMaps(),))
+    (report,) = Pipeline(phases=(merge,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
+    if not report.changed:
+        left = [f"{each.layer or each.node}: {each.reason.value} ({each.detail})" for each in report.refused]
+        raise UsageError(
+            "no queries and keys can be merged",
+            where="; ".join(left),
+            expected="softmax(q k^T) with q and k from one linear map each, cut into heads by views alone",
+            hint="leave merges_queries_and_keys away",
+        )
+    return graph, report
 
 
 class IntegerTraining(nn.Module):
@@ -86,13 +124,29 @@ class IntegerTraining(nn.Module):
     float graph then goes through the values that the integers stand for, and lends them its gradients: wherever
     something is rounded, the gradient passes straight through, and stops where codes have ended.
 
-    Trained are weights and biases of linear maps and convolutions (``parameters()``); scales stay as they were
-    calibrated. ``save`` writes the tuned model for ``normfuse compile --integer-only``.
+    Trained are weights and biases of linear maps and convolutions (``parameters()``); scales of activations stay as
+    they were calibrated, and those of weights unless they follow. ``save`` writes the tuned model for ``normfuse
+    compile --integer-only``.
+
+    Attributes:
+        weights: the weights that are trained, by the name of the linear map's node, in float.
+        biases: their biases; 0 where the model had none.
+        merged: which queries and keys were merged, and why not the rest; None if that was not asked for.
     """
 
-    def __init__(self, folded: Graph, plan: IntegerPlan, free_within: float | None = None) -> None:
+    def __init__(
+        self,
+        folded: Graph,
+        plan: IntegerPlan,
+        *,
+        free_within: float | None = None,
+        scales_follow: bool = False,
+        merged: PassReport | None = None,
+    ) -> None:
         super().__init__()
-        self._folded, self._plan = folded, plan
+        self._folded, self._plan, self.merged = folded, plan, merged
+        self._rounding = dict[str, WeightRounding]()
+        scales = input_scales(plan.graph, plan.activations)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for node in plan.graph.nodes:
             linear = read_linear_map(plan.graph, node) if node.name in plan.weights else None
@@ -101,6 +155,9 @@ class IntegerTraining(nn.Module):
             key = node.name
             self.weights[key] = nn.Parameter(linear.weight.detach().clone())
             self.biases[key] = nn.Parameter(_bias(linear.bias, linear.outputs, linear.weight))
+            self._rounding[key] = WeightRounding.of(
+                plan.weights[key], linear.weight, input_scale=scales[node], follows=scales_follow
+            )
             if free_within is not None:
                 self.weights[key].register_hook(self._freeze(key, free_within))
 
@@ -159,9 +216,7 @@ class IntegerTraining(nn.Module):
         return values
 
     def _rounded(self, name: str) -> RoundedWeight:
-        known = self._plan.weights[name]
-        weight, bias = self.weights[name].detach(), self.biases[name].detach()
-        return replace(known, codes=quantize(weight.float(), known.params), bias=bias.float())
+        return self._rounding[name].rounded(self.weights[name], self.biases[name])
 
     def _compute(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], integers: Mapping[str, Tensor]
@@ -178,9 +233,8 @@ class IntegerTraining(nn.Module):
 
     def _freeze(self, name: str, free_within: float) -> Any:
         def freeze(gradient: Tensor) -> Tensor:
-            params = self._plan.weights[name].params
-            steps = self.weights[name].detach() / params.granularity.spread(params.scale, gradient.shape)
-            to_border = (steps - steps.floor() - HALF).abs()
+            params = self._rounding[name].params(self.weights[name], self.biases[name])
+            to_border = distance_to_border(self.weights[name], params)
             return torch.where(to_border <= free_within, gradient, torch.zeros_like(gradient))
 
         return freeze
