@@ -50,6 +50,8 @@ __all__ = ["command"]
     default=None,
     help="Beside --integer-only: leave in float what has no integer form.",
 )
+@click.option("--softmax", help="Of integers alone: table (ours, the default) or shiftmax (published).")
+@click.option("--gelu", help="Of integers alone: table (the default), shift-gelu (published) or lambda-shift-gelu.")
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")
 @click.option("--batch", type=int, help="Batch size to measure at.")
 @click.option(

@@ -13,16 +13,19 @@ from normfuse.graph import Graph
 from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import requests
 from normfuse.integer.lowering import Lowering
-from normfuse.integer.rules import RULES, refuse_other_floats, refuse_unsupported
+from normfuse.integer.rules import RULES, refuse_other_floats, refuse_unsupported, refuse_whole_attention
 from normfuse.passes.find_affines import FindAffines
+from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.join_islands import JoinIslands
 from normfuse.passes.place_integers import PlaceIntegers
+from normfuse.passes.spell_out_masked_attention import SpellOutMaskedAttention
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.planning import refined
 from normfuse.precision import BlockReport, round_all_to_nearest
 from normfuse.progress import Progress
 from normfuse.quant import QuantParams, Range, RoundedWeight
 from normfuse.quant.bits import MOST
+from normfuse.quant.integer_forms import SoftmaxForm
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 
@@ -83,11 +86,17 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     refuse_other_floats(folded)
     graph = folded.copy()
     wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
-    join = (JoinIslands(),) if recipe.allow_float_islands else ()
-    place = Phase("integers", (FindAffines(), PlaceIntegers(weight=wanted.weight), *join))
+    forms = PlaceIntegers(weight=wanted.weight, softmax=recipe.softmax, gelu=recipe.gelu)
+    # Behind the scale of spelled attention comes q's own linear map.
+    spelled = (SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())
+    before = spelled if recipe.softmax is SoftmaxForm.SHIFTMAX else (FindAffines(),)
+    behind = (JoinIslands(),) if recipe.allow_float_islands else ()
+    place = Phase("integers", (*before, forms, *behind))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
     if not recipe.allow_float_islands:
         refuse_unsupported(graph)
+    if recipe.softmax is SoftmaxForm.SHIFTMAX:
+        refuse_whole_attention(graph)
     ranges = _ranges(graph, samples, recipe, total, progress)
     with progress.task("rounding weights"):
         nearest = round_all_to_nearest(graph, ranges.by_name)

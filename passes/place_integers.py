@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from torch import fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
-from normfuse.integer.roles import POINTWISE, PRODUCTS, absorbed, is_view
+from normfuse.integer.gelu import request_form
+from normfuse.integer.roles import POINTWISE, PRODUCTS, absorbed, attention_scores, is_view
 from normfuse.pipeline import Fact, Pass
+from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
 from normfuse.quant.integer_type import INT8, INT8_NARROW, INT16, IntegerType
 from normfuse.report import PassReport
 
 __all__ = ["PlaceIntegers"]
 
 POOLS: Final = frozenset(ops.MAXIMUM_POOLS)
+
+MEETING: Final = frozenset({ops.MATMUL, ops.ATTENTION})
+"""Where two activations meet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,8 @@ class PlaceIntegers(Pass):
     2. Everything else (sums, norms, means, what is concatenated, outputs) is 16 bits wide and has none.
     3. What both kinds read is 16 bits wide, and 8 bits are made of it in front of the products.
     4. What is part of a larger operator is not rounded (``normfuse.integer.roles``).
+    5. In front of forms by shifts codes are 8 bits wide and have no zero points, as published: scores of attention
+       for shiftmax, which are no part of a larger operator then, and what such a GELU reads.
 
     Exact: a request passes its input on. Ranges come next, then integers in the place of everything.
     """
@@ -43,17 +50,26 @@ class PlaceIntegers(Pass):
 
     weight: IntegerType = INT8_NARROW
     """Codes of weights, per output channel."""
+    softmax: SoftmaxForm = SoftmaxForm.TABLE
+    gelu: GeluForm = GeluForm.TABLE
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
-        never, applied = absorbed(graph), list[str]()
+        scores = attention_scores(graph) if self.softmax is SoftmaxForm.SHIFTMAX else set[fx.Node]()
+        symmetric = MEETING if self.gelu is GeluForm.TABLE else MEETING | {ops.GELU}
+        never, applied = absorbed(graph) - scores, list[str]()
         for node in graph.nodes:
             if query.is_call(node, *PRODUCTS) and query.is_constant(node.args[1]):
                 request_weight(node, self.weight)
+            if query.is_call(node, ops.GELU):
+                request_form(node, self.gelu)
         with editing(graph) as edit:
             for node in list(graph.nodes):
-                if _rounds(node) and node not in never:
-                    applied += _request(edit, node)
+                if node in scores:
+                    request_quantization(edit, node, INT8_NARROW, query.readers(node), is_symmetric=True)
+                    applied.append("8 bits")
+                elif _rounds(node) and node not in never:
+                    applied += _request(edit, node, symmetric)
         return PassReport(name=self.name, applied=PassReport.count(applied))
 
 
@@ -63,9 +79,9 @@ def _rounds(node: fx.Node) -> bool:
     return is_made and not is_view(node) and not is_requested(node)
 
 
-def _request(edit: Editor, node: fx.Node) -> list[str]:
-    """Ask for the codes of what rounds, wherever they are read."""
-    uses = list(_uses(node))
+def _request(edit: Editor, node: fx.Node, symmetric: Collection[Any]) -> list[str]:
+    """Ask for the codes of what rounds, wherever they are read; some operators read symmetric ones."""
+    uses = list(_uses(node, symmetric))
     narrow = [use for use in uses if use.is_operand]
     if len(narrow) == len(uses):
         is_symmetric = any(use.is_symmetric for use in narrow)
@@ -87,10 +103,11 @@ def _narrow(is_symmetric: bool) -> IntegerType:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """A reader of a tensor, or of a view of it (``read``)."""
+    """A reader of a tensor, or of a view of it (``read``), and which operators read symmetric codes."""
 
     read: fx.Node
     reader: fx.Node
+    symmetric: Collection[Any]
 
     @property
     def is_operand(self) -> bool:
@@ -100,15 +117,16 @@ class _Use:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether another activation is met, at once or by what is pooled; there a mean square counts, too."""
+        """Whether symmetric codes are read, at once or of what is pooled; there a mean square counts, too."""
         if query.is_call(self.reader, *POOLS):
-            return any(use.is_symmetric or query.is_call(use.reader, ops.RMS_NORM) for use in _uses(self.reader))
-        return query.is_call(self.reader, ops.MATMUL, ops.ATTENTION)
+            uses = _uses(self.reader, self.symmetric)
+            return any(use.is_symmetric or query.is_call(use.reader, ops.RMS_NORM) for use in uses)
+        return query.is_call(self.reader, *self.symmetric)
 
 
-def _uses(node: fx.Node) -> Iterator[_Use]:
+def _uses(node: fx.Node, symmetric: Collection[Any]) -> Iterator[_Use]:
     for reader in query.readers(node):
         if is_view(reader) and not query.is_call(reader, *POOLS):
-            yield from _uses(reader)
+            yield from _uses(reader, symmetric)
         elif not query.is_call(reader, ops.ATEN.sym_size.int):  # a size is no value
-            yield _Use(node, reader)
+            yield _Use(node, reader, symmetric)

@@ -13,7 +13,8 @@ from normfuse.errors import UnsupportedModel
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, unsupported
 from normfuse.integer.products import matmul
-from normfuse.integer.roles import is_given, is_view, viewed
+from normfuse.integer.roles import is_given, is_masked, is_view, viewed
+from normfuse.integer.shiftmax import shiftmax_attention
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_ATTENTION
 from normfuse.kernels.reference.attention import FRACTION, RECIPROCAL
@@ -40,14 +41,24 @@ LARGEST_CODE: Final = 127
 
 
 def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
-    """Write ``softmax(q k + bias) v`` that is spelled out, or a plain product where ``node`` is none of attention."""
+    """Write ``softmax(q k + bias) v`` that is spelled out, or a plain product where ``node`` is none of attention.
+
+    Where scores have codes, softmax is a step of its own.
+    """
     weights, values = query.operand(node, 0), query.operand(node, 1)
     if lowering.is_coded(weights):
         return matmul(lowering, node, written)
     scores, bias = viewed(weights), None
+    if is_masked(scores):
+        found = lowering.coded(query.operand(scores, 1))
+        return shiftmax_attention(lowering, node, written, found, _masked(lowering, node, query.operand(scores, 0)))
     if query.is_call(scores, ops.ADD):
         operands = [query.operand(scores, index) for index in (0, 1)]
         bias, scores = sorted(operands, key=lambda each: not is_given(each))
+    if lowering.is_coded(scores):
+        found = lowering.coded(scores)
+        added = None if bias is None else _bias(lowering, bias, found.scale)
+        return shiftmax_attention(lowering, node, written, found, added)
     q, k, v = (lowering.coded(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
     added = None if bias is None else _bias(lowering, bias, q.scale * k.scale)
     return _written(lowering, node, _Heads(q, k, v, added, 1.0), written)

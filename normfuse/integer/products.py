@@ -16,7 +16,7 @@ from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import INT_CONV2D, INT_CONV2D_ADD, INT_LINEAR, INT_LINEAR_ADD, INT_MATMUL
 from normfuse.quant.dyadic import ACCUMULATOR, WIDE, dyadic, require_below
 
-__all__ = ["matmul", "product"]
+__all__ = ["matmul", "product", "product_of_codes"]
 
 CODES: Final = 128
 """The largest magnitude of an 8-bit code."""
@@ -108,7 +108,13 @@ def _constants(  # noqa: PLR0913, PLR0917 - what the last step of a product is m
 def matmul(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write the product of two activations."""
     x, y = (lowering.coded(query.operand(node, index)) for index in (0, 1))
-    if any(query.dtype(each.node) is not torch.int8 for each in (x, y)):  # constants have 16 bits
+    return product_of_codes(lowering, node, (x, y), written)
+
+
+def product_of_codes(lowering: Lowering, node: fx.Node, operands: tuple[Coded, Coded], written: Written) -> fx.Node:
+    """Write the product of these codes in the place of ``node``, a float product of the same shapes."""
+    x, y = operands
+    if any(query.dtype(each.node) is not torch.int8 for each in operands):  # constants have 16 bits
         raise unsupported(node)
     inner = query.shape(viewed(node))[-1]
     ratio = torch.tensor(x.scale * y.scale / written.scale, dtype=torch.float64)

@@ -11,7 +11,22 @@ from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested
 
-__all__ = ["CLAMPS", "MEANS", "POINTWISE", "PRODUCTS", "VIEWS", "absorbed", "is_given", "is_view", "padding", "viewed"]
+__all__ = [
+    "CLAMPS",
+    "CLOSED",
+    "MASK",
+    "MEANS",
+    "POINTWISE",
+    "PRODUCTS",
+    "VIEWS",
+    "absorbed",
+    "attention_scores",
+    "is_given",
+    "is_masked",
+    "is_view",
+    "padding",
+    "viewed",
+]
 
 PRODUCTS: Final = frozenset({ops.LINEAR, ops.CONV2D})
 """Products with constant weights; what follows them is part of their last step."""
@@ -41,6 +56,11 @@ VIEWS: Final = frozenset(
     }
 )
 """What moves, looks up or repeats values, or takes the largest, or one between two: the same on codes."""
+
+MASK: Final = ops.ATEN.where.ScalarOther
+
+CLOSED: Final = -(2.0**30)
+"""What stands for a masked score: no exponential is left of it, and a row of nothing else is no NaN."""
 
 
 def is_view(node: object) -> bool:
@@ -72,6 +92,11 @@ def is_given(node: object) -> bool:
         return False
     is_made = is_view(node) or query.is_call(node, ops.ADD)
     return query.is_constant(node) or (is_made and all(is_given(each) for each in _values(node)))
+
+
+def is_masked(node: object) -> bool:
+    """Return whether a node masks scores, as ``spell-out-masked-attention`` writes it."""
+    return isinstance(node, fx.Node) and query.is_call(node, MASK) and node.args[2:] == (CLOSED,)
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
@@ -108,6 +133,12 @@ def absorbed(graph: Graph) -> set[fx.Node]:
     return found
 
 
+def attention_scores(graph: Graph) -> set[fx.Node]:
+    """Return the first products of all attention that is spelled out."""
+    parts = set[fx.Node]().union(*(_scores(node) for node in graph.nodes if query.is_call(node, ops.MATMUL)))
+    return {node for node in parts if query.is_call(node, ops.MATMUL)}
+
+
 def _is_along_channels(node: fx.Node) -> bool:
     """Return whether an affine is along the last axis, as a norm's own, or the same everywhere."""
     is_last = node.args[3] == query.rank(node) - 1
@@ -139,7 +170,10 @@ def _scores(node: fx.Node) -> list[fx.Node]:
         return []
     scores, found = viewed(softmax), [softmax]
     given = set[fx.Node]()
-    if query.is_call(scores, ops.ADD) and any(is_given(each) for each in scores.args[:2]):
+    if is_masked(scores):
+        found.append(scores)
+        scores = query.operand(scores, 1)
+    elif query.is_call(scores, ops.ADD) and any(is_given(each) for each in scores.args[:2]):
         found.append(scores)
         bias, scores = sorted((query.operand(scores, 0), query.operand(scores, 1)), key=lambda each: not is_given(each))
         given = _given_parts(bias)

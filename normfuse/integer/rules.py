@@ -14,13 +14,14 @@ from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested, requests
 from normfuse.integer.attention import attention, whole_attention
 from normfuse.integer.elementwise import add, mean, multiply, table
+from normfuse.integer.gelu import gelu
 from normfuse.integer.lowering import Rule, unsupported
 from normfuse.integer.moves import concatenate, interpolate, pad, repeat_nearest
 from normfuse.integer.norms import norm
 from normfuse.integer.products import product
 from normfuse.integer.roles import CLAMPS, MEANS, POINTWISE, is_view
 
-__all__ = ["RULES", "has_integer_form", "refuse_other_floats", "refuse_unsupported"]
+__all__ = ["RULES", "has_integer_form", "refuse_other_floats", "refuse_unsupported", "refuse_whole_attention"]
 
 RULES: Final[Mapping[Any, Rule]] = {
     ops.LINEAR: product,
@@ -38,6 +39,7 @@ RULES: Final[Mapping[Any, Rule]] = {
     ops.ATEN.upsample_bilinear2d.vec: interpolate,
     **dict.fromkeys(MEANS, mean),
     **dict.fromkeys(POINTWISE, table),
+    ops.GELU: gelu,
 }
 
 
@@ -50,6 +52,22 @@ def refuse_unsupported(graph: Graph) -> None:
     for request in requests(graph):
         if not has_integer_form(request.source):
             raise unsupported(request.source)
+
+
+def refuse_whole_attention(graph: Graph) -> None:
+    """Refuse a graph with attention that could not be spelled out, where softmax has to be seen.
+
+    Raises:
+        UnsupportedModel: there is one; the message names the layer.
+    """
+    for node in graph.nodes:
+        if query.is_call(node, ops.ATTENTION):
+            raise UnsupportedModel(
+                "attention with this mask cannot be spelled out for shiftmax",
+                where=query.layer_of(node) or node.name,
+                expected="no mask, a constant one, or a boolean one",
+                hint="--softmax table",
+            )
 
 
 def refuse_other_floats(graph: Graph) -> None:

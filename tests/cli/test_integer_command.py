@@ -28,6 +28,7 @@ from normfuse.inspection import inspect_artifact
 from normfuse.integer_engine import build_integers
 from normfuse.loading import load_model
 from normfuse.progress import Silent
+from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
 from normfuse.recipe import Recipe
 from normfuse.testing import Small, randomized, seeded
 
@@ -155,6 +156,37 @@ def test_recipes_that_contradict_it(line: str, files: Path, tmp_path: Path) -> N
     assert isinstance(done.exception, UsageError)
     assert done.exception.what.startswith(f"{line.split(maxsplit=1)[0]} cannot be ")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize(("option", "form"), [("softmax", "shiftmax"), ("gelu", "lambda-shift-gelu")])
+def test_forms_need_integers_alone(option: str, form: str, files: Path, tmp_path: Path) -> None:
+    given = [files / "model.pt2", "--calib", files / "data.npz", "-o", tmp_path / "out", f"--{option}", form]
+    done = CliRunner().invoke(command, list(map(str, given)), standalone_mode=False)
+    assert isinstance(done.exception, UsageError)
+    assert done.exception.exit_code == 2
+    assert done.exception.what == f"{option} cannot be {form}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_forms_that_were_asked_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "calib.npz", image=images("calib", SAMPLES).numpy())
+    given = [MODEL, "--calib", tmp_path / "calib.npz", "-o", tmp_path / "out", *QUICKLY]
+    done = CliRunner().invoke(
+        command, [*map(str, given), "--softmax", "shiftmax", "--gelu", "shift-gelu"], standalone_mode=False
+    )
+    assert done.exception is None
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"]["ships"] == "integers"
+    applied = {step["name"]: step["applied"] for step in report["passes"]}
+    assert applied["lower-to-integers"]["shiftmax"] == applied["lower-to-integers"]["shift_gelu"] == 5
+    assert not {"int_attention", "int_linear_table", "int_table"} & applied["lower-to-integers"].keys()
+    assert float_tensors(tmp_path / "out" / "model.onnx") == []
+    recipe = Recipe.read(tmp_path / "out" / "recipe.toml")
+    assert (recipe.softmax, recipe.gelu) == (SoftmaxForm.SHIFTMAX, GeluForm.SHIFT)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "shiftmax" in page
+    assert "shift-gelu" in page
 
 
 @pytest.mark.slow

@@ -165,7 +165,27 @@ def test_islands_are_allowed_beside_integers_only() -> None:
         Recipe(allow_float_islands=True)
 
 
-def test_a_recipe_of_integers_can_be_read_back() -> None:
-    recipe = Recipe(integer_only=True, samples=3)
+FORMS: list[tuple[str, str]] = [("softmax", "shiftmax"), ("gelu", "shift-gelu"), ("gelu", "lambda-shift-gelu")]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_forms_are_of_integers_alone(name: str, form: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Recipe().with_options(**{name: form})
+    assert refusal.value.what == f"{name} cannot be {form}"
+    assert refusal.value.expected == "table (the default) without integer_only"
+
+
+@pytest.mark.parametrize("name", ["softmax", "gelu"])
+def test_a_form_that_is_none(name: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Recipe().with_options(integer_only=True, **{name: "exact"})
+    assert refusal.value.what == f"{name} cannot be 'exact'"
+    assert refusal.value.expected.startswith("table, shift")
+
+
+@pytest.mark.parametrize("forms", [{}, *({name: form} for name, form in FORMS)])
+def test_a_recipe_of_integers_can_be_read_back(forms: dict[str, str]) -> None:
+    recipe = Recipe(integer_only=True, samples=3).with_options(**forms)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert recipe.label == "integers"
