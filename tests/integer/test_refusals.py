@@ -88,6 +88,16 @@ def test_convolutions_without_an_integer_form(step: nn.Module, tmp_path: Path) -
     refused(network, normal(4, 2, 5, 6), path=tmp_path / "integers.onnx")
 
 
+def test_a_table_of_a_constant_for_any_batch(tmp_path: Path) -> None:
+    """Its codes have 16 bits, for which no table has entries."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.map(x) + m.step(m.learned.expand(x.shape[0], -1, -1))  # type: ignore[no-any-return]
+
+    network = module(forward, map=nn.Linear(7, 6), step=Step(F.silu), learned=torch.zeros(1, 4, 6))
+    refused(network, normal(4, 4, 7), path=tmp_path / "integers.onnx")
+
+
 ANSWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "comparison": lambda x: x > 0.5,
     "the two largest": lambda x: x.topk(2)[1],
