@@ -27,6 +27,7 @@ from normfuse.integer_engine import build_integers
 from normfuse.measure import file_bytes
 from normfuse.nn import prepare_qat
 from normfuse.progress import Silent
+from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
 
@@ -64,6 +65,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--test", type=int, default=4000, help="test images; of scenes a quarter (4096 pixels each)")
+    for name, form in (("--softmax", SoftmaxForm), ("--gelu", GeluForm)):
+        parser.add_argument(name, choices=[each.value for each in form], default="table", help="as of the compiler")
     parser.add_argument("--tune", type=int, default=0, help="steps of fine-tuning (64 images each) before the engine")
     parser.add_argument("--compared", type=int, default=COMPARED)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
@@ -86,7 +89,9 @@ def main() -> None:
     columns = ("model", "float %", "points lost", "of the score", "of the float file", "reference", "float tensors")
     ways = ", ".join(f"{batch} on {threads}" for batch, threads in WAYS)
     tuned = f"after {given.tune} steps of {TUNED} images, " if given.tune else ""
-    title = f"integers alone, {tuned}{given.seeds} seeds; compared on {given.compared} samples (batch {ways} threads)"
+    forms = f"softmax by {given.softmax}, GELU by {given.gelu}, "
+    compared = f"compared on {given.compared} samples (batch {ways} threads)"
+    title = f"integers alone, {forms}{tuned}{given.seeds} seeds; {compared}"
     render.table(title, columns, rows)
     if given.output:
         given.output.write_text(json.dumps(figures, indent=1) + "\n")
@@ -95,7 +100,8 @@ def main() -> None:
 def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Found:
     task = MODELS[name].task
     samples, _ = make(task, "calib", given.samples, seed)
-    graph = _tuned(name, seed, samples, given.tune) if given.tune else folded(name)
+    recipe = Recipe(integer_only=True, softmax=SoftmaxForm(given.softmax), gelu=GeluForm(given.gelu), seed=seed)
+    graph = _tuned(name, recipe, samples, given.tune) if given.tune else folded(name)
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
         exact, path = Path(folder) / "float.onnx", Path(folder) / "integers.onnx"
         export_onnx(folded(name), exact)
@@ -103,7 +109,7 @@ def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Foun
             graph,
             lambda: ([sample[None]] for sample in samples),
             path,
-            recipe=Recipe(integer_only=True, seed=seed),
+            recipe=recipe,
             total=len(samples),
             threads=1,
             progress=Silent(),
@@ -120,12 +126,12 @@ def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Foun
         )
 
 
-def _tuned(name: str, seed: int, samples: Tensor, steps: int) -> Graph:
+def _tuned(name: str, recipe: Recipe, samples: Tensor, steps: int) -> Graph:
     """Return the folded graph after a short training on its integers, towards the labels and the float model."""
     exact = folded(name)
     (image,) = exact.input_names
-    training = prepare_qat(exact, {image: samples.numpy()})
-    images, labels = make(MODELS[name].task, "train", TUNED * steps, seed)
+    training = prepare_qat(exact, {image: samples.numpy()}, recipe=recipe)
+    images, labels = make(MODELS[name].task, "train", TUNED * steps, recipe.seed)
     optimizer = torch.optim.Adam(training.parameters(), lr=RATE)
     for some, wanted in zip(torch.split(images, TUNED), torch.split(labels, TUNED), strict=True):
         found = training(some)
