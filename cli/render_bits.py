@@ -30,6 +30,8 @@ def mixed(found: Mapping[str, Any]) -> list[str]:
     lines = [f"bits: {'; '.join([*said, ', '.join(kinds)] if kinds else said)}"] if said or kinds else []
     if "score" in found:
         lines.append(f"bits chosen by {_name(found['score'])}{_of_which(found.get('candidates') or ())}")
+    if facts := found.get("facts"):
+        lines.append("of this score: " + ", ".join(f"{_name(name)} {_plain(value)}" for name, value in facts.items()))
     budget = f"budget {_name(found['budget'])}" if "budget" in found else ""
     used = ", ".join(_use(name, spent) for name, spent in (found.get("used") or {}).items())
     return [*lines, ": ".join(filter(None, (budget, used)))] if budget or used else lines

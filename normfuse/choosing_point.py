@@ -110,11 +110,15 @@ class ChoosingPoint:
         return plans[chosen], tuple({**row, "ships": at == chosen} for at, row in enumerate(rows))
 
     def _chosen(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return which point ships: the user's, or the smallest whose drop is kept, without labels the largest."""
+        """Return which point ships: the user's, or the smallest file whose drop is kept, else that of the most bits.
+
+        Of files of one size it is the one that loses least.
+        """
         if self.recipe.point:
             return self.recipe.point - 1
         drops, allowed = [row["drop"] for row in rows], self.recipe.allowed_drop
-        return next((at for at, drop in enumerate(drops) if drop is not None and drop <= allowed), len(rows) - 1)
+        kept = [at for at, drop in enumerate(drops) if drop is not None and drop <= allowed]
+        return min(kept, key=lambda at: (rows[at]["file_bytes"], drops[at]), default=len(rows) - 1)
 
 
 def refuse_unlabelled_drop(recipe: Recipe, base: Score | None) -> None:

@@ -52,6 +52,7 @@ def mixed_report(
     return {
         "gap": best.allocation.gap,
         "score": best.method,
+        "facts": dict(score.facts),
         "candidates": [{"score": each.method, "loss": each.loss} for each in found],
         "used": {
             name: {"amount": amount, **({"limit": limits[name]} if name in limits else {})}

@@ -60,8 +60,8 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``pareto``: ``points`` (``number``, ``budget``, ``average_weight_bits``, ``file_bytes``, ``file`` as a share
             of float's, ``p50_ms``, ``speedup``, ``score``, ``metric``, ``drop``, ``agreement``, ``sqnr_db``, ``ships``
             each).
-            ``mixed``: ``budget``, ``score``, ``candidates`` (``score``, ``loss`` each), ``used`` (``amount`` and
-            ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``, ``parameters`` each), and
+            ``mixed``: ``budget``, ``score``, its ``facts``, ``candidates`` (``score``, ``loss`` each), ``used``
+            (``amount`` and ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``, ``parameters`` each), and
             ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``, ``overridden`` each).
             ``sensitivity``: ``method``, ``facts``, ``samples``, and ``layers`` in the network's order (``layer``,
             ``kind``, ``node``, ``damage`` by width, ``share`` each).
@@ -285,6 +285,7 @@ def _bits_said(found: Section) -> list[str]:
         for key, words in (("budget", "budget"), ("score", "bits chosen by"))
         if key in found
     ]
+    said += [f"{name} {_plain(value)}" for name, value in (found.get("facts") or {}).items()]
     if "average_weight_bits" in found:
         said.append(f"{_fixed(found['average_weight_bits'], 2) or ABSENT} bits per weight on average")
     for name, spent in (found.get("used") or {}).items():

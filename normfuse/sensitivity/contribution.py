@@ -20,13 +20,15 @@ def contributions(subject: Subject, *, progress: Progress) -> tuple[dict[str, fl
     """Return the share of every linear map in the relevance at the outputs of all, the mean over samples, and facts.
 
     Shares are taken sample by sample before they are averaged, since samples lose relevance unequally. Facts: the mean
-    share that was conserved, and that constants took. (Ours where LRP-QViT leaves it open: methods.md 5.5.)
+    share that was conserved, and that constants took, and how many operators had no rule of their own. (Ours where
+    LRP-QViT leaves it open: methods.md 5.5.)
     """
     total = torch.zeros(len(subject.maps), dtype=torch.float64)
     conserved = absorbed = 0.0
+    defaulted = set[str]()
     with progress.task("propagating relevance", len(subject.chunks)) as advance:
         for chunk in subject.chunks:
-            found = relevance(subject.graph, chunk)
+            found = relevance(subject.graph, chunk, target=subject.target)
             none = torch.zeros_like(found.conserved)  # a map of constants alone has no relevance
             at_maps = torch.stack([found.absolute.get(node, none) for node in subject.maps])  # [maps, samples or 1]
             shares = at_maps / at_maps.sum(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
@@ -34,9 +36,11 @@ def contributions(subject: Subject, *, progress: Progress) -> tuple[dict[str, fl
             total += weight * shares.sum(dim=1)
             conserved += weight * float(found.conserved.sum())
             absorbed += weight * float(found.absorbed.sum())
+            defaulted |= {node.name for node in found.defaulted}
             advance(1)
     share = dict(zip((node.name for node in subject.maps), (total / subject.samples).tolist(), strict=True))
-    return share, {"conserved": conserved / subject.samples, "absorbed": absorbed / subject.samples}
+    facts = {"conserved": conserved / subject.samples, "absorbed": absorbed / subject.samples}
+    return share, {**facts, "without_rule": float(len(defaulted))}
 
 
 def relevance_score(subject: Subject, *, progress: Progress) -> Sensitivity:

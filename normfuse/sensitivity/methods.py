@@ -124,7 +124,7 @@ def _refuse_outputs(subject: Subject, method: ScoreMethod, loss: OutputLoss) -> 
             f"the score {method.value} needs class scores",
             where="the model's outputs",
             expected="outputs of shape [batch, classes] or [batch, classes, height, width]",
-            hint=f"--method {ScoreMethod.CURVATURE.value} or {ScoreMethod.NOISE.value} take any outputs",
+            hint=f"the score {ScoreMethod.CURVATURE.value} or {ScoreMethod.NOISE.value}, which take any outputs",
         )
 
 

@@ -22,6 +22,7 @@ from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.output_kind import OutputKind
 from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.sensitivity.output_loss import OutputLoss
+from normfuse.sensitivity.targets import Target, default_target, magnitude_target
 
 __all__ = ["Subject", "ranges_by_width"]
 
@@ -65,6 +66,11 @@ class Subject:
     def loss(self) -> OutputLoss:
         """How outputs are compared."""
         return OutputLoss.of(self.graph, self.outputs)
+
+    @property
+    def target(self) -> Target:
+        """What relevance starts from: outputs that are compared as values are no classes."""
+        return magnitude_target if self.loss is OutputLoss.NOISE else default_target
 
     @property
     def samples(self) -> int:

@@ -19,6 +19,7 @@ from normfuse.recipe import Recipe
 
 BITS = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0)
 DROPS = (9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 0.4, 0.1)
+SIZES = (40, 45, 50, 55, 60, 65, 70, 80)
 
 
 @dataclass
@@ -53,6 +54,7 @@ def choosing(
     monkeypatch: pytest.MonkeyPatch,
     *,
     drops: Sequence[float] | None = DROPS,
+    sizes: Sequence[int] = SIZES,
     **options: Any,
 ) -> ChoosingPoint:
     """One that measures these drops; None: there are no labels."""
@@ -60,9 +62,10 @@ def choosing(
 
     def measured(what: Any, *, speed: bool, **rest: Any) -> Any:
         def row(label: str) -> Any:
-            drop = None if drops is None else drops[int(label.split()[1]) - 1]
+            at = int(label.split()[1]) - 1
+            drop = None if drops is None else drops[at]
             scores = {} if drop is None else {Metric.TOP_1.value: 100.0 - drop}
-            return SimpleNamespace(as_dict=lambda: {"drop": drop, "file_bytes": 7, **scores})
+            return SimpleNamespace(as_dict=lambda: {"drop": drop, "file_bytes": sizes[at], **scores})
 
         assert [spec.label for spec in what.engines] == ["float", *(f"point {at + 1}" for at in range(len(front.bits)))]
         return SimpleNamespace(row=row, ratios=lambda label: {"speedup": 1.5})
@@ -139,6 +142,13 @@ def test_the_smallest_point_that_is_kept_ships(
     assert bits_of(plan) == BITS[number - 1]
     assert [point["average_weight_bits"] for point in points] == list(BITS)
     assert [point["score"] for point in points] == [100.0 - drop for drop in DROPS]
+
+
+def test_what_is_smallest_is_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More bits may make a smaller file (fewer scales); of files of one size the one that loses least ships."""
+    sizes = (40, 45, 50, 55, 62, 60, 60, 61)
+    _, points = choosing(KnownFront(), monkeypatch, pareto=True, max_drop=2, sizes=sizes).run()
+    assert numbers(points) == [7]
 
 
 def test_of_a_front_the_drop_of_the_budget_counts(monkeypatch: pytest.MonkeyPatch) -> None:

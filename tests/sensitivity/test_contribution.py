@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,11 +12,13 @@ from small_subject import EPS, activation_named, layer, made, map_named, subject
 from torch import Tensor, nn
 
 from normfuse.progress import Silent
+from normfuse.quant.output_kind import OutputKind
 from normfuse.sensitivity.contribution import contributions, relevance_score, relevance_times_error
 from normfuse.sensitivity.relevance import relevance
 from normfuse.sensitivity.sensitivity import Kind
 from normfuse.sensitivity.squared_errors import squared_errors
 from normfuse.sensitivity.subject import Subject
+from normfuse.sensitivity.targets import magnitude_target
 from normfuse.testing import seeded
 
 X = tensor([1.0, 1.0], [1.0, 3.0], [2.0, 1.0])
@@ -48,14 +51,14 @@ def test_shares_by_hand() -> None:
     share, facts = contributions(branches(), progress=Silent())
     expected = {map_named(branches(), name).name: amount for name, amount in SHARES.items()}
     assert share == pytest.approx(expected, rel=16 * EPS)
-    assert facts == pytest.approx({"conserved": 1, "absorbed": 0}, abs=16 * EPS)
+    assert facts == pytest.approx({"conserved": 1, "absorbed": 0, "without_rule": 0}, abs=16 * EPS)
 
 
 def test_a_layer_counts_by_its_share_and_the_power_of_the_noise() -> None:
     """16^-1, 256^-1 ... of 2, 4 ... bits; what a and b read has the mean of their shares."""
     score = relevance_score(branches(), progress=Silent())
     assert score.method == "lrp"
-    assert score.facts == pytest.approx({"conserved": 1, "absorbed": 0}, abs=16 * EPS)
+    assert score.facts == pytest.approx({"conserved": 1, "absorbed": 0, "without_rule": 0}, abs=16 * EPS)
     for name, share in SHARES.items():
         row = score.weights[map_named(branches(), name).name]
         assert row == pytest.approx({2: share / 16, 4: share / 256, 8: share / 65536}, rel=16 * EPS)
@@ -140,3 +143,20 @@ def test_share_times_relative_error() -> None:
         expected = {bits: share[node.name] * error for bits, error in relative[Kind.ACTIVATION][source].items()}
         assert score.activations[source] == pytest.approx(expected, rel=1e-12)
         assert list(expected) == [3, 8]
+
+
+def test_outputs_that_are_said_to_be_values_are_explained_as_such() -> None:
+    """As classes only the predicted one is explained; as values all outputs are, by their magnitudes."""
+    classes = network()
+    values = replace(classes, outputs=OutputKind.VALUES)
+    share, _ = contributions(values, progress=Silent())
+    expected = [relevance(values.graph, chunk, target=magnitude_target) for chunk in values.chunks]
+    found = torch.cat([torch.stack([each.absolute[node] for node in values.maps]) for each in expected], dim=1)
+    assert list(share.values()) == pytest.approx((found / found.sum(0)).mean(1).tolist(), rel=16 * EPS)
+    assert share != contributions(classes, progress=Silent())[0]
+
+
+def test_operators_without_a_rule_are_counted() -> None:
+    parts = {"up": nn.Linear(2, 4), "head": nn.Linear(4, 3)}
+    subject = subject_of(lambda m, x: m.head(m.up(x).cumsum(1)), X, parts=parts)
+    assert relevance_score(subject, progress=Silent()).facts["without_rule"] == 1

@@ -101,7 +101,7 @@ def test_what_needs_classes_is_refused_without(method: ScoreMethod) -> None:
     without = subject_of(tokens, X, parts=PARTS)
     with pytest.raises(UsageError, match=f"the score {method.value} needs class scores") as caught:
         score(without, method)
-    assert "--method curvature or sqnr take any outputs" in str(caught.value)
+    assert "the score curvature or sqnr, which take any outputs" in str(caught.value)
     assert "[batch, classes]" in str(caught.value)
     with pytest.raises(UsageError, match="needs class scores"):
         scores_of(without, [method])
