@@ -18,6 +18,7 @@ from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.join_islands import JoinIslands
 from normfuse.passes.place_integers import PlaceIntegers
+from normfuse.passes.respell_for_integers import RespellForIntegers
 from normfuse.passes.spell_out_masked_attention import SpellOutMaskedAttention
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.planning import refined
@@ -91,7 +92,7 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     spelled = (SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())
     before = spelled if recipe.softmax is SoftmaxForm.SHIFTMAX else (FindAffines(),)
     behind = (JoinIslands(),) if recipe.allow_float_islands else ()
-    place = Phase("integers", (*before, forms, *behind))
+    place = Phase("integers", (RespellForIntegers(), *before, forms, *behind))
     reports = Pipeline(phases=(place,), given=frozenset({Fact.CANONICAL, Fact.FOLDED})).run(graph)
     if not recipe.allow_float_islands:
         refuse_unsupported(graph)

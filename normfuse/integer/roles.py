@@ -39,6 +39,7 @@ POINTWISE: Final = frozenset(
         *(ops.GELU, ops.ATEN.silu.default, ops.ATEN.tanh.default, ops.ATEN.sigmoid.default),
         *(ops.ATEN.hardswish.default, ops.ATEN.hardsigmoid.default, ops.ATEN.leaky_relu.default, ops.ATEN.elu.default),
         *(ops.ATEN.mish.default, ops.ATEN.softplus.default, ops.ATEN.erf.default, ops.ATEN.exp.default, ops.NEG),
+        *(ops.ATEN.abs.default, ops.ATEN.selu.default, ops.ATEN.celu.default, ops.ATEN.log_sigmoid.default),
     }
 )
 """Functions of one number: tables."""
@@ -90,7 +91,8 @@ def is_given(node: object) -> bool:
     """Return whether a value is made of constants alone, by views and sums: the bias of scores, for any batch."""
     if not isinstance(node, fx.Node):
         return False
-    is_made = is_view(node) or query.is_call(node, ops.ADD)
+    is_sum = query.is_call(node, ops.ADD) and "alpha" not in node.kwargs
+    is_made = is_view(node) or is_sum
     return query.is_constant(node) or (is_made and all(is_given(each) for each in _values(node)))
 
 
