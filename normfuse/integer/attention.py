@@ -28,7 +28,11 @@ MASKED: Final = 1 << 30
 """What is taken off a masked score; 2^30 steps are many octaves at any scale that scores have."""
 
 PART: Final = MASKED >> 2
-"""The largest part of a bias: the sum of four is still within what is added to scores, and one masks."""
+"""The largest part of a bias: the sum of four is still within what is added to scores, and one masks. Of more parts
+each is smaller."""
+
+FADED: Final = 16
+"""Octaves that a mask has to take off a score; from nine on nothing is left of its weight."""
 
 WEIGHT: Final = 255
 """The largest weight."""
@@ -135,14 +139,34 @@ def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written)
 
 def _bias(lowering: Lowering, bias: fx.Node, unit: float) -> fx.Node:
     """Return a bias that is given at the scale of the scores, its parts in the same form as they were."""
+    return _part(lowering, bias, unit, min(PART, MASKED // _parts(bias)))
+
+
+def _parts(bias: fx.Node) -> int:
+    """Return how many constants a bias is the sum of."""
+    if query.is_constant(bias):
+        return 1
+    if is_view(bias):
+        return _parts(viewed(bias))
+    return sum(_parts(query.operand(bias, index)) for index in (0, 1))
+
+
+def _part(lowering: Lowering, bias: fx.Node, unit: float, most: int) -> fx.Node:
     if query.is_constant(bias):
         values = query.constant(lowering.graph, bias).double() / unit
-        codes = torch.floor(values.clamp(-PART, PART) + 0.5)
+        if bool((values.abs() > most).any()) and most * unit * math.log2(math.e) < FADED:
+            raise UnsupportedModel(
+                f"a bias of scores up to {float(values.abs().max()):.3g} steps of theirs",
+                where=lowering.layer(bias),
+                expected=f"at most {most}, or scores whose steps are larger than {unit:.3g}",
+                hint="without --integer-only attention keeps its bias in floats",
+            )
+        codes = torch.floor(values.clamp(-most, most) + 0.5)
         return lowering.constant(codes, f"{bias.name}_codes", bias)
     if is_view(bias):
-        source = _bias(lowering, viewed(bias), unit)
+        source = _part(lowering, viewed(bias), unit, most)
         return lowering.edit.call(bias.target, source, *bias.args[1:], at=bias, **dict[str, Any](bias.kwargs))
-    parts = [_bias(lowering, query.operand(bias, index), unit) for index in (0, 1)]
+    parts = [_part(lowering, query.operand(bias, index), unit, most) for index in (0, 1)]
     return lowering.edit.call(ops.ADD, *parts, at=bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from integer_module import computed_or_refused, hold, hold_all, lower, module, n
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normfuse.errors import UnsupportedModel
+from normfuse.graph import query
+from normfuse.integer.attention import MASKED
 from normfuse.testing import randomized
 
 TOKENS, WIDTH, HEADS, INNER = 6, 7, 2, 4
@@ -32,6 +36,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"attn_mask": normal(HEADS, TOKENS, TOKENS), "scale": 0.8},
     {"attn_mask": torch.ones(TOKENS, TOKENS).tril() > 0},
     {"attn_mask": torch.full((TOKENS, TOKENS), -torch.inf).triu(3)},
+    {"is_causal": True},
 ]
 
 
@@ -112,6 +117,61 @@ def test_a_bias_made_of_constants_for_any_batch() -> None:
 
     biases = {"one": torch.zeros(1, TOKENS, TOKENS), "two": torch.zeros(TOKENS, TOKENS)}
     assert "int_add" not in hold_all(module(forward, **parts(), **biases), (TOKENS, WIDTH)).operators
+
+
+PARTS = 7
+
+
+def with_parts(m: Any, x: Tensor) -> Tensor:
+    """Attention whose bias is a sum of constants, more of them than PART leaves room for."""
+    bias = m.part_0.expand(x.shape[0], -1, -1)
+    for index in range(1, PARTS):
+        bias = bias + getattr(m, f"part_{index}")
+    return m.out((m.q(x) @ m.k(x).transpose(1, 2) + bias).softmax(-1) @ m.v(x))  # type: ignore[no-any-return]
+
+
+def of_parts(part: Callable[[int], Tensor]) -> nn.Module:
+    held = {f"part_{index}": torch.zeros(TOKENS, TOKENS) for index in range(PARTS)}
+    network = module(with_parts, **parts(), **held)
+    with torch.no_grad():
+        for index in range(PARTS):
+            getattr(network, f"part_{index}").copy_(part(index))
+    return network
+
+
+BIASES: dict[str, Callable[[int], Tensor]] = {
+    "numbers": lambda index: normal(TOKENS, TOKENS, seed=index),
+    "all mask the same": lambda index: torch.full((TOKENS, TOKENS), -torch.inf).triu(2),
+    "one masks": lambda index: torch.full((TOKENS, TOKENS), -1e9 if index == 3 else 0.0).triu(2),
+}
+
+
+@pytest.mark.parametrize("part", BIASES.values(), ids=BIASES)
+def test_a_bias_of_many_parts(part: Callable[[int], Tensor]) -> None:
+    """Their sum and the scores stay within 32 bits: masks are shorter where there are more of them."""
+    lowered = hold_all(of_parts(part), (TOKENS, WIDTH), is_written=False)
+    biases = [
+        query.constant(lowered.graph, node)
+        for node in lowered.graph.nodes
+        if node.name.endswith("_codes") and "part" in node.name
+    ]
+    assert len(biases) == PARTS
+    assert sum(float(each.double().abs().max()) for each in biases) <= MASKED
+
+
+def test_a_mask_that_is_too_short_for_the_steps_of_scores() -> None:
+    """Queries and keys of 10^-7: 2^28 steps of their products are no octave."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return heads(m, 1e-7 * x, attn_mask=torch.full((TOKENS, TOKENS), -torch.inf).triu(1))
+
+    layers = parts()
+    network = module(forward, **layers)
+    with torch.no_grad():
+        for name in "qk":
+            layers[name].bias.zero_()  # type: ignore[union-attr, operator]
+    with pytest.raises(UnsupportedModel, match="bias of scores"):
+        lower(network, (TOKENS, WIDTH), is_written=False)
 
 
 def test_more_keys_than_queries_and_other_widths() -> None:
