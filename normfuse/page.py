@@ -61,8 +61,8 @@ def render_page(report: Mapping[str, Any]) -> str:
             of float's, ``p50_ms``, ``speedup``, ``score``, ``metric``, ``drop``, ``agreement``, ``sqnr_db``, ``ships``
             each).
             ``mixed``: ``budget``, ``score``, its ``facts``, ``candidates`` (``score``, ``loss`` each), ``used``
-            (``amount`` and ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``, ``parameters`` each), and
-            ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``, ``overridden`` each).
+            (``amount`` and ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``,
+            ``parameters`` each), and ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``, ``overridden`` each).
             ``sensitivity``: ``method``, ``facts``, ``samples``, and ``layers`` in the network's order (``layer``,
             ``kind``, ``node``, ``damage`` by width, ``share`` each).
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import REQUANTIZE
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.quant import QuantParams, RoundedWeight
-from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, dyadic, require_below
+from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, Unwritable, dyadic, require_below
 
 __all__ = ["SIZE", "Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
 
@@ -90,6 +91,19 @@ class Lowering:
         if self.allows_islands:
             self._read_floats()
 
+    @contextmanager
+    def _naming(self, node: fx.Node) -> Iterator[None]:
+        """Name the layer of a constant that does not fit its bits."""
+        try:
+            yield
+        except Unwritable as error:
+            raise UnsupportedModel(
+                str(error),
+                where=self.layer(node),
+                expected="scales whose ratios, and constants that, fit 32 bits",
+                hint="--allow-float-islands leaves this in float between codes",
+            ) from error
+
     def _largest(self, node: fx.Node) -> None:
         """Let a class map be found among codes: the largest value has the largest code."""
         if self.is_coded(viewed(node)):
@@ -99,7 +113,8 @@ class Lowering:
     def _coded_or_island(self, output: fx.Node) -> Coded | None:
         """Return an output's codes; None where a view of it stays float."""
         try:
-            return self.coded(output)
+            with self._naming(output):
+                return self.coded(output)
         except UnsupportedModel as refusal:
             if not self.allows_islands:
                 raise
@@ -130,7 +145,8 @@ class Lowering:
 
     def _written(self, request: fx.Node, written: Written, params: QuantParams) -> fx.Node:
         try:
-            return self.write(request, written)
+            with self._naming(viewed(request)):
+                return self.write(request, written)
         except UnsupportedModel as refusal:
             if not self.allows_islands:
                 raise
@@ -238,10 +254,14 @@ class Lowering:
         )
 
     def constant(self, tensor: Tensor, name: str, like: fx.Node) -> fx.Node:
-        """Add an int32 constant."""
+        """Add an int32 constant.
+
+        Raises:
+            Unwritable: it does not fit.
+        """
         limits = torch.iinfo(torch.int32)
         if int(tensor.max()) > limits.max or int(tensor.min()) < limits.min:
-            raise ValueError(f"{name} does not fit 32 bits")
+            raise Unwritable(f"{name} does not fit 32 bits")
         return self.edit.constant(tensor.to(torch.int32), name, like=like)
 
     def layer(self, node: fx.Node) -> str:

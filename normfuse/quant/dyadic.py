@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normfuse.errors import UnsupportedModel
 
-__all__ = ["ACCUMULATOR", "LARGEST_SHIFT", "WIDE", "dyadic", "dyadic_at", "require_below"]
+__all__ = ["ACCUMULATOR", "LARGEST_SHIFT", "WIDE", "Unwritable", "dyadic", "dyadic_at", "require_below"]
 
 MULTIPLIER_BITS: Final = 31
 
@@ -20,6 +20,10 @@ ACCUMULATOR: Final = 1 << 31
 
 WIDE: Final = 1 << 62
 """What is shifted has to stay below this in magnitude."""
+
+
+class Unwritable(ValueError):
+    """A number has no place in the bits of the constant that should hold it; who knows the layer says which it is."""
 
 
 def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS, largest_shift: int = LARGEST_SHIFT) -> tuple[Tensor, int]:
@@ -34,17 +38,17 @@ def dyadic(ratios: Tensor, *, bits: int = MULTIPLIER_BITS, largest_shift: int = 
         largest_shift: 1 to 60.
 
     Raises:
-        ValueError: a ratio is not finite, or so large that no shift is left; that is our bug.
+        Unwritable: a ratio is not finite, or so large that no shift is left.
     """
     largest = float(ratios.abs().max()) if ratios.numel() else 0.0
     if not bool(torch.isfinite(ratios).all()) or largest >= 2.0 ** (bits - 1):
-        raise ValueError(f"ratios up to {largest} cannot be written with {bits} bits")
+        raise Unwritable(f"ratios up to {largest} cannot be written with {bits} bits")
     _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
     shift = min(bits - int(exponent), largest_shift) if largest else 1
     multipliers = torch.round(ratios.double() * 2.0**shift).to(torch.int64)
     if int(multipliers.abs().max() if multipliers.numel() else 0) >= 1 << bits:  # rounded up to the next power of two
         if shift == 1:
-            raise ValueError(f"ratios up to {largest} cannot be written with {bits} bits")
+            raise Unwritable(f"ratios up to {largest} cannot be written with {bits} bits")
         return dyadic_at(ratios, shift - 1), shift - 1
     return multipliers, shift
 
@@ -71,5 +75,5 @@ def require_below(largest: float, limit: int, *, what: str, where: str) -> None:
             f"{what} could reach {largest:.3g}",
             where=where,
             expected=f"less than 2^{limit.bit_length() - 1}",
-            hint="a layer with fewer inputs, or without --integer-only",
+            hint="a layer with fewer inputs, or --allow-float-islands, which leaves this in float",
         )

@@ -28,11 +28,6 @@ class Step(nn.Module):
         return self.function(*inputs)
 
 
-def causal(x: Tensor) -> Tensor:
-    heads = x[:, None]
-    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0]
-
-
 def shared_heads(x: Tensor) -> Tensor:
     heads = x.reshape(-1, 4, 2, 3).transpose(1, 2)
     return F.scaled_dot_product_attention(heads, heads[:, :1], heads[:, 1:], enable_gqa=True)
@@ -51,12 +46,11 @@ STEPS: dict[str, nn.Module] = {
     "square root": Step(lambda x: (x * x).sqrt()),
     "largest along an axis": Step(lambda x: x.amax(1, keepdim=True)),
     "mean over the batch": Step(lambda x: x.mean(0, keepdim=True)),
-    "reflected padding": Step(lambda x: F.pad(x, (1, 2), mode="reflect")),
-    "causal attention": Step(causal),
     "grouped queries": Step(shared_heads),
     "a mask that is computed": Step(float_mask),
-    "norm over two axes": nn.LayerNorm((4, 6)),
-    "group norm": nn.GroupNorm(2, 4),
+    "a bound of a length that is felt": Step(lambda x: F.normalize(x, dim=-1, eps=0.5)),
+    "uneven parts": Step(lambda x: F.adaptive_avg_pool1d(x, 5)),
+    "a root": Step(lambda x: (x * x + 1) ** 0.5),
     "recurrence": nn.GRU(6, 6),
 }
 
@@ -138,6 +132,8 @@ OVERFLOWS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "long attention": (Step(lambda x: F.scaled_dot_product_attention(x[:, :1], x, x)), (66_000, 2), "2^31"),
     "mean": (Step(lambda x: x.mean(-1)), (1, 140_000), "2^62"),
     "layer norm": (nn.LayerNorm(20_000), (20_000,), "16384"),
+    "norm over two axes": (nn.LayerNorm((3, 6_000)), (3, 6_000), "16384"),
+    "group norm": (nn.GroupNorm(1, 3), (3, 6_000), "16384"),
     "large eps": (nn.LayerNorm(5, eps=1e12), (5,), "2^62"),
 }
 
@@ -199,3 +195,18 @@ def test_a_recipe_of_integers_can_be_read_back(forms: dict[str, str]) -> None:
     recipe = Recipe(integer_only=True, samples=3).with_options(**forms)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert recipe.label == "integers"
+
+
+def test_scales_that_are_too_far_apart_for_a_multiplier(tmp_path: Path) -> None:
+    """What is added is taken off again, so that nothing of it is left in the result's scale."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        large = m.map(x) * 1e14
+        return m.step(large - 0.5 * large - 0.5 * large, x)  # type: ignore[no-any-return]
+
+    network = module(forward, map=nn.Linear(7, 7), step=Step(lambda zero, x: zero * 1e-14 + x))
+    with torch.no_grad():
+        network.map.bias.zero_()  # type: ignore[union-attr, operator]
+    with pytest.raises(UnsupportedModel, match="ratios up to") as refusal:
+        build(network, normal(4, 7), path=tmp_path / "integers.onnx")
+    assert refusal.value.where
