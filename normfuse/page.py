@@ -62,7 +62,8 @@ def render_page(report: Mapping[str, Any]) -> str:
             each).
             ``mixed``: ``budget``, ``score``, its ``facts``, ``candidates`` (``score``, ``loss`` each), ``used``
             (``amount`` and ``limit`` by name), ``average_weight_bits``, ``histogram`` (``bits``, ``layers``,
-            ``parameters`` each), and ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``, ``overridden`` each).
+            ``parameters`` each), and ``layers`` (``layer``, ``bits``, ``parameters``, ``macs``, ``share``,
+            ``overridden`` each).
             ``sensitivity``: ``method``, ``facts``, ``samples``, and ``layers`` in the network's order (``layer``,
             ``kind``, ``node``, ``damage`` by width, ``share`` each).
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.

@@ -159,7 +159,7 @@ def _part(lowering: Lowering, bias: fx.Node, unit: float, most: int) -> fx.Node:
                 f"a bias of scores up to {float(values.abs().max()):.3g} steps of theirs",
                 where=lowering.layer(bias),
                 expected=f"at most {most}, or scores whose steps are larger than {unit:.3g}",
-                hint="without --integer-only attention keeps its bias in floats",
+                hint="--allow-float-islands leaves this attention in float",
             )
         codes = torch.floor(values.clamp(-most, most) + 0.5)
         return lowering.constant(codes, f"{bias.name}_codes", bias)
