@@ -63,7 +63,8 @@ def share_chart(layers: Sequence[Section]) -> str:
         return ""
     largest = max((finite(layer.get("share")) or 0.0 for layer in layers), default=0.0)
     rows = "".join(_bar(layer, 34 + ROW * index, largest) for index, layer in enumerate(layers))
-    return _svg(BARS_WIDTH, 40 + ROW * len(layers), "share of the expected damage by layer", _legend(layers) + rows)
+    title = "share of the expected damage by layer, each at its fewest bits"
+    return _svg(BARS_WIDTH, 40 + ROW * len(layers), title, _legend(layers) + rows)
 
 
 def shortened(value: object, most: int) -> str:

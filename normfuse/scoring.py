@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+
+from torch import fx
 
 from normfuse.build import FOLDING
 from normfuse.capturing import Examples, Model, capture_model
@@ -109,8 +111,14 @@ def _sealed(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, SEAL: hashlib.sha256(strict_json(found).encode()).hexdigest()}
 
 
+def _layers_of(readers: Sequence[fx.Node]) -> str:
+    """Return the layers that read an activation: it has no name of its own that a user knows."""
+    return ", ".join(dict.fromkeys(query.layer_of(reader) or reader.name for reader in readers))
+
+
 def _as_dict(subject: Subject, score: Sensitivity, key: Mapping[str, str]) -> dict[str, Any]:
-    layers = {node.name: query.layer_of(node) or node.name for node in subject.graph.nodes}
+    layers = {node.name: query.layer_of(node) or node.name for node in subject.maps}
+    layers |= {each.source.name: _layers_of(each.readers) for each in subject.activations}
     rows = [(kind, name, row) for kind in Kind for name, row in score.of(kind).items()]
     total = sum(max(row.values(), default=0.0) for *_, row in rows)
     shares = [
