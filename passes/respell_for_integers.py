@@ -28,7 +28,7 @@ class RespellForIntegers(Pass):
         before   y = layer_norm(x; over c, h, w)            after   layer_norm(x as [..., c h w])
         before   y = group_norm(x; G), instance_norm(x)     after   gamma * layer_norm(x as [N, G, ...]) + beta
         before   y = avg_pool2d(x; k)                       after   conv2d(x, 1 / (k k); groups = C)
-        before   y = conv1d(x, W)                           after   conv2d(x, W) with a height of one
+        before   y = conv1d(x, W), max_pool1d(x)            after   conv2d(x, W), max_pool2d(x) with a height of one
         before   y = clamp(x, a, b), minimum(x, b)          after   hardtanh(x; a, b)
         before   y = x^2, x^3, x^4, sum(x), glu(x), prelu   after   products, C mean(x), sigmoid, relu
         before   y = stack, pixel_shuffle, padding by reflection, repeat_interleave   after   moves

@@ -33,11 +33,9 @@ class ConvolutionOfOneAxis(Rule[list[Any]]):
         node = match.root
         if query.rank(node) != 3 or not query.is_constant(node.args[1]):
             return None
-        given = [query.argument(node, 3, "stride", 1), query.argument(node, 4, "padding", 0)]
-        numbers = [each[0] if isinstance(each, (list, tuple)) else each for each in given]
-        dilation = query.argument(node, 5, "dilation", 1)
-        step = dilation[0] if isinstance(dilation, (list, tuple)) else dilation
-        return [[1, numbers[0]], [0, numbers[1]], [1, step], query.argument(node, 6, "groups", 1)]
+        stride, padding = _number(query.argument(node, 3, "stride", 1)), _number(query.argument(node, 4, "padding", 0))
+        dilation = _number(query.argument(node, 5, "dilation", 1))
+        return [[1, stride], [0, padding], [1, dilation], query.argument(node, 6, "groups", 1)]
 
     def rewrite(self, match: Match, plan: list[Any], edit: Editor) -> None:
         """Give tensor and weight a height, and take the result's."""
@@ -47,6 +45,32 @@ class ConvolutionOfOneAxis(Rule[list[Any]]):
         flat = edit.call(ops.UNSQUEEZE, node.args[0], 2, at=node)
         found = edit.call(ops.CONV2D, flat, tall, query.argument(node, 2, "bias"), *plan, at=node)
         edit.replace(node, ATEN.squeeze.dim, found, 2)
+
+
+class MaximumOfOneAxis(Rule[list[Any]]):
+    """max_pool1d(x) = max_pool2d(x) with a height of one: torch pools no int8 along one axis."""
+
+    name: ClassVar[str] = "maximum-of-one-axis"
+    pattern = call(ATEN.max_pool1d.default)
+
+    def plan(self, graph: Graph, match: Match) -> list[Any] | None:
+        """Return kernel, stride, padding, dilation, and whether a last part of a window counts; there is a batch."""
+        node = match.root
+        if query.rank(node) != 3:
+            return None
+        kernel = _number(query.argument(node, 1, "kernel_size"))
+        stride = _number(query.argument(node, 2, "stride") or kernel)
+        padding, dilation = (
+            _number(query.argument(node, 3, "padding", 0)),
+            _number(query.argument(node, 4, "dilation", 1)),
+        )
+        return [[1, kernel], [1, stride], [0, padding], [1, dilation], query.argument(node, 5, "ceil_mode", False)]
+
+    def rewrite(self, match: Match, plan: list[Any], edit: Editor) -> None:
+        """Give the tensor a height, and take the result's."""
+        node = match.root
+        flat = edit.call(ops.UNSQUEEZE, node.args[0], 2, at=node)
+        edit.replace(node, ATEN.squeeze.dim, edit.call(ATEN.max_pool2d.default, flat, *plan, at=node), 2)
 
 
 class PowerIsProduct(Rule[int]):
@@ -216,8 +240,14 @@ class CausalIsMasked(Rule[Tensor]):
         edit.replace(node, ops.ATTENTION, *node.args[:3], mask, dropout, False, **kwargs)
 
 
+def _number(given: Any) -> Any:
+    """Return the one number of an option of one axis."""
+    return given[0] if isinstance(given, (list, tuple)) else given
+
+
 SPELLING_RULES: Final[tuple[Rule[Any], ...]] = (
     ConvolutionOfOneAxis(),
+    MaximumOfOneAxis(),
     PowerIsProduct(),
     SumIsMean(),
     GateIsProduct(),

@@ -205,7 +205,7 @@ def test_a_model_that_has_no_integer_form_is_refused_by_its_layer_and_leaves_not
     )
     assert done.returncode == UnsupportedModel.exit_code
     assert done.stderr.startswith("error: aten.cumsum has no integer form\n  at        middle\n")
-    assert "--integer-only" in done.stderr
+    assert "--allow-float-islands" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
     assert not any(path.is_file() and path.suffix == ".onnx" for path in temporary.rglob("*"))

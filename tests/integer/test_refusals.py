@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from normfuse.errors import UnsupportedModel, UsageError
 from normfuse.recipe import Recipe
-from normfuse.testing import Small
+from normfuse.testing import Small, seeded
 
 
 class Step(nn.Module):
@@ -107,9 +107,9 @@ def test_answers_that_are_no_floats(function: Callable[[Tensor], Tensor], tmp_pa
 
 
 def heavy(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """Return the layer with weights that all are the largest codes."""
+    """Return the layer with weights that all are the largest codes, and on no grid of fewer."""
     with torch.no_grad():
-        layer.weight.fill_(0.01)
+        layer.weight.uniform_(0.01, 0.01001, generator=seeded(0))
     return layer
 
 

@@ -94,6 +94,12 @@ ORDINARY: dict[str, tuple[Function, tuple[int, ...], dict[str, Any]]] = {
         (3, 4, 11),
         {"one": nn.Conv1d(4, 6, 3), "two": nn.Conv1d(6, 5, 1, bias=False)},
     ),
+    "maximum along one axis": (
+        lambda m, x: (F.max_pool1d(x, 3), F.max_pool1d(x, 4, stride=2, padding=2, ceil_mode=True)),
+        (3, 4, 11),
+        {},
+    ),
+    "maximum along one axis, spread": (lambda m, x: F.max_pool1d(x, 2, dilation=3), (3, 4, 11), {}),
     "windows": (lambda m, x: F.avg_pool2d(x, 3), (3, 4, 9, 7), {}),
     "windows that overlap": (lambda m, x: F.avg_pool2d(x, (3, 2), stride=(2, 1), padding=(1, 0)), (3, 4, 9, 7), {}),
     "windows that count no padding": (
