@@ -27,7 +27,7 @@ from normfuse.integer_engine import build_integers
 from normfuse.measure import file_bytes
 from normfuse.nn import prepare_qat
 from normfuse.progress import Silent
-from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
+from normfuse.quant.integer_forms import GeluForm, NormForm, SoftmaxForm
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
 
@@ -65,8 +65,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--test", type=int, default=4000, help="test images; of scenes a quarter (4096 pixels each)")
-    for name, form in (("--softmax", SoftmaxForm), ("--gelu", GeluForm)):
-        parser.add_argument(name, choices=[each.value for each in form], default="table", help="as of the compiler")
+    for name, form in (("--norm", NormForm), ("--softmax", SoftmaxForm), ("--gelu", GeluForm)):
+        first, *_ = words = [each.value for each in form]
+        parser.add_argument(name, choices=words, default=first, help="as of the compiler")
     parser.add_argument("--tune", type=int, default=0, help="steps of fine-tuning (64 images each) before the engine")
     parser.add_argument("--compared", type=int, default=COMPARED)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
@@ -89,7 +90,7 @@ def main() -> None:
     columns = ("model", "float %", "points lost", "of the score", "of the float file", "reference", "float tensors")
     ways = ", ".join(f"{batch} on {threads}" for batch, threads in WAYS)
     tuned = f"after {given.tune} steps of {TUNED} images, " if given.tune else ""
-    forms = f"softmax by {given.softmax}, GELU by {given.gelu}, "
+    forms = f"norms {given.norm}, softmax by {given.softmax}, GELU by {given.gelu}, "
     compared = f"compared on {given.compared} samples (batch {ways} threads)"
     title = f"integers alone, {forms}{tuned}{given.seeds} seeds; {compared}"
     render.table(title, columns, rows)
@@ -100,7 +101,13 @@ def main() -> None:
 def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Found:
     task = MODELS[name].task
     samples, _ = make(task, "calib", given.samples, seed)
-    recipe = Recipe(integer_only=True, softmax=SoftmaxForm(given.softmax), gelu=GeluForm(given.gelu), seed=seed)
+    recipe = Recipe(
+        integer_only=True,
+        norm=NormForm(given.norm),
+        softmax=SoftmaxForm(given.softmax),
+        gelu=GeluForm(given.gelu),
+        seed=seed,
+    )
     graph = _tuned(name, recipe, samples, given.tune) if given.tune else folded(name)
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
         exact, path = Path(folder) / "float.onnx", Path(folder) / "integers.onnx"

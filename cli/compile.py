@@ -50,6 +50,7 @@ __all__ = ["command"]
     default=None,
     help="Beside --integer-only: leave in float what has no integer form.",
 )
+@click.option("--norm", help="Of integers alone: per-tensor (the default) or per-token codes behind norms.")
 @click.option("--softmax", help="Of integers alone: table (ours, the default) or shiftmax (published).")
 @click.option("--gelu", help="Of integers alone: table (the default), shift-gelu (published) or lambda-shift-gelu.")
 @click.option("--threads", type=int, help="Threads to verify and measure with (0: the visible cores, two at most).")

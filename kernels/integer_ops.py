@@ -27,11 +27,15 @@ __all__ = [
     "INT_LINEAR",
     "INT_LINEAR_ADD",
     "INT_LINEAR_TABLE",
+    "INT_LINEAR_TOKENS",
+    "INT_LINEAR_TOKENS_TABLE",
     "INT_MATMUL",
     "INT_MEAN",
     "INT_MULTIPLY",
     "INT_RMS_NORM",
     "INT_TABLE",
+    "INT_TOKEN_CODES",
+    "INT_TOKEN_FACTORS",
     "LAMBDA_SHIFT_GELU",
     "REQUANTIZE",
     "SHIFTMAX",
@@ -57,6 +61,24 @@ def _linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _linear_table(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, table: Tensor, *rest: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=table.dtype)
+
+
+def _linear_tokens(x: Tensor, factors: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _codes((*x.shape[:-1], weight.shape[0]), x, rest[-2:])
+
+
+def _linear_tokens_table(
+    x: Tensor, factors: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, table: Tensor, *rest: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=table.dtype)
+
+
+def _token_codes(x: Tensor, is_centred: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _token_factors(x: Tensor, epsilon: int, is_centred: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.int32)
 
 
 def _conv2d(
@@ -130,6 +152,10 @@ _DEFINITIONS: Final[Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tens
     "int_linear": (reference.int_linear, _linear),
     "int_linear_add": (reference.int_linear_add, _linear),
     "int_linear_table": (reference.int_linear_table, _linear_table),
+    "int_token_codes": (reference.int_token_codes, _token_codes),
+    "int_token_factors": (reference.int_token_factors, _token_factors),
+    "int_linear_tokens": (reference.int_linear_tokens, _linear_tokens),
+    "int_linear_tokens_table": (reference.int_linear_tokens_table, _linear_tokens_table),
     "int_conv2d": (reference.int_conv2d, _conv2d),
     "int_conv2d_add": (reference.int_conv2d_add, _conv2d_add),
     "int_matmul": (reference.int_matmul, _matmul),
@@ -162,6 +188,10 @@ INT_MEAN: Final = INTEGER_OPERATORS["int_mean"]
 INT_LINEAR: Final = INTEGER_OPERATORS["int_linear"]
 INT_LINEAR_ADD: Final = INTEGER_OPERATORS["int_linear_add"]
 INT_LINEAR_TABLE: Final = INTEGER_OPERATORS["int_linear_table"]
+INT_TOKEN_CODES: Final = INTEGER_OPERATORS["int_token_codes"]
+INT_TOKEN_FACTORS: Final = INTEGER_OPERATORS["int_token_factors"]
+INT_LINEAR_TOKENS: Final = INTEGER_OPERATORS["int_linear_tokens"]
+INT_LINEAR_TOKENS_TABLE: Final = INTEGER_OPERATORS["int_linear_tokens_table"]
 INT_CONV2D: Final = INTEGER_OPERATORS["int_conv2d"]
 INT_CONV2D_ADD: Final = INTEGER_OPERATORS["int_conv2d_add"]
 INT_MATMUL: Final = INTEGER_OPERATORS["int_matmul"]

@@ -20,6 +20,7 @@ from onnxscript.values import OnnxFunction
 from normfuse.kernels.onnx_domain import DOMAIN, INT8, INT32, INT64, UINT8, UINT64, UP, VERSION, normfuse, op
 from normfuse.kernels.onnx_rescaling import RESCALING
 from normfuse.kernels.onnx_shift_functions import SHIFT_FUNCTIONS
+from normfuse.kernels.onnx_token_functions import TOKEN_FUNCTIONS
 from normfuse.kernels.reference.attention import EXPONENTIALS
 from normfuse.kernels.reference.norms import ROOT_BITS
 
@@ -468,6 +469,7 @@ FUNCTIONS: Final[Mapping[str, OnnxFunction[..., Any]]] = {
         *(requantize, int_add, int_multiply, int_mean, int_table, int_interpolate),
         *(int_linear, int_linear_add, int_linear_table, int_conv2d, int_conv2d_add, int_matmul),
         *(attended, int_attention, int_attention_bias, nearer_root, over_root, int_layer_norm, int_rms_norm),
+        *TOKEN_FUNCTIONS,
         *SHIFT_FUNCTIONS,
     )
 }

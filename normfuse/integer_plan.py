@@ -24,7 +24,7 @@ from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.planning import refined
 from normfuse.precision import BlockReport, round_all_to_nearest
 from normfuse.progress import Progress
-from normfuse.quant import QuantParams, Range, RoundedWeight
+from normfuse.quant import DynamicParams, LogarithmicParams, QuantParams, Range, RoundedWeight
 from normfuse.quant.bits import MOST
 from normfuse.quant.integer_forms import SoftmaxForm
 from normfuse.recipe import Recipe
@@ -50,7 +50,7 @@ class IntegerPlan:
     Attributes:
         graph: the float graph; its requests are where the network rounds.
         ranges: what was chosen, for the report.
-        activations: scale and zero point, by the name of what is requested.
+        activations: scale and zero point, or that each token finds its own, by the name of what is requested.
         weights: codes by the name of the linear map.
         passes: what was done on the way.
         blocks: what became of every block, where rounding to nearest was not all.
@@ -59,7 +59,7 @@ class IntegerPlan:
 
     graph: Graph
     ranges: Ranges
-    activations: Mapping[str, QuantParams]
+    activations: Mapping[str, QuantParams | DynamicParams]
     weights: Mapping[str, RoundedWeight]
     passes: tuple[PassReport, ...]
     blocks: tuple[BlockReport, ...]
@@ -87,7 +87,7 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     refuse_other_floats(folded)
     graph = folded.copy()
     wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
-    forms = PlaceIntegers(weight=wanted.weight, softmax=recipe.softmax, gelu=recipe.gelu)
+    forms = PlaceIntegers(weight=wanted.weight, norm=recipe.norm, softmax=recipe.softmax, gelu=recipe.gelu)
     # Behind the scale of spelled attention comes q's own linear map.
     spelled = (SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())
     before = spelled if recipe.softmax is SoftmaxForm.SHIFTMAX else (FindAffines(),)
@@ -105,7 +105,9 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     return IntegerPlan(
         graph=graph,
         ranges=ranges,
-        activations={name: each for name, each in chosen.activations.items() if isinstance(each, QuantParams)},
+        activations={
+            name: each for name, each in chosen.activations.items() if not isinstance(each, LogarithmicParams)
+        },
         weights=chosen.weights,
         passes=tuple(reports),
         blocks=tuple(blocks),

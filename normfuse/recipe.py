@@ -16,7 +16,7 @@ from normfuse.quant.bits import FLOAT, MOST, MOST_GROUPED, Bits
 from normfuse.quant.budget import Budget, Resource
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
-from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
+from normfuse.quant.integer_forms import GeluForm, NormForm, SoftmaxForm
 from normfuse.quant.levers import Effort, Levers
 from normfuse.quant.output_kind import OutputKind
 from normfuse.quant.overrides import Overrides
@@ -62,8 +62,8 @@ class Recipe:
     the quantized network errs less for it (see ``RotateStream``). ``equalize`` scales channels, exactly, where that
     makes quantized blocks better (see ``EqualizeChannels``). ``integer_only`` computes everything between the
     quantized inputs and the outputs in integers (see ``LowerToIntegers``); ``allow_float_islands`` leaves in float
-    what has no integer form, ``softmax`` and ``gelu`` say in which form these are (see ``SoftmaxForm`` and
-    ``GeluForm``). ``samples`` limits the calibration
+    what has no integer form, ``norm``, ``softmax`` and ``gelu`` say in which form these are (see ``NormForm``,
+    ``SoftmaxForm`` and ``GeluForm``). ``samples`` limits the calibration
     samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score
     (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
     takes its place); ``min_speedup`` the smallest speed-up over float, which is not asked of integers.
@@ -89,6 +89,7 @@ class Recipe:
     equalize: bool = False
     integer_only: bool = False
     allow_float_islands: bool = False
+    norm: NormForm = NormForm.PER_TENSOR
     softmax: SoftmaxForm = SoftmaxForm.TABLE
     gelu: GeluForm = GeluForm.TABLE
     calibration: CalibrationMethod = CalibrationMethod.AUTO
@@ -182,9 +183,16 @@ class Recipe:
         """Refuse beside integers what they do not have, and without them what only they have."""
         if not self.integer_only:
             _check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
-            for name, form in (("softmax", self.softmax), ("gelu", self.gelu)):
-                _check(form.value == "table", name, form.value, "table (the default) without integer_only")
+            for name, default in (
+                ("norm", NormForm.PER_TENSOR),
+                ("softmax", SoftmaxForm.TABLE),
+                ("gelu", GeluForm.TABLE),
+            ):
+                form = getattr(self, name)
+                _check(form is default, name, form.value, f"{default.value} (the default) without integer_only")
             return
+        is_by_tensor = self.norm is NormForm.PER_TENSOR or not self.allow_float_islands
+        _check(is_by_tensor, "norm", self.norm.value, "per-tensor (the default) beside allow_float_islands")
         plain = {
             "bits": self.precision.weight <= MOST and self.precision.activation == MOST and not self.is_mixed,
             "activations": self.activations is ActivationCodes.STATIC,

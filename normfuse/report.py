@@ -47,6 +47,7 @@ class Reason(Enum):
     TOO_SMALL = "it is too small for quantization to pay"
     NO_GAIN = "the quantized network would err more"
     NO_INTEGER_FORM = "it has no integer form, so it stays float between codes, as allowed"
+    NOT_BY_TOKEN = "its codes keep one scale for the whole tensor"
     UNKNOWN_OPERATOR = "normfuse does not know the operator, so it stays float"
 
 

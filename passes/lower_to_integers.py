@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import fx
 
@@ -15,13 +15,23 @@ from normfuse.graph.text import operator_name
 from normfuse.integer.lowering import SIZE, Lowering, unsupported
 from normfuse.integer.roles import is_view
 from normfuse.integer.rules import RULES
-from normfuse.kernels.integer_ops import INT_LINEAR, INT_LINEAR_TABLE, INT_TABLE, INTEGER_OPERATORS
+from normfuse.kernels.integer_ops import (
+    INT_LINEAR,
+    INT_LINEAR_TABLE,
+    INT_LINEAR_TOKENS,
+    INT_LINEAR_TOKENS_TABLE,
+    INT_TABLE,
+    INTEGER_OPERATORS,
+)
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import QuantParams, RoundedWeight
+from normfuse.quant import DynamicParams, QuantParams, RoundedWeight
 from normfuse.report import PassReport, Reason, Refusal
 
 __all__ = ["LowerToIntegers"]
+
+JOINED: Final = {INT_LINEAR: INT_LINEAR_TABLE, INT_LINEAR_TOKENS: INT_LINEAR_TOKENS_TABLE}
+"""What a table becomes part of, and what they are together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +55,7 @@ class LowerToIntegers(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.PLACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
 
-    activations: Mapping[str, QuantParams]
+    activations: Mapping[str, QuantParams | DynamicParams]
     weights: Mapping[str, RoundedWeight]
     allows_islands: bool = False
 
@@ -91,7 +101,8 @@ def _join(edit: Editor, node: fx.Node) -> None:
     """Make a table part of the linear map in front of it (5)."""
     source, table = node.args
     assert isinstance(source, fx.Node)
-    if query.is_call(source, INT_LINEAR) and query.only_reader(source) is node:
-        *operands, shift, zero_point, minimum, maximum = source.args
+    if query.is_call(source, *JOINED) and query.only_reader(source) is node:
+        *given, minimum, maximum = source.args
         if (minimum, maximum) == (-128, 127):  # a bound in front of the table is lost in the joint operator
-            edit.replace(node, INT_LINEAR_TABLE, *operands, table, shift, zero_point)
+            tensors = [each for each in given if isinstance(each, fx.Node)]
+            edit.replace(node, JOINED[source.target], *tensors, table, *given[len(tensors) :])

@@ -13,10 +13,11 @@ from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import is_requested, request_quantization, request_weight
 from normfuse.integer.gelu import request_form
 from normfuse.integer.roles import POINTWISE, PRODUCTS, absorbed, attention_scores, is_view
+from normfuse.integer.tokens import request_tokens, why_not_by_token
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant.integer_forms import GeluForm, SoftmaxForm
+from normfuse.quant.integer_forms import GeluForm, NormForm, SoftmaxForm
 from normfuse.quant.integer_type import INT8, INT8_NARROW, INT16, IntegerType
-from normfuse.report import PassReport
+from normfuse.report import PassReport, Reason, Refusal
 
 __all__ = ["PlaceIntegers"]
 
@@ -40,6 +41,7 @@ class PlaceIntegers(Pass):
     4. What is part of a larger operator is not rounded (``normfuse.integer.roles``).
     5. In front of forms by shifts codes are 8 bits wide and have no zero points, as published: scores of attention
        for shiftmax, which are no part of a larger operator then, and what such a GELU reads.
+    6. Norms per token: what only linear maps read of one has 8 bits at a scale of each token; other norms are named.
 
     Exact: a request passes its input on. Ranges come next, then integers in the place of everything.
     """
@@ -50,6 +52,7 @@ class PlaceIntegers(Pass):
 
     weight: IntegerType = INT8_NARROW
     """Codes of weights, per output channel."""
+    norm: NormForm = NormForm.PER_TENSOR
     softmax: SoftmaxForm = SoftmaxForm.TABLE
     gelu: GeluForm = GeluForm.TABLE
 
@@ -58,6 +61,7 @@ class PlaceIntegers(Pass):
         scores = attention_scores(graph) if self.softmax is SoftmaxForm.SHIFTMAX else set[fx.Node]()
         symmetric = MEETING if self.gelu is GeluForm.TABLE else MEETING | {ops.GELU}
         never, applied = absorbed(graph) - scores, list[str]()
+        refused = self._refused(graph, never)
         for node in graph.nodes:
             if query.is_call(node, *PRODUCTS) and query.is_constant(node.args[1]):
                 request_weight(node, self.weight)
@@ -68,9 +72,24 @@ class PlaceIntegers(Pass):
                 if node in scores:
                     request_quantization(edit, node, INT8_NARROW, query.readers(node), is_symmetric=True)
                     applied.append("8 bits")
+                elif self._is_by_token(node) and node not in refused:
+                    request_tokens(edit, node)
+                    applied.append("8 bits per token")
                 elif _rounds(node) and node not in never:
                     applied += _request(edit, node, symmetric)
-        return PassReport(name=self.name, applied=PassReport.count(applied))
+        return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused.values()))
+
+    def _is_by_token(self, node: fx.Node) -> bool:
+        return self.norm is NormForm.PER_TOKEN and query.is_call(node, ops.LAYER_NORM, ops.RMS_NORM)
+
+    def _refused(self, graph: Graph, never: Collection[fx.Node]) -> dict[fx.Node, Refusal]:
+        """Return the norms that keep codes per tensor although others were asked for, and why (6)."""
+        found = {node: why_not_by_token(node, never) for node in graph.nodes if self._is_by_token(node)}
+        return {
+            node: Refusal(node.name, Reason.NOT_BY_TOKEN, why, query.layer_of(node) or "")
+            for node, why in found.items()
+            if why
+        }
 
 
 def _rounds(node: fx.Node) -> bool:

@@ -28,6 +28,12 @@ from normfuse.kernels.reference.quantizers import (
 from normfuse.kernels.reference.rescaling import int_add, int_mean, int_multiply, rescale
 from normfuse.kernels.reference.shift_exponential import lambda_shift_gelu, shift_gelu, shiftmax
 from normfuse.kernels.reference.tables import int_table
+from normfuse.kernels.reference.tokens import (
+    int_linear_tokens,
+    int_linear_tokens_table,
+    int_token_codes,
+    int_token_factors,
+)
 
 __all__ = [
     "dequantize",
@@ -43,11 +49,15 @@ __all__ = [
     "int_linear",
     "int_linear_add",
     "int_linear_table",
+    "int_linear_tokens",
+    "int_linear_tokens_table",
     "int_matmul",
     "int_mean",
     "int_multiply",
     "int_rms_norm",
     "int_table",
+    "int_token_codes",
+    "int_token_factors",
     "lambda_shift_gelu",
     "quantize",
     "quantize_logarithm",

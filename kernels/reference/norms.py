@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normfuse.kernels.reference.rescaling import rescale
 
-__all__ = ["FRACTION", "int_layer_norm", "int_rms_norm", "square_root"]
+__all__ = ["FRACTION", "int_layer_norm", "int_rms_norm", "over_root", "square_root"]
 
 FRACTION: Final = 20
 """Bits behind the point of what is normalized, before it is rescaled."""
@@ -51,7 +51,7 @@ def int_layer_norm(
     wide = x.to(torch.int64)
     channels, total = x.shape[-1], wide.sum(-1, keepdim=True)
     power = channels * (wide * wide).sum(-1, keepdim=True) - total * total + epsilon
-    normal = _over_root(channels * wide - total, power)
+    normal = over_root(channels * wide - total, power)
     return rescale(normal, bias, multiplier, shift, zero_point, minimum, maximum)
 
 
@@ -80,7 +80,7 @@ def int_rms_norm(
     wide = x.to(torch.int64)
     channels = x.shape[-1]
     power = channels * (wide * wide).sum(-1, keepdim=True) + epsilon
-    normal = _over_root(channels * wide, power)
+    normal = over_root(channels * wide, power)
     return rescale(normal, bias, multiplier, shift, zero_point, minimum, maximum)
 
 
@@ -91,7 +91,7 @@ def square_root(x: Tensor) -> Tensor:
     return torch.where((root + 1) * (root + 1) <= x, root + 1, root)
 
 
-def _over_root(x: Tensor, power: Tensor) -> Tensor:
+def over_root(x: Tensor, power: Tensor) -> Tensor:
     """Return ``x / sqrt(power)`` with ``FRACTION`` bits behind the point, for a power of 1 ... 2^62 - 1 per row."""
     doublings = _doublings(power)
     root = square_root(power << (2 * doublings))  # 2^30 ... 2^31 - 1

@@ -14,7 +14,15 @@ from torch.nn import functional
 from normfuse.kernels.reference.rescaling import rescale
 from normfuse.kernels.reference.tables import int_table
 
-__all__ = ["int_conv2d", "int_conv2d_add", "int_linear", "int_linear_add", "int_linear_table", "int_matmul"]
+__all__ = [
+    "int_conv2d",
+    "int_conv2d_add",
+    "int_linear",
+    "int_linear_add",
+    "int_linear_table",
+    "int_matmul",
+    "linear_sums",
+]
 
 
 def int_linear(
@@ -39,7 +47,7 @@ def int_linear(
         minimum: the smallest code; the zero point for a ReLU.
         maximum: the largest code, see ``rescale``.
     """
-    return rescale(_linear(x, weight), bias, multiplier, shift, zero_point, minimum, maximum)
+    return rescale(linear_sums(x, weight), bias, multiplier, shift, zero_point, minimum, maximum)
 
 
 def int_linear_add(
@@ -69,7 +77,7 @@ def int_linear_add(
         maximum: see ``rescale``.
     """
     return _with_residual(
-        _linear(x, weight) + bias, multiplier, residual, residual_multiplier, shift, zero_point, minimum, maximum
+        linear_sums(x, weight) + bias, multiplier, residual, residual_multiplier, shift, zero_point, minimum, maximum
     )
 
 
@@ -187,7 +195,8 @@ def int_matmul(
     return rescale(sums, none, ratio, shift, zero_point, minimum, maximum)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x W^T`` of int8 x [..., in] and weight [out, in] as int64."""
     return functional.linear(x.double(), weight.double()).to(torch.int64)
 
 

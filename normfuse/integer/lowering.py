@@ -21,7 +21,7 @@ from normfuse.integer.roles import CLAMPS, is_view, viewed
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import REQUANTIZE
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
-from normfuse.quant import QuantParams, RoundedWeight
+from normfuse.quant import DynamicParams, QuantParams, RoundedWeight
 from normfuse.quant.dyadic import LARGEST_SHIFT, WIDE, Unwritable, dyadic, require_below
 
 __all__ = ["SIZE", "Lowering", "Rule", "largest_code", "per_channel", "shared", "unsupported"]
@@ -45,19 +45,21 @@ class Lowering:
 
     Attributes:
         edit: changes the graph.
-        activations: scales and zero points, by the name of what is requested.
+        activations: scales and zero points, or that tokens find theirs, by the name of what is requested.
         weights: codes of weights, by the name of the linear map.
         rules: what writes an operator.
         allows_islands: whether what has no integer form stays float between codes; else it is refused.
         islands: why values stayed float, by the name of their node.
+        factors: of codes with a scale per token, the factors that tokens have found.
     """
 
     edit: Editor
-    activations: Mapping[str, QuantParams]
+    activations: Mapping[str, QuantParams | DynamicParams]
     weights: Mapping[str, RoundedWeight]
     rules: Mapping[Any, Rule]
     allows_islands: bool = False
     islands: dict[str, str] = field(default_factory=dict)
+    factors: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _codes: dict[fx.Node, Coded] = field(default_factory=dict)
 
     @property
@@ -76,7 +78,7 @@ class Lowering:
             written = Written.of(params)
             is_input = viewed(request).op == "placeholder"
             node = self._quantized(request, params) if is_input else self._written(request, written, params)
-            self._codes[request] = Coded(node, written.scale, written.zero_point)
+            self._codes[request] = Coded(node, written.scale, written.zero_point, self.factors.get(node))
         for request in self._codes:
             if is_requested(request):  # a size is that of the float tensor
                 self.edit.redirect(request, viewed(request), only=lambda reader: query.is_call(reader, SIZE))
@@ -143,7 +145,7 @@ class Lowering:
         """Return every request with its codes, in graph order."""
         return [(node, found) for node, found in self._codes.items() if is_requested(node)]
 
-    def _written(self, request: fx.Node, written: Written, params: QuantParams) -> fx.Node:
+    def _written(self, request: fx.Node, written: Written, params: QuantParams | DynamicParams) -> fx.Node:
         try:
             with self._naming(viewed(request)):
                 return self.write(request, written)
@@ -153,8 +155,9 @@ class Lowering:
             self.islands[viewed(request).name] = refusal.what
             return self._quantized(request, params)
 
-    def _quantized(self, request: fx.Node, params: QuantParams) -> fx.Node:
+    def _quantized(self, request: fx.Node, params: QuantParams | DynamicParams) -> fx.Node:
         """Quantize a float: an input, or what has no integer form."""
+        assert isinstance(params, QuantParams), "islands and codes per token are never asked for together"
         source = viewed(request)
         found = Coded(source, float(params.scale), int(params.zero_point))
         scale, zero = self._parameters(found, f"{source.name}_scale", source, params.stored_zero_point)

@@ -11,8 +11,8 @@ from normfuse.errors import UnsupportedModel
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, per_channel, shared
 from normfuse.integer.roles import viewed
-from normfuse.integer.written import Written
-from normfuse.kernels.integer_ops import INT_LAYER_NORM, INT_RMS_NORM
+from normfuse.integer.written import Coded, Written
+from normfuse.kernels.integer_ops import INT_LAYER_NORM, INT_RMS_NORM, INT_TOKEN_CODES, INT_TOKEN_FACTORS
 from normfuse.kernels.reference.norms import FRACTION
 from normfuse.quant.dyadic import WIDE, require_below
 
@@ -27,6 +27,8 @@ LARGEST: Final = 1 << 15
 def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write a norm over the last axis; gamma, beta and an affine behind it are part of its last step.
 
+    Of codes per token it is no step: what it makes are the codes of its input, and factors.
+
     Raises:
         UnsupportedModel: it is over more than the last axis, or over more than 16,384 channels.
     """
@@ -40,6 +42,8 @@ def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     gamma, beta, eps = _constants(lowering, node, count)
     epsilon = max(1, round(eps * (count / x.scale) ** 2))
     require_below(float(count**2 * LARGEST**2 + epsilon), WIDE, what="a sum of squares", where=where)
+    if written.is_by_token:
+        return _by_token(lowering, node, x, epsilon)
     affine = written.affine
     gain = affine.scale * gamma / written.scale * 2.0**-FRACTION
     multiplier, bias, shift = per_channel(gain, (affine.scale * beta + affine.shift) / written.scale)
@@ -53,6 +57,16 @@ def norm(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     return lowering.edit.call(
         operator, x.node, *constants, epsilon, shift, *written.ends(), at=node, after=True, name=f"{node.name}_codes"
     )
+
+
+def _by_token(lowering: Lowering, node: fx.Node, x: Coded, epsilon: int) -> fx.Node:
+    """Write the codes of tokens, and beside them the factors that are left of the norm."""
+    is_centred = node.target is ops.LAYER_NORM
+    codes = lowering.edit.call(INT_TOKEN_CODES, x.node, is_centred, at=node, after=True, name=f"{node.name}_codes")
+    lowering.factors[codes] = lowering.edit.call(
+        INT_TOKEN_FACTORS, x.node, epsilon, is_centred, at=node, after=True, name=f"{node.name}_factors"
+    )
+    return codes
 
 
 def _constants(lowering: Lowering, node: fx.Node, count: int) -> tuple[Tensor, Tensor, float]:

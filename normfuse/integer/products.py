@@ -12,8 +12,16 @@ from torch import Tensor, fx
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, largest_code, per_channel, unsupported
 from normfuse.integer.roles import viewed
+from normfuse.integer.tokens import scaled_sums
 from normfuse.integer.written import Coded, Written
-from normfuse.kernels.integer_ops import INT_CONV2D, INT_CONV2D_ADD, INT_LINEAR, INT_LINEAR_ADD, INT_MATMUL
+from normfuse.kernels.integer_ops import (
+    INT_CONV2D,
+    INT_CONV2D_ADD,
+    INT_LINEAR,
+    INT_LINEAR_ADD,
+    INT_LINEAR_TOKENS,
+    INT_MATMUL,
+)
 from normfuse.quant.dyadic import ACCUMULATOR, WIDE, dyadic, require_below
 
 __all__ = ["matmul", "product", "product_of_codes"]
@@ -59,14 +67,22 @@ def product(
     reach = CODES + (0 if is_linear else abs(x.zero_point))
     sums = codes.flatten(1).double().abs().sum(1) * reach
     require_below(float(sums.max()), ACCUMULATOR, what="a sum of products", where=lowering.layer(node))
+    token_shift = list[int]()
+    if x.factors is not None:
+        shift, sums = scaled_sums(sums, codes.shape[1])
+        scales, token_shift = scales * 2.0**shift, [shift]
     found = _constants(lowering, node, scales, bias.double(), undone, sums, written, residual, stem)
-    operands = [x.node, lowering.edit.constant(codes, f"{stem}_codes", like=node), found.bias, found.multiplier]
+    operands = [lowering.edit.constant(codes, f"{stem}_codes", like=node), found.bias, found.multiplier]
     options = [] if is_linear else [*_options(node), x.zero_point]
-    if residual is None:
-        operator, arguments = (INT_LINEAR if is_linear else INT_CONV2D), [*operands, *options]
+    if x.factors is not None:
+        assert is_linear, "place-integers asks for codes per token in front of linear maps alone"
+        assert residual is None, "and of none that is computed in one with a sum"
+        operator, arguments = INT_LINEAR_TOKENS, [x.node, x.factors, *operands, *token_shift]
+    elif residual is None:
+        operator, arguments = (INT_LINEAR if is_linear else INT_CONV2D), [x.node, *operands, *options]
     else:
         operator = INT_LINEAR_ADD if is_linear else INT_CONV2D_ADD
-        arguments = [*operands, residual.node, *options, found.residual_multiplier]
+        arguments = [x.node, *operands, residual.node, *options, found.residual_multiplier]
     return lowering.edit.call(
         operator, *arguments, found.shift, *written.ends(), at=place, after=True, name=f"{place.name}_codes"
     )

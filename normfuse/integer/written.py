@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph.affine import IDENTITY, Affine
-from normfuse.quant import QuantParams
+from normfuse.kernels.reference.norms import FRACTION
+from normfuse.kernels.reference.tokens import LARGEST
+from normfuse.quant import DynamicParams, QuantParams
 
 __all__ = ["Coded", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Codes in the graph: ``value = (code - zero_point) * scale``."""
+    """Codes in the graph: ``value = (code - zero_point) * scale``, times the token's factor where there are factors."""
 
     node: fx.Node
     scale: float
     zero_point: int
+    factors: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Written:
         minimum: the smallest code, as bounds leave it.
         maximum: the largest.
         affine: what is computed of the value first, along its channels.
+        is_by_token: whether a step stands for ``scale`` times a factor that every token finds.
     """
 
     scale: float
@@ -41,10 +45,13 @@ class Written:
     minimum: int
     maximum: int
     affine: Affine = IDENTITY
+    is_by_token: bool = False
 
     @classmethod
-    def of(cls, params: QuantParams) -> Self:
-        """Return the codes of a tensor with one scale."""
+    def of(cls, params: QuantParams | DynamicParams) -> Self:
+        """Return the codes of a tensor with one scale, or with one per token."""
+        if isinstance(params, DynamicParams):
+            return cls(2.0**-FRACTION / LARGEST, 0, params.type.minimum, params.type.maximum, is_by_token=True)
         return cls(float(params.scale), int(params.zero_point), params.type.minimum, params.type.maximum)
 
     def clamped(self, low: float, high: float) -> Self:

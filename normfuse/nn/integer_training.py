@@ -30,7 +30,7 @@ from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision.decision import input_scales
 from normfuse.precision.straight_through import straight_through
 from normfuse.progress import Silent
-from normfuse.quant import QuantParams, RoundedWeight
+from normfuse.quant import DynamicParams, QuantParams, RoundedWeight
 from normfuse.quant.levers import Effort
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
@@ -201,19 +201,16 @@ class IntegerTraining(nn.Module):
             lowering = plan.lowering(edit, {name: self._rounded(name) for name in self.weights})
             lowering.run()
             coded = {request.name: found for request, found in lowering.coded_requests()}
-        by_node: dict[str, list[tuple[str, Coded]]] = {}
-        for name, found in coded.items():
-            by_node.setdefault(found.node.name, []).append((name, found))
-        values = dict[str, Tensor]()
+        wanted = {each.name for found in coded.values() for each in (found.node, found.factors) if each is not None}
+        seen = dict[str, Tensor]()
 
         def watch(node: fx.Node, value: Any) -> Any:
-            for name, found in by_node.get(node.name, ()):
-                scale = torch.tensor(found.scale, dtype=torch.float32, device=value.device)
-                values[name] = (value.to(torch.int32) - found.zero_point).to(torch.float32) * scale
+            if node.name in wanted:
+                seen[node.name] = value
             return value
 
         graph.run_watched(inputs, watch)
-        return values
+        return {name: _value(found, seen) for name, found in coded.items() if found.node.name in seen}
 
     def _rounded(self, name: str) -> RoundedWeight:
         return self._rounding[name].rounded(self.weights[name], self.biases[name])
@@ -223,6 +220,8 @@ class IntegerTraining(nn.Module):
     ) -> Any:
         if is_requested(node):
             params = self._plan.activations[query.operand(node, 0).name]
+            if isinstance(params, DynamicParams):  # no number is beyond the codes
+                return straight_through(args[0], integers[node.name])
             return _passed(args[0], integers[node.name], params)
         if node.name in self.weights:
             weight = self.weights[node.name]
@@ -238,6 +237,14 @@ class IntegerTraining(nn.Module):
             return torch.where(to_border <= free_within, gradient, torch.zeros_like(gradient))
 
         return freeze
+
+
+def _value(found: Coded, seen: Mapping[str, Tensor]) -> Tensor:
+    """Return what codes stand for, float32."""
+    codes = seen[found.node.name]
+    scale = torch.tensor(found.scale, dtype=torch.float32, device=codes.device)
+    factors = scale if found.factors is None else seen[found.factors.name].to(torch.float32) * scale
+    return (codes.to(torch.int32) - found.zero_point).to(torch.float32) * factors
 
 
 def _passed(x: Tensor, value: Tensor, params: QuantParams) -> Tensor:

@@ -1,10 +1,17 @@
-"""How integers alone compute softmax and GELU; what recipes and the command line write."""
+"""How integers alone compute norms, softmax and GELU; what recipes and the command line write."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["GeluForm", "SoftmaxForm"]
+__all__ = ["GeluForm", "NormForm", "SoftmaxForm"]
+
+
+class NormForm(Enum):
+    """A norm with statistics of the current input, in front of linear maps."""
+
+    PER_TENSOR = "per-tensor"  # its own operator, and codes with one scale, found by calibration
+    PER_TOKEN = "per-token"  # codes with a scale per token, which no norm changes, and a factor per token behind them
 
 
 class SoftmaxForm(Enum):

@@ -158,7 +158,9 @@ def test_recipes_that_contradict_it(line: str, files: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
-@pytest.mark.parametrize(("option", "form"), [("softmax", "shiftmax"), ("gelu", "lambda-shift-gelu")])
+@pytest.mark.parametrize(
+    ("option", "form"), [("norm", "per-token"), ("softmax", "shiftmax"), ("gelu", "lambda-shift-gelu")]
+)
 def test_forms_need_integers_alone(option: str, form: str, files: Path, tmp_path: Path) -> None:
     given = [files / "model.pt2", "--calib", files / "data.npz", "-o", tmp_path / "out", f"--{option}", form]
     done = CliRunner().invoke(command, list(map(str, given)), standalone_mode=False)

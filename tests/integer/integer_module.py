@@ -143,14 +143,21 @@ class _Trial:
             self.softmax[node.name] = self._of_weights(node, args, kwargs, value)
         if (coded := self.lowered.codes.get(node.name)) is None:
             return value
-        codes = self.recorded[coded.node.name].double()
-        exact = (value / coded.scale + coded.zero_point).clamp(*self._ends(node, codes))
+        codes, unit = self.recorded[coded.node.name].double(), self._unit(coded)
+        exact = (value / unit + coded.zero_point).clamp(*self._ends(node, codes))
         assert exact.shape == codes.shape
         far = (exact - codes).abs()
-        allowed = self._allowed(node, coded.scale, codes).expand(far.shape)
+        allowed = self._allowed(node, unit, codes).expand(far.shape)
         worst = int((far - allowed).argmax())
         self.found[node.name] = float(far.flatten()[worst]), float(allowed.flatten()[worst])
-        return (codes - coded.zero_point) * coded.scale
+        return (codes - coded.zero_point) * unit
+
+    def _unit(self, coded: Coded) -> Tensor:
+        """Return what a step of codes stands for: one number, or one of each token; a token of nothing has any."""
+        scale = torch.tensor(coded.scale, dtype=torch.float64)
+        if coded.factors is None:
+            return scale
+        return scale * self.recorded[coded.factors.name].double().clamp(min=1)
 
     def _with_codes(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of a call with its weight, or its table, as 8-bit codes stand for it."""
@@ -170,7 +177,7 @@ class _Trial:
         type_ = self.lowered.plan.activations[query.operand(node, 0).name].type
         return type_.minimum, type_.maximum
 
-    def _allowed(self, node: fx.Node, scale: float, codes: Tensor) -> Tensor:
+    def _allowed(self, node: fx.Node, unit: Tensor, codes: Tensor) -> Tensor:
         """Return half a code for rounding, and what constants may do.
 
         Half a code; half a step of the sums in front, which is what a bias is held in; what a softmax may do. An
@@ -179,10 +186,10 @@ class _Trial:
         if query.is_call(node, INTERPOLATION):
             return torch.tensor(1 + 2.0**-14 * float(codes.max() - codes.min()))
         source = query.operand(node, 0)
-        rounded = 0.5 + 0.5 * max(1.0, self._step(source) / scale)
+        rounded = 0.5 + 0.5 * (self._step(source) / unit).clamp(min=1.0)
         while query.is_call(source, *CLAMPS):
             source = query.operand(source, 0)
-        return rounded + self.softmax.get(source.name, torch.tensor(0.0)) / scale
+        return rounded + self.softmax.get(source.name, torch.tensor(0.0)) / unit
 
     def _step(self, node: fx.Node) -> float:
         """Return the largest step of the sums, or of what is normalized, that a value is made of."""

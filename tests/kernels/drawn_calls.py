@@ -261,6 +261,54 @@ def normalized(draw: Draw) -> Arguments:
     )
 
 
+def tokens(draw: Draw) -> Tensor:
+    """Draw rows of a stream: any, of one number, or of nothing but 0."""
+    x = codes(draw, (*batch(draw), draw(SIZES), draw(SIZES)), draw(CODES))
+    generator = seeded(draw(SEEDS))
+    x = torch.where(torch.rand((*x.shape[:-1], 1), generator=generator) < 0.7, x, x[..., :1])
+    return torch.where(torch.rand((*x.shape[:-1], 1), generator=generator) < 0.8, x, torch.zeros_like(x))
+
+
+@st.composite
+def token_codes(draw: Draw) -> Arguments:
+    return {"x": tokens(draw), "is_centred": draw(st.booleans())}
+
+
+@st.composite
+def token_factors(draw: Draw) -> Arguments:
+    x = tokens(draw)
+    most = WIDE - 1 - x.shape[-1] ** 2 * (1 << 30)
+    epsilon = draw(st.sampled_from([1, x.shape[-1] ** 2, most]) | st.integers(1, 1 << 20) | st.integers(1, most))
+    return {"x": x, "epsilon": epsilon, "is_centred": draw(st.booleans())}
+
+
+def by_token(draw: Draw) -> Arguments:
+    """Draw what both linear maps of tokens take: factors of any size that the contract lets them have."""
+    inner, outer = draw(SIZES), draw(SIZES)
+    x, weight = codes(draw, (*batch(draw), draw(SIZES), inner)), codes(draw, (outer, inner))
+    largest = min(1 << draw(st.sampled_from([1, 20, 24, 27])), (1 << 31) - 1)
+    factors = numbers(draw, (*x.shape[:-1], 1), 0, largest, torch.int32)
+    spread = (inner << 14) * largest
+    token_shift = draw(st.sampled_from([max(spread.bit_length() - 29, 1)]) | st.integers(1, 40))
+    bias, most = biases(draw, (outer,))
+    multiplier, shift = ratios(draw, (spread >> token_shift) + 1 + most, (outer,))
+    return {"x": x, "factors": factors, "weight": weight, "bias": bias, "multiplier": multiplier.to(torch.int32)} | {
+        "token_shift": token_shift,
+        "shift": shift,
+    }
+
+
+@st.composite
+def linear_tokens(draw: Draw) -> Arguments:
+    return by_token(draw) | ends(draw)
+
+
+@st.composite
+def linear_tokens_table(draw: Draw) -> Arguments:
+    table = codes(draw, (256,), draw(CODES))
+    return by_token(draw) | {"table": table, "zero_point": draw(st.integers(-128, 127))}
+
+
 @st.composite
 def interpolated(draw: Draw) -> Arguments:
     shape, size = (*batch(draw), draw(SIZES), draw(SIZES)), draw(SIZES)
@@ -314,6 +362,10 @@ CALLS: Final[dict[str, st.SearchStrategy[Arguments]]] = {
     "int_attention": attention(),
     "int_layer_norm": normalized(),
     "int_rms_norm": normalized(),
+    "int_token_codes": token_codes(),
+    "int_token_factors": token_factors(),
+    "int_linear_tokens": linear_tokens(),
+    "int_linear_tokens_table": linear_tokens_table(),
     "int_interpolate": interpolated(),
     "shiftmax": shifted_softmax(),
     "shift_gelu": shifted_gelu(),

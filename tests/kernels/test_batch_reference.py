@@ -17,6 +17,7 @@ def batched_calls(size: int) -> dict[str, tuple[Arguments, tuple[str, ...]]]:
     row, image, tokens = any_codes(size, 5, 8), any_codes(size, 4, 6, 5), any_codes(size, 5, 8, dtype=torch.int16)
     vectors = {"bias": any_numbers(8), "multiplier": any_numbers(8, limit=2**24), "shift": 30}
     linear = {"x": row, "weight": any_codes(8, 8, seed=2), **vectors}
+    by_token = {"factors": any_numbers(size, 5, 1, limit=2**20).abs(), "token_shift": 17}
     window = {"x": image, "weight": any_codes(8, 2, 3, 2, seed=2), **vectors, **WINDOWS["dilated"], "x_zero_point": 3}
     side = {"residual": any_codes(size, 8, 6, 4, seed=3), "residual_multiplier": 2**28}
     one = {"multiplier": 2**20, "shift": 30}
@@ -43,6 +44,10 @@ def batched_calls(size: int) -> dict[str, tuple[Arguments, tuple[str, ...]]]:
         "int_linear": (linear, ("x",)),
         "int_linear_add": (linear | {"residual": tokens, "residual_multiplier": 2**22}, ("x", "residual")),
         "int_linear_table": (linear | {"table": any_codes(256)}, ("x",)),
+        "int_token_codes": ({"x": tokens, "is_centred": True}, ("x",)),
+        "int_token_factors": ({"x": tokens, "epsilon": 64, "is_centred": True}, ("x",)),
+        "int_linear_tokens": (linear | by_token, ("x", "factors")),
+        "int_linear_tokens_table": (linear | by_token | {"table": any_codes(256)}, ("x", "factors")),
         "int_conv2d": (window, ("x",)),
         "int_conv2d_add": (window | side, ("x", "residual")),
         "int_matmul": ({"x": row, "y": heads["k"], **one}, ("x", "y")),
@@ -56,14 +61,18 @@ def batched_calls(size: int) -> dict[str, tuple[Arguments, tuple[str, ...]]]:
     }
 
 
+FEWER_ENDS: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("int_table", "int_token_codes", "int_token_factors", "int_interpolate"), ()),
+    **dict.fromkeys(("int_linear_table", "int_linear_tokens_table"), ("zero_point",)),
+    "shiftmax": ("maximum",),
+}
 BATCHED: Final = sorted(batched_calls(1))
 
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_batch_means_nothing(name: str) -> None:
     arguments, batched = batched_calls(5)[name]
-    fewer = {"int_table": (), "int_interpolate": (), "int_linear_table": ("zero_point",), "shiftmax": ("maximum",)}
-    ends = {key: value for key, value in ENDS["int16"].items() if key in fewer.get(name, ENDS["int16"])}
+    ends = {key: value for key, value in ENDS["int16"].items() if key in FEWER_ENDS.get(name, ENDS["int16"])}
 
     def result(pick: Callable[[Tensor], Tensor]) -> Tensor:
         return torch_result(name, arguments | {key: pick(arguments[key]) for key in batched} | ends)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfuse.kernels.integer_ops import INTEGER_OPERATORS
 from normfuse.kernels.reference import rescaling, square_root
-from normfuse.kernels.reference.norms import _over_root
+from normfuse.kernels.reference.norms import over_root
 from normfuse.testing import seeded
 
 INT8_ENDS: Final = {"zero_point": -5, "minimum": -128, "maximum": 127}
@@ -289,17 +289,17 @@ def test_rounded_shift_function(shift: int) -> None:
 
 @given(seed=SEEDS)
 @settings(max_examples=20)
-def test_over_root_function(seed: int) -> None:
+def testover_root_function(seed: int) -> None:
     generator = seeded(seed)
     roots = torch.randint(1, 1 << 31, (500,), generator=generator) >> torch.randint(0, 31, (500,), generator=generator)
     roots = torch.cat([roots, torch.tensor([1, 2, 1 << 30, (1 << 31) - 1])])
     squares = roots * roots
     power = torch.cat([squares - 1, squares, squares + 1, squares + 2 * roots, torch.tensor([WIDE - 1])])
-    check_over_root(power.clamp(1, WIDE - 1))
+    checkover_root(power.clamp(1, WIDE - 1))
 
 
 @pytest.mark.parametrize("doublings", range(1, 16))
-def test_over_root_where_newton_ends_above(doublings: int) -> None:
+def testover_root_where_newton_ends_above(doublings: int) -> None:
     """One below a square, Newton's steps end at the root or above it in turns: at 4^doublings power = m^2 - 1 here."""
     step = 1 << (2 * doublings - 1)
     multiples = (
@@ -308,12 +308,12 @@ def test_over_root_where_newton_ends_above(doublings: int) -> None:
     m = torch.cat([multiples + 1, multiples - 1])
     m = m[(m >= 1 << 30) & (m < 1 << 31)]
     assert len(m)
-    check_over_root((m * m - 1) >> (2 * doublings))
+    checkover_root((m * m - 1) >> (2 * doublings))
 
 
-def check_over_root(power: Tensor) -> None:
+def checkover_root(power: Tensor) -> None:
     largest, power = torch.full((len(power), 1), (1 << 31) - 1), power[:, None]  # times a reciprocal it is below 2^62
     root = square_root(power)
     x = torch.cat([-largest, -root, torch.zeros_like(root), root // 3, root, largest // 7, largest], dim=-1)
     found = call_function("over_root", [x, power], {})
-    assert_identical(found, _over_root(x, power))
+    assert_identical(found, over_root(x, power))

@@ -1,0 +1,65 @@
+"""Norms whose codes have a scale per token: what is left of the norm is a factor behind the maps that read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Final
+
+from torch import Tensor, fx
+
+from normfuse.graph import ops, query
+from normfuse.graph.edit import Editor
+from normfuse.graph.quantization import request_quantization
+from normfuse.integer.roles import viewed
+from normfuse.kernels.reference.norms import FRACTION
+from normfuse.quant.integer_type import INT8_NARROW
+
+__all__ = ["request_tokens", "scaled_sums", "why_not_by_token"]
+
+SCALED_BITS: Final = 29
+"""Of a sum times its factor, once it is shifted: with a bias of 30 bits and a multiplier of 31 it is below 2^62."""
+
+
+def request_tokens(edit: Editor, norm: fx.Node) -> None:
+    """Ask for codes of a norm that have one scale per token."""
+    channels = query.shape(norm)[-1]
+    assert isinstance(channels, int)
+    request_quantization(edit, norm, INT8_NARROW, query.readers(norm), is_symmetric=True, group=channels)
+
+
+def why_not_by_token(norm: fx.Node, part_of_larger: Collection[fx.Node]) -> str:
+    """Return why a norm's codes cannot have scales per token; nothing if they can.
+
+    Args:
+        norm: a layer or RMS norm.
+        part_of_larger: the nodes that are computed in one with what reads them.
+    """
+    shape = norm.args[1]
+    if not isinstance(shape, (list, tuple)) or len(shape) != 1 or not isinstance(query.shape(norm)[-1], int):
+        return f"it is over {shape}, not over one axis of fixed size"
+    gamma_and_beta = zip(ops.ONLINE_NORMS[norm.target], ("weight", "bias"), strict=False)
+    if any(query.argument(norm, index, name) is not None for index, name in gamma_and_beta):
+        return "gamma and beta are not part of the linear maps behind it"
+    for reader in query.readers(norm):
+        if query.is_call(reader, ops.ATEN.sym_size.int):
+            continue
+        layer = query.layer_of(reader) or reader.name
+        is_map = query.is_call(reader, ops.LINEAR) and viewed(reader) is norm and query.is_constant(reader.args[1])
+        if not is_map:
+            return f"{layer} reads it, which is no linear map with constant weights"
+        if reader in part_of_larger and any(query.is_call(each, ops.ADD) for each in query.readers(reader)):
+            return f"{layer} reads it, which is computed in one with a sum"
+    return ""
+
+
+def scaled_sums(sums: Tensor, channels: int) -> tuple[int, Tensor]:
+    """Return how far sums times factors are shifted, and their largest magnitudes then, float64 [out].
+
+    Args:
+        sums: float64 [out], the largest magnitudes of the sums.
+        channels: of a token; no factor is above their root.
+    """
+    scaled = sums * (math.sqrt(channels) + 1) * 2.0**FRACTION
+    shift = max(math.frexp(float(scaled.max()))[1] - SCALED_BITS, 1)
+    return shift, scaled * 2.0**-shift + 1
