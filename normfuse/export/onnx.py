@@ -89,12 +89,19 @@ def export_onnx(graph: Graph, path: Path) -> None:
     pack_grouped_codes(model)
     pack_small_codes(model)
     add_functions(model)
+    _forget_types(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
     constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     external = f"{path.name}.data" if constants > LARGEST_SINGLE_FILE else None
     ir.save(model, path, external_data=external)
     onnx.checker.check_model(str(path), full_check=external is None)
+
+
+def _forget_types(model: ir.Model) -> None:
+    """Let constants be told by their tensors alone; of each the file would hold type and shape once more."""
+    for value in model.graph.initializers.values():
+        value.type = value.shape = None
 
 
 def _translate(graph: Graph) -> ir.Model:
