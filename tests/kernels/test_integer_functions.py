@@ -251,20 +251,44 @@ def test_published_sums_are_cut(x0: int) -> None:
     check("shiftmax", {"scores": x, "x0": x0, "n": 22, "maximum": 32767})
 
 
-@odd
-@limits
-@pytest.mark.parametrize("name", ["int_layer_norm", "int_rms_norm"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
-def test_norm_of_odd_sizes(ends: Arguments, size: int, name: str, dtype: torch.dtype) -> None:
+def extreme_rows(size: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of any codes, of one code, of an outlier and of alternating corners."""
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     x = any_codes(7, size, dtype=dtype)
     x[1], x[2], x[3] = low, high, 0
     x[4], x[4, 0] = low, high
     x[5, ::2], x[5, 1::2] = low, high
+    return x
+
+
+@odd
+@limits
+@pytest.mark.parametrize("name", ["int_layer_norm", "int_rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
+def test_norm_of_odd_sizes(ends: Arguments, size: int, name: str, dtype: torch.dtype) -> None:
+    x = extreme_rows(size, dtype)
     vectors = {"bias": any_numbers(size, low=-(2**22), high=2**22)}
     vectors["multiplier"] = any_numbers(size, low=-(2**31) + 1, high=2**31 - 1, seed=2)
     for epsilon in (1, size * size, 2**40):
         check(name, {"x": x, **vectors, "epsilon": epsilon, "shift": 46} | ends)
+
+
+@odd
+@limits
+@pytest.mark.parametrize("is_centred", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
+def test_tokens_of_odd_sizes(ends: Arguments, size: int, is_centred: bool, dtype: torch.dtype) -> None:
+    x, weight = extreme_rows(size, dtype), any_codes(3, size, seed=3)
+    codes = check("int_token_codes", {"x": x, "is_centred": is_centred})
+    vectors = {"bias": any_numbers(3, low=-(2**30), high=2**30)}
+    vectors["multiplier"] = any_numbers(3, low=-(2**31) + 1, high=2**31 - 1, seed=2)
+    table = {"table": any_codes(256, dtype=torch.int16), "zero_point": ends["zero_point"] % 100}
+    for epsilon in (1, size * size, 2**40):
+        factors = check("int_token_factors", {"x": x, "epsilon": epsilon, "is_centred": is_centred})
+        maps = {"x": codes, "factors": factors, "weight": weight, **vectors, "token_shift": 25, "shift": 50}
+        check("int_linear_tokens", maps | ends)
+        check("int_linear_tokens", maps | ends, stored_from=2)
+        check("int_linear_tokens_table", maps | table)
 
 
 @limits
