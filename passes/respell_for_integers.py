@@ -11,6 +11,7 @@ from normfuse.report import PassReport
 from normfuse.rewrite import Rule, apply_rules
 from normfuse.rewrite.bounds import BOUND_RULES
 from normfuse.rewrite.computed_constants import COMPUTED_CONSTANT_RULES
+from normfuse.rewrite.masks import MASK_RULES
 from normfuse.rewrite.moves import MOVE_RULES
 from normfuse.rewrite.one_axis_norms import ONE_AXIS_NORM_RULES
 from normfuse.rewrite.spellings import SPELLING_RULES
@@ -55,6 +56,7 @@ class RespellForIntegers(Pass):
             *WINDOW_MEAN_RULES,
             *BOUND_RULES,
             *SPELLING_RULES,
+            *MASK_RULES,
             *MOVE_RULES,
         ]
         rest = apply_rules(graph, rules, name=self.name)

@@ -10,10 +10,10 @@ from torch import fx
 
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor
-from normfuse.integer.roles import CLOSED, MASK
 from normfuse.pipeline import Fact, Pass
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite import Match, Rule, apply_rules, call
+from normfuse.rewrite.masks import CLOSED, MASK
 
 __all__ = ["SpellOutMaskedAttention"]
 

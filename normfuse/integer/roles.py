@@ -10,11 +10,10 @@ from torch import fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.quantization import is_requested
+from normfuse.rewrite.masks import CLOSED, MASK
 
 __all__ = [
     "CLAMPS",
-    "CLOSED",
-    "MASK",
     "MEANS",
     "POINTWISE",
     "PRODUCTS",
@@ -58,11 +57,6 @@ VIEWS: Final = frozenset(
 )
 """What moves, looks up or repeats values, or takes the largest, or one between two: the same on codes."""
 
-MASK: Final = ops.ATEN.where.ScalarOther
-
-CLOSED: Final = -(2.0**30)
-"""What stands for a masked score: no exponential is left of it, and a row of nothing else is no NaN."""
-
 
 def is_view(node: object) -> bool:
     """Return whether a node hands on its first argument's values.
@@ -97,7 +91,7 @@ def is_given(node: object) -> bool:
 
 
 def is_masked(node: object) -> bool:
-    """Return whether a node masks scores, as ``spell-out-masked-attention`` writes it."""
+    """Return whether a node masks scores, as ``normfuse.rewrite.masks`` writes it."""
     return isinstance(node, fx.Node) and query.is_call(node, MASK) and node.args[2:] == (CLOSED,)
 
 
