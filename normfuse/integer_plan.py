@@ -14,15 +14,18 @@ from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import requests
 from normfuse.integer.lowering import Lowering
 from normfuse.integer.rules import RULES, refuse_other_floats, refuse_unsupported, refuse_whole_attention
+from normfuse.integer.tokens import token_params
 from normfuse.passes.find_affines import FindAffines
 from normfuse.passes.fold_affine_into_producers import FoldAffineIntoProducers
 from normfuse.passes.join_islands import JoinIslands
 from normfuse.passes.place_integers import PlaceIntegers
 from normfuse.passes.respell_for_integers import RespellForIntegers
+from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.passes.spell_out_masked_attention import SpellOutMaskedAttention
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.planning import refined
-from normfuse.precision import BlockReport, round_all_to_nearest
+from normfuse.precision import BlockReport, Quantization
+from normfuse.precision.decision import decide_again
 from normfuse.progress import Progress
 from normfuse.quant import DynamicParams, LogarithmicParams, QuantParams, Range, RoundedWeight
 from normfuse.quant.bits import MOST
@@ -88,8 +91,8 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     graph = folded.copy()
     wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
     forms = PlaceIntegers(weight=wanted.weight, norm=recipe.norm, softmax=recipe.softmax, gelu=recipe.gelu)
-    # Behind the scale of spelled attention comes q's own linear map.
-    spelled = (SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())
+    # Behind the scale of spelled attention comes q's own linear map. A causal mask is a constant by now.
+    spelled = (SpellOutAttention(), SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())
     before = spelled if recipe.softmax is SoftmaxForm.SHIFTMAX else (FindAffines(),)
     behind = (JoinIslands(),) if recipe.allow_float_islands else ()
     place = Phase("integers", (RespellForIntegers(), *before, forms, *behind))
@@ -100,7 +103,7 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         refuse_whole_attention(graph)
     ranges = _ranges(graph, samples, recipe, total, progress)
     with progress.task("rounding weights"):
-        nearest = round_all_to_nearest(graph, ranges.by_name)
+        nearest = decide_again(graph, ranges.by_name, _of_tokens(graph))
     chosen, blocks = refined(graph, samples, nearest, recipe, wanted, None, progress)
     return IntegerPlan(
         graph=graph,
@@ -113,6 +116,12 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
         blocks=tuple(blocks),
         allows_islands=recipe.allow_float_islands,
     )
+
+
+def _of_tokens(graph: Graph) -> Quantization:
+    """Return what is decided before any range is: the codes of tokens."""
+    by_token = {each.source.name: each.group for each in requests(graph) if each.group is not None}
+    return Quantization(activations={name: token_params(size) for name, size in by_token.items()}, weights={})
 
 
 def _ranges(graph: Graph, samples: Stream, recipe: Recipe, total: int, progress: Progress) -> Ranges:

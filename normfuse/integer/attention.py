@@ -53,18 +53,19 @@ def attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     if lowering.is_coded(weights):
         return matmul(lowering, node, written)
     scores, bias = viewed(weights), None
+    added = None
     if is_masked(scores):
-        found = lowering.coded(query.operand(scores, 1))
-        return shiftmax_attention(lowering, node, written, found, _masked(lowering, node, query.operand(scores, 0)))
-    if query.is_call(scores, ops.ADD):
+        mask, scores = (query.operand(scores, index) for index in (0, 1))
+        added = _masked(lowering, node, mask)
+    elif query.is_call(scores, ops.ADD):
         operands = [query.operand(scores, index) for index in (0, 1)]
         bias, scores = sorted(operands, key=lambda each: not is_given(each))
     if lowering.is_coded(scores):
         found = lowering.coded(scores)
-        added = None if bias is None else _bias(lowering, bias, found.scale)
+        added = added if bias is None else _bias(lowering, bias, found.scale)
         return shiftmax_attention(lowering, node, written, found, added)
-    q, k, v = (lowering.coded(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
-    added = None if bias is None else _bias(lowering, bias, q.scale * k.scale)
+    q, k, v = (lowering.operand(each) for each in (query.operand(scores, 0), query.operand(scores, 1), values))
+    added = added if bias is None else _bias(lowering, bias, q.scale * k.scale)
     return _written(lowering, node, _Heads(q, k, v, added, 1.0), written)
 
 
@@ -74,7 +75,7 @@ def whole_attention(lowering: Lowering, node: fx.Node, written: Written) -> fx.N
     Raises:
         UnsupportedModel: its mask is causal, or float and no constant, or heads of values are shared.
     """
-    q, k, v = (lowering.coded(query.operand(node, index)) for index in range(3))
+    q, k, v = (lowering.operand(query.operand(node, index)) for index in range(3))
     mask = query.argument(node, 3, "attn_mask")
     is_plain = not query.argument(node, 5, "is_causal", False) and not node.kwargs.get("enable_gqa", False)
     is_known = mask is None or query.dtype(mask) is torch.bool or is_given(mask)
@@ -115,8 +116,6 @@ def _written(lowering: Lowering, node: fx.Node, heads: _Heads, written: Written)
         torch.tensor(heads.v.scale / written.scale, dtype=torch.float64), largest_shift=LARGEST_SHIFT - RECIPROCAL
     )
     where, inner, keys = lowering.layer(node), query.shape(heads.q.node)[-1], query.shape(heads.v.node)[-2]
-    if any(query.dtype(each.node) is not torch.int8 for each in (heads.q, heads.k, heads.v)):  # constants have 16 bits
-        raise unsupported(node)
     if not isinstance(inner, int) or inner * LARGEST_CODE**2 >= MASKED:
         raise UnsupportedModel(
             f"scores sum up {inner} products", where=where, expected=f"a fixed number up to {MASKED // LARGEST_CODE**2}"

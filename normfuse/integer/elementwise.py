@@ -95,9 +95,7 @@ def _axes(node: fx.Node) -> tuple[list[int], bool]:
 
 def table(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write a function of one number as its 256 values."""
-    x = lowering.coded(viewed(node))
-    if query.dtype(x.node) is not torch.int8:  # constants have 16 bits
-        raise unsupported(node)
+    x = lowering.operand(viewed(node))
     values = (CODES - x.zero_point).double() * x.scale
     found = node.target(values, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     kind = codes_type(written.minimum, written.maximum)

@@ -8,9 +8,9 @@ from typing import Final, assert_never
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import metadata, query
+from normfuse.graph import metadata
 from normfuse.integer.elementwise import table
-from normfuse.integer.lowering import Lowering, largest_code, unsupported
+from normfuse.integer.lowering import Lowering, largest_code
 from normfuse.integer.octaves import octaves
 from normfuse.integer.roles import viewed
 from normfuse.integer.written import Coded, Written
@@ -104,9 +104,7 @@ def best_bound(inside: Tensor, outside: Tensor) -> int:
 
 
 def _symmetric(lowering: Lowering, node: fx.Node) -> Coded:
-    found = lowering.coded(viewed(node))
-    if query.dtype(found.node) is not torch.int8:  # constants have 16 bits
-        raise unsupported(node)
+    found = lowering.operand(viewed(node))
     assert found.zero_point == 0, "place-integers asks for symmetric codes in front of a form by shifts"
     return found
 

@@ -30,6 +30,7 @@ Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
 
 SIZE: Final = ops.ATEN.sym_size.int
+POOLS: Final = frozenset(ops.MAXIMUM_POOLS)
 ARGMAX: Final = ops.ATEN.argmax.default
 
 LARGEST_BIAS: Final = 1 << 30
@@ -51,6 +52,7 @@ class Lowering:
         allows_islands: whether what has no integer form stays float between codes; else it is refused.
         islands: why values stayed float, by the name of their node.
         factors: of codes with a scale per token, the factors that tokens have found.
+        operands: the codes that products read of a node's value.
     """
 
     edit: Editor
@@ -60,6 +62,7 @@ class Lowering:
     allows_islands: bool = False
     islands: dict[str, str] = field(default_factory=dict)
     factors: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    operands: dict[fx.Node, Coded] = field(default_factory=dict)
     _codes: dict[fx.Node, Coded] = field(default_factory=dict)
 
     @property
@@ -211,16 +214,48 @@ class Lowering:
                 raise unsupported(node)
         return self._codes[node]
 
-    def _constant(self, node: fx.Node) -> Coded:
+    def operand(self, node: fx.Node) -> Coded:
+        """Return the codes of an operand of a product: 8 bits, of constants too, which have 16 elsewhere.
+
+        Raises:
+            UnsupportedModel: it has none.
+        """
+        if node not in self.operands:
+            self.operands[node] = self._operand(node)
+        return self.operands[node]
+
+    def _operand(self, node: fx.Node) -> Coded:
+        if query.is_constant(node):
+            return self._constant(node, NARROW_CODES, torch.int8)
+        if self._is_moved_constant(node):
+            return self._moved(node, self.operand(viewed(node)))
+        found = self.coded(node)
+        if query.dtype(found.node) is torch.int8:
+            return found
+        written = Written(found.scale * WIDE_CODES / NARROW_CODES, 0, -NARROW_CODES, NARROW_CODES)  # rows of a table
+        return Coded(self.requantize(found.node, found, written), written.scale, 0)
+
+    def _is_moved_constant(self, node: fx.Node) -> bool:
+        """Return whether a node only moves the numbers of a constant."""
+        if query.is_constant(node):
+            return True
+        is_moved = is_view(node) and node.target not in self.rules and not query.is_call(node, ops.EMBEDDING)
+        return is_moved and self._is_moved_constant(viewed(node))
+
+    def _constant(self, node: fx.Node, largest: int = WIDE_CODES, kind: torch.dtype = torch.int16) -> Coded:
         values = query.constant(self.graph, node).double()
-        scale = float(values.abs().max()) / WIDE_CODES or 1.0
-        codes = torch.floor(values / scale + 0.5).to(torch.int16)
+        scale = float(values.abs().max()) / largest or 1.0
+        codes = torch.floor(values / scale + 0.5).to(kind)
         return Coded(self.edit.constant(codes, f"{node.name}_codes", like=node), scale, 0)
 
     def _view(self, node: fx.Node) -> Coded:
         if query.is_call(node, ops.EMBEDDING):
             return self._embedding(node)
-        found = self.coded(viewed(node))
+        source = viewed(node)  # no runtime pools 16 bits
+        return self._moved(node, self.operand(source) if query.is_call(node, *POOLS) else self.coded(source))
+
+    def _moved(self, node: fx.Node, found: Coded) -> Coded:
+        """Return the codes of a view, from those of what it looks at."""
         if (rule := self.rules.get(node.target)) is not None:
             written = Written(found.scale, found.zero_point, 0, 0)
             return Coded(rule(self, node, written), found.scale, found.zero_point)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from normfuse.graph import ops, query
 from normfuse.integer.lowering import Lowering, largest_code, per_channel, unsupported
 from normfuse.integer.roles import viewed
-from normfuse.integer.tokens import scaled_sums
+from normfuse.integer.tokens import scaled_sums, token_shift
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import (
     INT_CONV2D,
@@ -58,7 +58,7 @@ def product(
     """
     if node.name not in lowering.weights:  # an activation
         raise unsupported(node)
-    x, weight, place = lowering.coded(viewed(node)), lowering.weights[node.name], at or node
+    x, weight, place = lowering.operand(viewed(node)), lowering.weights[node.name], at or node
     stem, codes = str(query.operand(node, 1).target), weight.codes.to(torch.int8)
     scales = weight.params.scale.double() * x.scale
     is_linear = node.target is ops.LINEAR
@@ -67,17 +67,15 @@ def product(
     reach = CODES + (0 if is_linear else abs(x.zero_point))
     sums = codes.flatten(1).double().abs().sum(1) * reach
     require_below(float(sums.max()), ACCUMULATOR, what="a sum of products", where=lowering.layer(node))
-    token_shift = list[int]()
     if x.factors is not None:
-        shift, sums = scaled_sums(sums, codes.shape[1])
-        scales, token_shift = scales * 2.0**shift, [shift]
+        sums, scales = scaled_sums(sums, codes.shape[1]), scales * 2.0 ** token_shift(codes.shape[1])
     found = _constants(lowering, node, scales, bias.double(), undone, sums, written, residual, stem)
     operands = [lowering.edit.constant(codes, f"{stem}_codes", like=node), found.bias, found.multiplier]
     options = [] if is_linear else [*_options(node), x.zero_point]
     if x.factors is not None:
         assert is_linear, "place-integers asks for codes per token in front of linear maps alone"
         assert residual is None, "and of none that is computed in one with a sum"
-        operator, arguments = INT_LINEAR_TOKENS, [x.node, x.factors, *operands, *token_shift]
+        operator, arguments = INT_LINEAR_TOKENS, [x.node, x.factors, *operands, token_shift(codes.shape[1])]
     elif residual is None:
         operator, arguments = (INT_LINEAR if is_linear else INT_CONV2D), [x.node, *operands, *options]
     else:
@@ -123,15 +121,13 @@ def _constants(  # noqa: PLR0913, PLR0917 - what the last step of a product is m
 
 def matmul(lowering: Lowering, node: fx.Node, written: Written) -> fx.Node:
     """Write the product of two activations."""
-    x, y = (lowering.coded(query.operand(node, index)) for index in (0, 1))
+    x, y = (lowering.operand(query.operand(node, index)) for index in (0, 1))
     return product_of_codes(lowering, node, (x, y), written)
 
 
 def product_of_codes(lowering: Lowering, node: fx.Node, operands: tuple[Coded, Coded], written: Written) -> fx.Node:
     """Write the product of these codes in the place of ``node``, a float product of the same shapes."""
     x, y = operands
-    if any(query.dtype(each.node) is not torch.int8 for each in operands):  # constants have 16 bits
-        raise unsupported(node)
     inner = query.shape(viewed(node))[-1]
     ratio = torch.tensor(x.scale * y.scale / written.scale, dtype=torch.float64)
     multiplier, shift = dyadic(ratio)

@@ -13,9 +13,14 @@ from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import request_quantization
 from normfuse.integer.roles import viewed
 from normfuse.kernels.reference.norms import FRACTION
+from normfuse.kernels.reference.tokens import LARGEST
+from normfuse.quant import DynamicParams
 from normfuse.quant.integer_type import INT8_NARROW
 
-__all__ = ["request_tokens", "scaled_sums", "why_not_by_token"]
+__all__ = ["TOKEN_SCALE", "request_tokens", "scaled_sums", "token_params", "token_shift", "why_not_by_token"]
+
+TOKEN_SCALE: Final = 2.0**-FRACTION / LARGEST
+"""What a code times its factor counts in."""
 
 SCALED_BITS: Final = 29
 """Of a sum times its factor, once it is shifted: with a bias of 30 bits and a multiplier of 31 it is below 2^62."""
@@ -53,13 +58,26 @@ def why_not_by_token(norm: fx.Node, part_of_larger: Collection[fx.Node]) -> str:
     return ""
 
 
-def scaled_sums(sums: Tensor, channels: int) -> tuple[int, Tensor]:
-    """Return how far sums times factors are shifted, and their largest magnitudes then, float64 [out].
+def token_params(channels: int) -> DynamicParams:
+    """Return what the codes of tokens with so many channels are."""
+    return DynamicParams(size=channels, sum_scale=TOKEN_SCALE * 2.0 ** token_shift(channels))
+
+
+def token_shift(channels: int) -> int:
+    """Return how far sums times factors are shifted: no further than any weights of 8 bits need."""
+    return max(math.frexp(channels * LARGEST**2 * _largest_factor(channels))[1] - SCALED_BITS, 1)
+
+
+def scaled_sums(sums: Tensor, channels: int) -> Tensor:
+    """Return the largest magnitudes of sums that are multiplied with their factors and shifted.
 
     Args:
         sums: float64 [out], the largest magnitudes of the sums.
-        channels: of a token; no factor is above their root.
+        channels: of a token.
     """
-    scaled = sums * (math.sqrt(channels) + 1) * 2.0**FRACTION
-    shift = max(math.frexp(float(scaled.max()))[1] - SCALED_BITS, 1)
-    return shift, scaled * 2.0**-shift + 1
+    return sums * _largest_factor(channels) * 2.0 ** -token_shift(channels) + 1
+
+
+def _largest_factor(channels: int) -> float:
+    """Return what no factor is above: max |d| / r is at most the root of the number of channels."""
+    return (math.sqrt(channels) + 1) * 2.0**FRACTION

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph.affine import IDENTITY, Affine
-from normfuse.kernels.reference.norms import FRACTION
-from normfuse.kernels.reference.tokens import LARGEST
+from normfuse.integer.tokens import TOKEN_SCALE
 from normfuse.quant import DynamicParams, QuantParams
 
 __all__ = ["Coded", "Written"]
@@ -51,7 +50,7 @@ class Written:
     def of(cls, params: QuantParams | DynamicParams) -> Self:
         """Return the codes of a tensor with one scale, or with one per token."""
         if isinstance(params, DynamicParams):
-            return cls(2.0**-FRACTION / LARGEST, 0, params.type.minimum, params.type.maximum, is_by_token=True)
+            return cls(TOKEN_SCALE, 0, params.type.minimum, params.type.maximum, is_by_token=True)
         return cls(float(params.scale), int(params.zero_point), params.type.minimum, params.type.maximum)
 
     def clamped(self, low: float, high: float) -> Self:

@@ -20,11 +20,12 @@ from normfuse.feeding import bind, stream
 from normfuse.graph import Graph, query
 from normfuse.graph.edit import editing
 from normfuse.graph.program import to_program
-from normfuse.graph.quantization import is_requested
+from normfuse.graph.quantization import is_requested, requests, withdraw
 from normfuse.graph.quickly import quickly
 from normfuse.integer.written import Coded
 from normfuse.integer_plan import IntegerPlan, plan_integers
 from normfuse.nn.weight_rounding import WeightRounding, distance_to_border
+from normfuse.passes.lower_affines import LowerAffines
 from normfuse.passes.merge_query_key_maps import MergeQueryKeyMaps
 from normfuse.pipeline import Fact, Phase, Pipeline
 from normfuse.precision.decision import input_scales
@@ -94,7 +95,7 @@ def prepare_qat(  # noqa: PLR0913 - its options, which are keywords
     total = min(len(bound), chosen.samples or len(bound))
     source = stream(bound, folded, limit=chosen.samples)
     plan = plan_integers(folded, source, recipe=chosen, total=total, progress=Silent())
-    return IntegerTraining(folded, plan, free_within=free_within, scales_follow=scales_follow, merged=merged)
+    return IntegerTraining(plan, free_within=free_within, scales_follow=scales_follow, merged=merged)
 
 
 def _merged(folded: Graph) -> tuple[Graph, PassReport]:
@@ -136,7 +137,6 @@ class IntegerTraining(nn.Module):
 
     def __init__(
         self,
-        folded: Graph,
         plan: IntegerPlan,
         *,
         free_within: float | None = None,
@@ -144,7 +144,7 @@ class IntegerTraining(nn.Module):
         merged: PassReport | None = None,
     ) -> None:
         super().__init__()
-        self._folded, self._plan, self.merged = folded, plan, merged
+        self._plan, self.merged = plan, merged
         self._rounding = dict[str, WeightRounding]()
         scales = input_scales(plan.graph, plan.activations)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
@@ -168,19 +168,24 @@ class IntegerTraining(nn.Module):
         return found[0] if len(found) == 1 else found
 
     def tuned(self) -> Graph:
-        """Return the folded float graph with biases as they are now, and of weights what their codes stand for.
+        """Return the float graph with biases as they are now, and of weights what their codes stand for.
 
         Not the weights that are trained: these are wherever training has left them between two borders, and whatever
         rounded them anew, on other scales or with another weighing of errors, would make another network of them. What
         is on a grid already is left there by ``normfuse compile``.
+
+        It is the graph that was written as integers: what they do not know by name is spelled as they do.
         """
-        graph = self._folded.copy()
+        graph = self._plan.graph.copy()
         with editing(graph) as edit:
+            for request in requests(graph):
+                withdraw(edit, request)
             for node in [node for node in graph.nodes if node.name in self.weights]:
                 label = query.layer_of(node) or node.name
                 values = self._rounded(node.name).values.to(self.weights[node.name].dtype)
                 edit.set_constant(node, WEIGHT, values, f"{label}.weight")
                 edit.set_constant(node, BIAS, self.biases[node.name].detach().clone(), f"{label}.bias")
+        Pipeline(phases=(Phase("tuned", (LowerAffines(),)),), given=frozenset({Fact.AFFINES})).run(graph)
         return graph
 
     def save(self, path: str | Path) -> None:

@@ -75,9 +75,12 @@ def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> d
 
 
 def scale_for_maps(params: ActivationParams) -> float | None:
-    """Return the one scale of what a linear map reads (other codes are for products of activations); None: dynamic."""
+    """Return what a linear map's sums count in, over its weight's scale; None: its bias is added in float.
+
+    That is the one scale of the codes that it reads (other codes are for products of activations).
+    """
     if isinstance(params, DynamicParams):
-        return None
+        return params.sum_scale
     assert isinstance(params, QuantParams)
     return float(params.scale)
 

@@ -34,6 +34,8 @@ class DynamicParams:
 
     Attributes:
         size: neighbours that share a scale; it divides the extent of the last axis.
+        sum_scale: where biases are held as integers, what one step of a sum stands for, over the weight's scale; None:
+            they are added in float.
         type: the range of the codes, the only one that the kernel makes.
 
     Raises:
@@ -43,6 +45,7 @@ class DynamicParams:
     type: ClassVar[IntegerType] = INT8_NARROW
 
     size: int
+    sum_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:

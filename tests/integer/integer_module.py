@@ -19,7 +19,7 @@ from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.affine import AFFINE, read_affine
 from normfuse.graph.edit import Editor, converted
 from normfuse.graph.quantization import is_requested
-from normfuse.integer.roles import CLAMPS, is_given
+from normfuse.integer.roles import CLAMPS, POINTWISE, PRODUCTS, is_given
 from normfuse.integer.written import Coded
 from normfuse.integer_engine import build_integers
 from normfuse.integer_plan import IntegerPlan, plan_integers
@@ -53,6 +53,7 @@ FRESH: Final = 5
 
 RECIPE: Final = Recipe(integer_only=True)
 INTERPOLATION: Final = ops.ATEN.upsample_bilinear2d.vec
+EIGHT_BITS: Final = (*PRODUCTS, *POINTWISE, ops.GELU, ops.MATMUL, ops.ATTENTION, *ops.MAXIMUM_POOLS)
 ROUNDING: Final = (INTERPOLATION, ops.EMBEDDING, ops.PAD)
 """Views that round: between two codes, rows of 8 bits, the number that is padded with."""
 
@@ -69,6 +70,7 @@ class Lowered:
         plan: the float graph with requests, and what they get.
         steps: the integers before tables become part of products; float nodes are in it, too.
         codes: what makes codes in ``steps``, by the name of the float node that is rounded.
+        operands: the 8 bits that products read of constants and of rows of tables, which have 16 elsewhere.
         graph: what ships, in torch.
         session: what ships, in onnxruntime, if it was asked for.
     """
@@ -77,6 +79,7 @@ class Lowered:
     plan: IntegerPlan
     steps: Graph
     codes: Mapping[str, Coded]
+    operands: Mapping[str, Coded]
     graph: Graph
     session: OnnxSession | None
 
@@ -138,6 +141,7 @@ class _Trial:
 
     def compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a node in float64; what is rounded goes on as its integer codes stand for it."""
+        args = self._with_operands(node, args)
         value = node.target(*self._with_codes(node, args), **kwargs)  # type: ignore[operator]
         if query.is_call(node, ops.ATTENTION) or _is_weighted_sum(node):
             self.softmax[node.name] = self._of_weights(node, args, kwargs, value)
@@ -158,6 +162,17 @@ class _Trial:
         if coded.factors is None:
             return scale
         return scale * self.recorded[coded.factors.name].double().clamp(min=1)
+
+    def _with_operands(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of what reads 8 bits, with the values that those stand for."""
+        if not query.is_call(node, *EIGHT_BITS):
+            return args
+        found = [self.lowered.operands.get(each.name) if isinstance(each, fx.Node) else None for each in node.args]
+        values = [
+            each if coded is None else (self.recorded[coded.node.name].double() - coded.zero_point) * coded.scale
+            for each, coded in zip(args, found, strict=True)
+        ]
+        return tuple(values)
 
     def _with_codes(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of a call with its weight, or its table, as 8-bit codes stand for it."""
@@ -208,9 +223,10 @@ class _Trial:
         return max([own, *(self._step(each) for each in node.all_input_nodes)])
 
     def _scale_of(self, node: fx.Node) -> float:
-        while node.name not in self.lowered.codes:
+        known = {**self.lowered.codes, **self.lowered.operands}
+        while node.name not in known:
             node = query.operand(node, 0)
-        return self.lowered.codes[node.name].scale
+        return known[node.name].scale
 
     def _of_weights(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor) -> Tensor:
         """Return how far weights of 8 bits may move a weighted sum.
@@ -313,7 +329,10 @@ def lower(
     lowering = plan.lowering(Editor(steps), plan.weights)
     lowering.run()
     codes = {node.name: lowering.coded(node) for node in asked if lowering.is_coded(node)}
-    return Lowered(original=original, plan=plan, steps=steps, codes=codes, graph=ships, session=session)
+    operands = {node.name: each for node, each in lowering.operands.items() if each is not lowering.coded(node)}
+    return Lowered(
+        original=original, plan=plan, steps=steps, codes=codes, operands=operands, graph=ships, session=session
+    )
 
 
 def _written(graph: Graph, stream: Stream, recipe: Recipe) -> tuple[Graph, OnnxSession]:

@@ -104,6 +104,17 @@ def test_odd_sizes(width: int, outputs: int) -> None:
     hold(by_token(network, (2, width)), (2, width))
 
 
+def test_a_row_of_almost_no_weights() -> None:
+    """Its bias still fits: the row's scale is raised, as behind codes of one scale."""
+    network: Any = module(lambda m, x: m.map(m.norm(x)), norm=nn.LayerNorm(WIDTH), map=nn.Linear(WIDTH, 5))
+    with torch.no_grad():
+        network.map.weight[2] *= 1e-9
+        network.map.bias[2] = 3.0
+    lowered = by_token(network, (TOKENS, WIDTH))
+    hold(lowered, (TOKENS, WIDTH))
+    assert float((lowered.graph.run(normal(9, TOKENS, WIDTH))[0][..., 2] - 3).abs().max()) < 1e-3
+
+
 def test_an_outlier_in_one_token_costs_the_others_nothing() -> None:
     """One scale for the tensor has to hold a token whose norm has a large number; the others' codes get coarse."""
     samples = normal(16, 8, 129)

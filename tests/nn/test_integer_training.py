@@ -15,8 +15,9 @@ from normfuse.build import FOLDING
 from normfuse.capturing import capture_model
 from normfuse.errors import UnsupportedModel, UsageError
 from normfuse.nn import IntegerTraining, prepare_qat
+from normfuse.quant.integer_forms import SoftmaxForm
 from normfuse.recipe import Recipe
-from normfuse.testing import seeded
+from normfuse.testing import randomized, seeded
 
 CHANNELS, CLASSES = 12, 5
 
@@ -189,3 +190,49 @@ def test_batches_of_any_size() -> None:
     parts = [training(part).detach() for part in torch.split(IMAGES, 7)]
     assert torch.equal(torch.cat(parts), whole)
     assert len(list(itertools.chain(training.parameters()))) == 8
+
+
+class Convolutions(nn.Module):
+    """What integers do not know by name: convolutions of one axis behind a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 5, 3), nn.Conv1d(5, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(torch.nn.functional.avg_pool1d(x, 2))))  # type: ignore[no-any-return]
+
+
+class Masked(nn.Module):
+    """Attention whose scale is folded into the queries' map once it is spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(7, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask[:, None, :])
+
+
+def test_what_is_respelled_is_tuned_too() -> None:
+    model: nn.Module = randomized(Convolutions().eval())
+    x = torch.randn(16, 3, 18, generator=seeded(2))
+    training = prepare_qat(model, {"x": x.numpy()})
+    with torch.no_grad():
+        before = training(x)
+        for parameter in training.parameters():
+            parameter.mul_(0.9)
+        after, tuned = training(x), training.tuned().run(x)[0]
+    assert float((after - tuned).norm()) < 0.1 * float((after - before).norm())
+
+
+@pytest.mark.parametrize("form", SoftmaxForm)
+def test_attention_that_is_spelled_out_is_tuned_too(form: SoftmaxForm) -> None:
+    model: nn.Module = randomized(Masked().eval())
+    mask = torch.arange(5) <= (torch.arange(16) % 5)[:, None]
+    samples = {"x": torch.randn(16, 5, 7, generator=seeded(2)), "mask": mask}
+    recipe = Recipe(integer_only=True, softmax=form)
+    training = prepare_qat(model, {name: each.numpy() for name, each in samples.items()}, recipe=recipe)
+    with torch.no_grad():
+        tuned, wanted = training.tuned().run(*samples.values())[0], model(*samples.values())
+    assert float((tuned - wanted).norm() / wanted.norm()) < 0.02, "weights of 8 bits, and nothing else"
