@@ -42,7 +42,7 @@ COMPARED: Final = 512
 """Samples on which engine and reference have to be equal."""
 
 TUNED, RATE = 64, 1e-5
-"""Images of a step of fine-tuning, and its learning rate."""
+"""Images of a step of fine-tuning, and the learning rate of the first one; it falls to 0."""
 
 WAYS: Final = ((1, 1), (7, 2), (64, 1))
 """Batch sizes and threads that they are compared with."""
@@ -140,6 +140,7 @@ def _tuned(name: str, recipe: Recipe, samples: Tensor, steps: int) -> Graph:
     training = prepare_qat(exact, {image: samples.numpy()}, recipe=recipe)
     images, labels = make(MODELS[name].task, "train", TUNED * steps, recipe.seed)
     optimizer = torch.optim.Adam(training.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for some, wanted in zip(torch.split(images, TUNED), torch.split(labels, TUNED), strict=True):
         found = training(some)
         assert isinstance(found, Tensor)
@@ -147,6 +148,7 @@ def _tuned(name: str, recipe: Recipe, samples: Tensor, steps: int) -> Graph:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return training.tuned()
 
 

@@ -19,6 +19,7 @@ from normfuse.data.samples import Array
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.graph import Graph, capture
 from normfuse.graph.capture import export_program
+from normfuse.graph.unlift import return_plain
 from normfuse.loading import LoadedModel, load_model
 
 __all__ = ["Examples", "Model", "capture_model", "save"]
@@ -63,8 +64,8 @@ def capture_model(model: Model, example_inputs: Examples | None = None, samples:
 def save(model: nn.Module, example_inputs: Examples, path: str | Path) -> None:
     """Write a module as a torch.export archive in eval mode: the safe form that ``normfuse compile`` reads.
 
-    The batch axis (the first of every input) stays dynamic where the model allows it. The file is written whole or
-    not at all.
+    The batch axis (the first of every input) stays dynamic where the model allows it. What a model returns as a class
+    of its own (``transformers`` does) is a dict in the file. The file is written whole or not at all.
 
     Raises:
         UsageError: the model is no module.
@@ -73,7 +74,9 @@ def save(model: nn.Module, example_inputs: Examples, path: str | Path) -> None:
     """
     _refuse_no_module(model)
     archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
-    torch.export.save(export_program(model, _in_order(model, example_inputs)), archive)
+    program = export_program(model, _in_order(model, example_inputs))
+    return_plain(program)
+    torch.export.save(program, archive)
     write_file(Path(path), archive.getbuffer())
 
 

@@ -12,9 +12,10 @@ from normfuse.built import Built, Workspace, load
 from normfuse.capturing import Examples, Model, capture_model, save
 from normfuse.conclusion import FLOAT, conclude
 from normfuse.data import Data, Samples, load_samples, survey_calibration, survey_evaluation
-from normfuse.errors import UsageError
+from normfuse.errors import CheckFailed, UsageError
 from normfuse.feeding import bind, fixed_batch, random_samples, stream
 from normfuse.graph import Graph
+from normfuse.integer.rules import refuse_other_floats
 from normfuse.loading import load_model
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress, Silent
@@ -73,7 +74,12 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     used = None if samples is None else seen.first(recipe.samples or len(seen))
     warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
     folder = Workspace()
-    floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
+    try:
+        floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
+    except CheckFailed:
+        if recipe.integer_only:  # floats of fewer bits cannot pass; this says so
+            refuse_other_floats(original)
+        raise
     engines, control = {FLOAT: floating}, None
     measured = Measured(engines=[floating.spec(FLOAT)], evaluation=judged, fixed_batch=fixed_batch(original))
     if not recipe.precision.is_float:

@@ -108,6 +108,10 @@ class Recipe:
             UsageError: a field is out of range; the message names it.
         """
         object.__setattr__(self, "bits", _written_bits(self.bits))
+        for field in fields(self):
+            if isinstance(field.default, Enum):  # words do as well
+                chosen = _parse(type(field.default), field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, chosen)
         for name in ("budget", "score", "overrides", "weight_widths", "activation_widths", "levers"):
             value = getattr(self, name)
             _check(isinstance(value, str), name, repr(value), "text, as the command line takes it")

@@ -89,6 +89,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
     pack_grouped_codes(model)
     pack_small_codes(model)
     add_functions(model)
+    _keep_float_weights(model)
     _forget_types(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
@@ -102,6 +103,42 @@ def _forget_types(model: ir.Model) -> None:
     """Let constants be told by their tensors alone; of each the file would hold type and shape once more."""
     for value in model.graph.initializers.values():
         value.type = value.shape = None
+
+
+def _keep_float_weights(model: ir.Model) -> None:
+    """Keep onnxruntime from quantizing weights that are float here.
+
+    Of a float product between DequantizeLinear and QuantizeLinear it makes one of 8-bit weights (its
+    WeightBiasQuantization, onnxruntime 1.31.1, which the default options run). A maximum of one number stands between
+    them then, which it neither removes nor joins.
+    """
+    for node in list(model.graph):
+        product = node.outputs[0]
+        is_product = not node.domain and node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        if not is_product or not _reads_codes(node) or product.is_graph_output() or not _is_quantized(product):
+            continue
+        same = ir.Node("", "Max", [product], outputs=[ir.Value(type=product.type, shape=product.shape)])
+        same.outputs[0].name = f"{product.name}_kept"
+        same.metadata_props.update(node.metadata_props)
+        product.replace_all_uses_with(same.outputs[0])
+        same.replace_input_with(0, product)
+        model.graph.insert_after(node, same)
+
+
+def _reads_codes(node: ir.Node) -> bool:
+    """Return whether a product has codes on its left and a float constant on its right."""
+    made = [None if each is None else each.producer() for each in node.inputs[:2]]
+    is_float = node.inputs[1] is not None and node.inputs[1].const_value is not None
+    return made[0] is not None and made[0].op_type == "DequantizeLinear" and is_float
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Return whether codes are made of a value, behind a bound or at once."""
+    readers = list(value.consumers())
+    bounds = [each for each in readers if each.op_type in ("Relu", "Clip")]
+    return any(each.op_type == "QuantizeLinear" for each in readers) or any(
+        reader.op_type == "QuantizeLinear" for bound in bounds for reader in bound.outputs[0].consumers()
+    )
 
 
 def _translate(graph: Graph) -> ir.Model:

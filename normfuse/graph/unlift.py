@@ -18,7 +18,7 @@ from normfuse.graph import metadata
 from normfuse.graph.graph import Graph
 from normfuse.graph.progression import mark_unfinished, unfinished_steps
 
-__all__ = ["UNFINISHED", "unlift"]
+__all__ = ["UNFINISHED", "return_plain", "unlift"]
 
 UNFINISHED = "still mix in layer norm when they train, so eval mode is not what was trained; train until iter is 0"
 
@@ -178,6 +178,15 @@ def _returned(program: ExportedProgram, values: list[fx.Node | None]) -> Any:
     if spec is None or spec.num_leaves != len(leaves):
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
     return _opened(pytree.tree_unflatten(leaves, spec))
+
+
+def return_plain(program: ExportedProgram) -> None:
+    """Let a program return dicts in the place of classes of the model's own, so that any torch can load it."""
+    signature, spec = program.module_call_graph[0].signature, program.call_spec.out_spec
+    if signature is None or spec is None:
+        return
+    opened = _opened(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    signature.out_spec = pytree.tree_structure(opened)
 
 
 def _opened(value: Any) -> Any:

@@ -18,6 +18,7 @@ from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import is_requested
 from normfuse.graph.text import operator_name
 from normfuse.integer.roles import CLAMPS, is_view, viewed
+from normfuse.integer.token_views import moved_factors
 from normfuse.integer.written import Coded, Written
 from normfuse.kernels.integer_ops import REQUANTIZE
 from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE
@@ -259,8 +260,14 @@ class Lowering:
         if (rule := self.rules.get(node.target)) is not None:
             written = Written(found.scale, found.zero_point, 0, 0)
             return Coded(rule(self, node, written), found.scale, found.zero_point)
-        view = self.edit.call(node.target, found.node, *node.args[1:], at=node, **dict[str, Any](node.kwargs))
-        return Coded(view, found.scale, found.zero_point)
+        options = dict[str, Any](node.kwargs)
+        view = self.edit.call(node.target, found.node, *node.args[1:], at=node, **options)
+        if found.factors is None:
+            return Coded(view, found.scale, found.zero_point)
+        moved = moved_factors(node)
+        assert moved is not None, "place-integers asks for codes per token where views keep tokens whole"
+        factors = self.edit.call(node.target, found.factors, *moved, at=node, **options)
+        return Coded(view, found.scale, found.zero_point, factors)
 
     def _embedding(self, node: fx.Node) -> Coded:
         """Look rows up in a table of 8-bit codes, with a scale for every channel, and bring them to 16 bits."""
@@ -342,7 +349,7 @@ def unsupported(node: fx.Node) -> UnsupportedModel:
     called = query.operand(node, 0) if query.is_call(node, ops.GETITEM) else node
     return UnsupportedModel(
         f"{operator_name(called.target)} has no integer form",
-        where=query.layer_of(node) or node.name,
+        where=query.layer_of(node) or query.layer_of(called) or called.name,
         expected="operators that normfuse computes in integers",
         hint="--allow-float-islands leaves this in float between codes",
     )

@@ -47,11 +47,19 @@ def refuse_unsupported(graph: Graph) -> None:
     """Refuse a graph with requests behind operators that nothing here writes, before anything is calibrated.
 
     Raises:
-        UnsupportedModel: there is one; the message names the layer.
+        UnsupportedModel: there are some; the message names them and their layers.
     """
+    left = dict[str, UnsupportedModel]()
     for request in requests(graph):
         if not has_integer_form(request.source):
-            raise unsupported(request.source)
+            refusal = unsupported(request.source)
+            left.setdefault(refusal.what, refusal)
+    if not left:
+        return
+    first, *others = left.values()
+    also = [f"{each.what.partition(' ')[0]} at {each.where}" for each in others]
+    what = f"{first.what}, and neither has {', '.join(also)}" if also else first.what
+    raise UnsupportedModel(what, where=first.where, expected=first.expected, hint=first.hint)
 
 
 def refuse_whole_attention(graph: Graph) -> None:

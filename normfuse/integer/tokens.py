@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from torch import Tensor, fx
@@ -11,13 +11,23 @@ from torch import Tensor, fx
 from normfuse.graph import ops, query
 from normfuse.graph.edit import Editor
 from normfuse.graph.quantization import request_quantization
+from normfuse.graph.text import operator_name
 from normfuse.integer.roles import viewed
+from normfuse.integer.token_views import moved_factors
 from normfuse.kernels.reference.norms import FRACTION
 from normfuse.kernels.reference.tokens import LARGEST
 from normfuse.quant import DynamicParams
 from normfuse.quant.integer_type import INT8_NARROW
 
-__all__ = ["TOKEN_SCALE", "request_tokens", "scaled_sums", "token_params", "token_shift", "why_not_by_token"]
+__all__ = [
+    "TOKEN_SCALE",
+    "moved_factors",
+    "request_tokens",
+    "scaled_sums",
+    "token_params",
+    "token_shift",
+    "why_not_by_token",
+]
 
 TOKEN_SCALE: Final = 2.0**-FRACTION / LARGEST
 """What a code times its factor counts in."""
@@ -46,16 +56,25 @@ def why_not_by_token(norm: fx.Node, part_of_larger: Collection[fx.Node]) -> str:
     gamma_and_beta = zip(ops.ONLINE_NORMS[norm.target], ("weight", "bias"), strict=False)
     if any(query.argument(norm, index, name) is not None for index, name in gamma_and_beta):
         return "gamma and beta are not part of the linear maps behind it"
-    for reader in query.readers(norm):
-        if query.is_call(reader, ops.ATEN.sym_size.int):
-            continue
-        layer = query.layer_of(reader) or reader.name
-        is_map = query.is_call(reader, ops.LINEAR) and viewed(reader) is norm and query.is_constant(reader.args[1])
-        if not is_map:
-            return f"{layer} reads it, which is no linear map with constant weights"
+    for reader, read in _readers(norm):
+        if not query.is_call(reader, ops.LINEAR) or viewed(reader) is not read or not query.is_constant(reader.args[1]):
+            return f"{_called(reader)} reads it, which is no linear map with constant weights"
         if reader in part_of_larger and any(query.is_call(each, ops.ADD) for each in query.readers(reader)):
-            return f"{layer} reads it, which is computed in one with a sum"
+            return f"{_called(reader)} reads it, which is computed in one with a sum"
     return ""
+
+
+def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield who reads tokens, and the view of them that it reads; sizes are no values."""
+    for reader in query.readers(node):
+        if moved_factors(reader) is not None and viewed(reader) is node:
+            yield from _readers(reader)
+        elif not query.is_call(reader, ops.ATEN.sym_size.int):
+            yield reader, node
+
+
+def _called(node: fx.Node) -> str:
+    return f"{operator_name(node.target)} at {query.layer_of(node) or node.name}"
 
 
 def token_params(channels: int) -> DynamicParams:

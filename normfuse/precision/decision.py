@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Final
 
 from torch import fx
 
-from normfuse.graph import Graph
+from normfuse.graph import Graph, ops, query
 from normfuse.graph.quantization import requested_weights, requests
 from normfuse.heap import give_back_memory
 from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight
@@ -22,6 +23,10 @@ __all__ = [
     "round_all_to_nearest",
     "scale_for_maps",
 ]
+
+
+MOVES: Final = (*ops.VIEWS, *ops.POINTWISE_KEEPING, ops.SELECT, ops.SLICE, ops.UNSQUEEZE, ops.ROLL)
+"""Views that a request may stand in front of: the same codes, elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +74,17 @@ def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> d
 
     A map whose input was to be quantized and could not be is left out: it computes floats.
     """
-    reads = {reader: request.source.name for request in requests(graph) for reader in request.readers}
+    reads = {reader: request.source.name for request in requests(graph) for reader in _readers(request.node)}
     maps = [node for node in requested_weights(graph) if node not in reads or reads[node] in activations]
     return {node: scale_for_maps(activations[reads[node]]) if node in reads else None for node in maps}
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield who reads a tensor, or a view of it."""
+    for reader in query.readers(node):
+        yield reader
+        if query.is_call(reader, *MOVES):
+            yield from _readers(reader)
 
 
 def scale_for_maps(params: ActivationParams) -> float | None:

@@ -87,3 +87,10 @@ def test_a_table_that_is_the_last_map_too() -> None:
         return F.linear(m.map(m.table(x)), m.table.weight)
 
     held(module(forward, table=nn.Embedding(WORDS, 6), map=nn.Linear(6, 6)))
+
+
+def test_a_function_of_a_repeated_constant() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.map(x) + F.silu(m.learned.expand(x.shape[0], -1, -1))  # type: ignore[no-any-return]
+
+    hold_all(module(forward, map=nn.Linear(7, 6), learned=torch.zeros(1, 4, 6)), (4, 7))

@@ -100,3 +100,23 @@ def test_the_refusal_names_the_option(tmp_path: Path) -> None:
         build(around(STEPS["sort"]), normal(4, 4, 7), path=tmp_path / "integers.onnx")
     assert "--allow-float-islands" in refusal.value.hint
     assert "sort" in refusal.value.what
+
+
+PRODUCTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "transposed, one axis": (nn.ConvTranspose1d(2, 3, 2, 2), (2, 5)),
+    "transposed": (nn.ConvTranspose2d(2, 3, 2, 2), (2, 5, 6)),
+    "three axes": (nn.Conv3d(2, 3, 3), (2, 4, 5, 6)),
+    "with a bound": (nn.Sequential(nn.ConvTranspose2d(2, 3, 2, 2), nn.ReLU()), (2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_weights_of_an_island_stay_float(name: str) -> None:
+    """onnxruntime makes 8-bit weights of a float product between codes, if it is let."""
+    step, shape = PRODUCTS[name]
+    hold(lower(module(lambda m, x: m.step(x), step=step), shape, recipe=ALLOWED), shape)
+
+
+def test_weights_of_an_island_in_front_of_integers_stay_float() -> None:
+    network = module(lambda m, x: m.last(m.step(x)), step=nn.ConvTranspose2d(2, 3, 2, 2), last=nn.Conv2d(3, 2, 1))
+    hold(lower(network, (2, 5, 6), recipe=ALLOWED), (2, 5, 6))

@@ -132,6 +132,64 @@ def test_an_outlier_in_one_token_costs_the_others_nothing() -> None:
     assert error(BY_TOKEN) < 0.5 * error(BY_TENSOR)
 
 
+def windows(m: Any, x: Tensor) -> Tensor:
+    """Swin's way: tokens are shifted and cut into windows between norm and map."""
+    y = m.norm(x).roll((1, 1), (1, 2)).reshape(-1, 2, 2, 3, 2, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, WIDTH)
+    return m.map(y)  # type: ignore[no-any-return]
+
+
+VIEWS: Final[dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]]] = {
+    "a token is taken": (lambda m, x: m.map(m.norm(x)[:, 0]), (TOKENS, WIDTH)),
+    "some tokens are": (lambda m, x: m.map(m.norm(x)[:, 1:]), (TOKENS, WIDTH)),
+    "batch and tokens change places": (lambda m, x: m.map(m.norm(x).transpose(0, 1)), (TOKENS, WIDTH)),
+    "flattened": (lambda m, x: m.map(m.norm(x).flatten(0, 1)), (TOKENS, WIDTH)),
+    "windows": (windows, (4, 6, WIDTH)),
+}
+
+
+@norms
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_that_leave_tokens_whole(name: str, norm: Callable[[int], nn.Module]) -> None:
+    forward, shape = VIEWS[name]
+    lowered = by_token(module(forward, norm=norm(WIDTH), map=nn.Linear(WIDTH, 5)), shape)
+    assert "int_linear_tokens" in lowered.operators
+    hold(lowered, shape)
+
+
+def test_a_transformer_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, activation="gelu")
+    lowered = by_token(layer.eval(), (5, 8))
+    assert lowered.operators.count("int_token_codes") == 2
+    hold(lowered, (5, 8))
+
+
+def test_a_row_of_almost_no_weights_behind_a_view() -> None:
+    network: Any = module(lambda m, x: m.map(m.norm(x)[:, 0]), norm=nn.LayerNorm(WIDTH), map=nn.Linear(WIDTH, 5))
+    with torch.no_grad():
+        network.map.weight[2] *= 1e-9
+        network.map.bias[2] = 3.0
+    hold(by_token(network, (TOKENS, WIDTH)), (TOKENS, WIDTH))
+
+
+VIEWS_THAT_MIX: Final[dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], int]]] = {
+    "tokens are joined": (lambda m, x: m.map(m.norm(x).flatten(1)), (TOKENS, WIDTH), TOKENS * WIDTH),
+    "channels are cut": (lambda m, x: m.map(m.norm(x)[..., :4]), (TOKENS, WIDTH), 4),
+    "channels are tokens": (lambda m, x: m.map(m.norm(x).transpose(1, 2)), (WIDTH, WIDTH), WIDTH),
+    "channels are shifted": (lambda m, x: m.map(m.norm(x).roll(1, -1)), (TOKENS, WIDTH), WIDTH),
+    "as many tokens as channels": (
+        lambda m, x: m.map(m.norm(x).reshape(-1, 2, 2, WIDTH).transpose(2, 3).reshape(-1, 2, WIDTH)),
+        (4, WIDTH),
+        WIDTH,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS_THAT_MIX)
+def test_views_that_take_tokens_apart(name: str) -> None:
+    forward, shape, inputs = VIEWS_THAT_MIX[name]
+    assert refusals(module(forward, norm=nn.RMSNorm(WIDTH), map=nn.Linear(inputs, 5)), shape)
+
+
 def refusals(original: nn.Module, *shapes: Any) -> dict[str, str]:
     """Return the layers whose norms keep one scale, and why; everything is still right."""
     lowered = by_token(original, *shapes)
@@ -167,7 +225,9 @@ def test_a_norm_in_front_of_a_convolution() -> None:
 
 def test_a_map_that_is_computed_in_one_with_a_sum() -> None:
     network = module(lambda m, x: x + m.map(m.norm(x)), norm=nn.RMSNorm(WIDTH), map=nn.Linear(WIDTH, WIDTH))
-    assert refusals(network, (TOKENS, WIDTH)) == {"norm": "map reads it, which is computed in one with a sum"}
+    assert refusals(network, (TOKENS, WIDTH)) == {
+        "norm": "aten.linear at map reads it, which is computed in one with a sum"
+    }
 
 
 def test_norms_over_several_axes() -> None:

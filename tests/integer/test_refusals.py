@@ -12,6 +12,7 @@ from integer_module import build, module, normal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import normfuse
 from normfuse.errors import UnsupportedModel, UsageError
 from normfuse.recipe import Recipe
 from normfuse.testing import Small, seeded
@@ -82,14 +83,24 @@ def test_convolutions_without_an_integer_form(step: nn.Module, tmp_path: Path) -
     refused(network, normal(4, 2, 5, 6), path=tmp_path / "integers.onnx")
 
 
-def test_a_table_of_a_constant_for_any_batch(tmp_path: Path) -> None:
-    """Its codes have 16 bits, for which no table has entries."""
-
+def test_all_that_has_no_integer_form_is_named_at_once(tmp_path: Path) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
-        return m.map(x) + m.step(m.learned.expand(x.shape[0], -1, -1))  # type: ignore[no-any-return]
+        return m.second(m.map(m.first(x)))  # type: ignore[no-any-return]
 
-    network = module(forward, map=nn.Linear(7, 6), step=Step(F.silu), learned=torch.zeros(1, 4, 6))
-    refused(network, normal(4, 4, 7), path=tmp_path / "integers.onnx")
+    first, second = Step(torch.sin), Step(lambda x: x.softmax(-1))
+    network = module(forward, first=first, map=nn.Linear(7, 6), second=second)
+    with pytest.raises(UnsupportedModel) as refusal:
+        build(network, normal(4, 4, 7), path=tmp_path / "integers.onnx")
+    assert refusal.value.what == "aten.sin has no integer form, and neither has aten.softmax.int at second"
+    assert refusal.value.where == "first"
+
+
+def test_floats_of_fewer_bits_are_named(tmp_path: Path) -> None:
+    """The float engine's check, which comes first, cannot hold for them and would not say why."""
+    network = nn.Sequential(nn.Linear(7, 64), nn.LayerNorm(64), nn.Linear(64, 5)).half().eval()
+    samples = normal(16, 7).half().numpy()
+    with pytest.raises(UnsupportedModel, match=r"the model computes in torch\.float16"):
+        normfuse.compile(network, calibration=samples, recipe=Recipe(integer_only=True, benchmark=False))
 
 
 ANSWERS: dict[str, Callable[[Tensor], Tensor]] = {

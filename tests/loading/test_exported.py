@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+import normfuse
 from normfuse.errors import BadInput, UnsupportedModel, UsageError
 from normfuse.loading import ModelKind, load_model
 
@@ -357,3 +358,43 @@ def test_attention_dropout(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(NoisyAttention(), (torch.randn(2, 3, 5, 7),)), path)
     with pytest.raises(UnsupportedModel, match="training mode"):
         load_model(path)
+
+
+class Answer:
+    """What a library returns: a class that only a process which has imported it can name."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor) -> None:
+        self.logits, self.hidden = logits, hidden
+
+
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Any, Tensor]:
+        found = self.linear(x)
+        return Answer(found, x + 1), found.sum(-1)
+
+
+def test_classes_of_a_library_are_dicts_in_the_file(tmp_path: Path) -> None:
+    key = torch.utils._pytree.MappingKey
+    torch.utils._pytree.register_pytree_node(
+        Answer,
+        lambda answer: ([answer.logits, answer.hidden], ["logits", "hidden"]),
+        lambda parts, _: Answer(*parts),
+        serialized_type_name="tests.Answer",
+        flatten_with_keys_fn=lambda answer: (
+            [(key("logits"), answer.logits), (key("hidden"), answer.hidden)],
+            ["logits", "hidden"],
+        ),
+    )
+    model, x = Answers().eval(), torch.randn(2, 6)
+    normfuse.save(model, x, tmp_path / "model.pt2")
+    loaded = load_model(tmp_path / "model.pt2").model
+    assert isinstance(loaded, ExportedProgram)
+    named, total = loaded.module()(x)
+    assert isinstance(named, dict)
+    wanted, wanted_total = model(x)
+    torch.testing.assert_close(named, {"logits": wanted.logits, "hidden": wanted.hidden})
+    torch.testing.assert_close(total, wanted_total)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from normfuse.errors import UsageError
+from normfuse.quant.integer_forms import GeluForm, NormForm, SoftmaxForm
 from normfuse.recipe import ActivationCodes, CalibrationMethod, Recipe, WeightCodes
 
 
@@ -102,3 +103,13 @@ def test_tables_have_eight_bits_or_four() -> None:
     for wrong in ({"table_bits": 6}, {"table_bits": 4, "bits": "32"}):
         with pytest.raises(UsageError, match="table_bits cannot be"):
             Recipe().with_options(**wrong)
+
+
+def test_words_do_as_well_as_what_they_stand_for() -> None:
+    chosen = Recipe(integer_only=True, norm="per-token", softmax="shiftmax", gelu="shift-gelu", calibration="mse")  # type: ignore[arg-type]
+    assert (chosen.norm, chosen.softmax, chosen.gelu) == (NormForm.PER_TOKEN, SoftmaxForm.SHIFTMAX, GeluForm.SHIFT)
+    assert chosen.calibration is CalibrationMethod.MSE
+    with pytest.raises(UsageError) as refusal:
+        Recipe(softmax="soft")  # type: ignore[arg-type]
+    assert refusal.value.what == "softmax cannot be 'soft'"
+    assert refusal.value.expected == "table, shiftmax"
