@@ -178,7 +178,7 @@ class IntegerTraining(nn.Module):
         """
         graph = self._plan.graph.copy()
         with editing(graph) as edit:
-            for request in requests(graph):
+            for request in reversed(requests(graph)):  # 8 bits that are made of 16 before these
                 withdraw(edit, request)
             for node in [node for node in graph.nodes if node.name in self.weights]:
                 label = query.layer_of(node) or node.name

@@ -203,6 +203,18 @@ class Convolutions(nn.Module):
         return self.b(torch.relu(self.a(torch.nn.functional.avg_pool1d(x, 2))))  # type: ignore[no-any-return]
 
 
+class Stream(nn.Module):
+    """A stream that a map and a sum read: 8 bits are made of its 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down = nn.Linear(7, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
 class Masked(nn.Module):
     """Attention whose scale is folded into the queries' map once it is spelled out."""
 
@@ -214,9 +226,10 @@ class Masked(nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask[:, None, :])
 
 
-def test_what_is_respelled_is_tuned_too() -> None:
-    model: nn.Module = randomized(Convolutions().eval())
-    x = torch.randn(16, 3, 18, generator=seeded(2))
+@pytest.mark.parametrize(("network", "shape"), [(Convolutions, (3, 18)), (Stream, (4, 7))])
+def test_what_is_written_is_what_is_tuned(network: type[nn.Module], shape: tuple[int, ...]) -> None:
+    model: nn.Module = randomized(network().eval())
+    x = torch.randn(16, *shape, generator=seeded(2))
     training = prepare_qat(model, {"x": x.numpy()})
     with torch.no_grad():
         before = training(x)
