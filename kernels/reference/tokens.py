@@ -77,7 +77,7 @@ def int_linear_tokens(
         weight: int8 [out, in].
         bias: int32 [out], at the scale of the sums times factors over 2^token_shift.
         multiplier: int32 [out], from that scale to the result's, see ``rescale``.
-        token_shift: brings a sum times its factor below 2^30; 1 or more.
+        token_shift: brings a sum times its factor below 2^29; 1 or more.
         shift: see ``rescale``.
         zero_point: see ``rescale``.
         minimum: see ``rescale``.
