@@ -262,6 +262,23 @@ def sensitivity(found: Mapping[str, Any]) -> None:
         line("; ".join(said))
 
 
+def lint(found: Mapping[str, Any]) -> None:
+    """Show what an engine breaks of a target's rules, a paragraph per rule."""
+    findings = found["findings"]
+    line(f"{found['rules']} rules of {found['target']}, {len(findings)} finding{'s' * (len(findings) != 1)}")
+    for name in dict.fromkeys(each["rule"] for each in findings):
+        same = [each for each in findings if each["rule"] == name]
+        first = same[0]
+        line(f"{first['level']}: {first['says']} ({name})")
+        line(f"  at   {_first([' '.join(filter(None, (each['layer'], each['detail']))) for each in same])}")
+        line(f"  try  {first['mend']}")
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first names, and that there are more."""
+    return ", ".join([*names[:MOST_NAMES], *["..."] * (len(names) > MOST_NAMES)])
+
+
 def inspection(found: Mapping[str, Any]) -> None:
     """Show a model, or an artifact."""
     if "manifest" in found:
@@ -278,7 +295,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         _kinds(found["report"])
         if "float_tensors" in found:
             names = found["float_tensors"]
-            line(f"float tensors between inputs and outputs: {len(names)} {', '.join(names[:MOST_NAMES])}".rstrip())
+            line(f"float tensors between inputs and outputs: {len(names)} {_first(names)}".rstrip())
         comparison(found["report"])
         line(f"verdict: {found['report']['verdict']['verdict']}")
         return

@@ -9,7 +9,9 @@ from typing import Any, Final
 from normfuse.artifact import read_artifact, verify_artifact
 from normfuse.capturing import capture_model
 from normfuse.data import Samples
+from normfuse.errors import UsageError
 from normfuse.export.float_tensors import float_tensors
+from normfuse.export.lint import TENSORRT_RULES, lint
 from normfuse.folding import FoldOptions, fold_captured
 from normfuse.graph import Graph
 from normfuse.graph.text import operator_name
@@ -18,9 +20,12 @@ from normfuse.manifest import MODEL
 from normfuse.progress import Progress, Silent
 from normfuse.recipe import Recipe
 
-__all__ = ["inspect_artifact", "inspect_model"]
+__all__ = ["inspect_artifact", "inspect_model", "lint_engine"]
 
 RECIPE: Final = "recipe.toml"
+
+LINTED: Final = {"trt": TENSORRT_RULES}
+"""The rules of a target, by the name that users give it."""
 
 
 def inspect_model(
@@ -65,3 +70,18 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     if not problems and recipe.exists() and Recipe.from_toml(recipe.read_text(), where=str(recipe)).integer_only:
         found["float_tensors"] = float_tensors(folder / MODEL)
     return found
+
+
+def lint_engine(path: Path, target: str) -> dict[str, Any]:
+    """Return which rules of a target an artifact's engine, or an ONNX file, breaks.
+
+    Raises:
+        UsageError: nobody knows rules of this target.
+        BadInput: it is no artifact, and no ONNX file.
+    """
+    if target not in LINTED:
+        raise UsageError(f"there are no rules of {target!r}", where="--lint", expected=", ".join(LINTED))
+    if path.is_dir():
+        read_artifact(path)
+    found = lint(path / MODEL if path.is_dir() else path, LINTED[target])
+    return {"target": target, "rules": len(LINTED[target]), "findings": [each.as_dict() for each in found]}

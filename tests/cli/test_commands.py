@@ -178,3 +178,22 @@ def test_help_is_instant_and_doctor_answers() -> None:
 def test_an_unknown_command_is_a_usage_error() -> None:
     done = run("compil")
     assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_inspect_lints_a_folder_and_a_file(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    run("compile", files / "model.pt", "--calib", files / "data.npz", "-o", out, "--no-benchmark")
+    for engine in (out, out / "model.onnx"):
+        done = run("inspect", engine, "--lint", "trt", "--json")
+        assert done.returncode == 1
+        assert {each["rule"] for each in json.loads(done.stdout)["findings"]} >= {"zero-point", "unsigned-codes"}
+    shown = run("inspect", out, "--lint", "trt").stdout
+    assert "error: codes have a zero point that is not 0 (zero-point)" in shown
+    assert "try  use symmetric codes" in shown
+
+
+def test_inspect_lints_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("nothing of the kind")
+    assert run("inspect", tmp_path / "model.onnx", "--lint", "trt").returncode == 4
+    assert run("inspect", tmp_path / "model.onnx", "--lint", "coreml").returncode == 2
