@@ -82,10 +82,13 @@ class Plan:
         """Return the plan with another decision."""
         return replace(self, decided=decided)
 
-    def simulated(self) -> tuple[Graph, PassReport]:
+    def simulated(self, placement: Placement) -> tuple[Graph, PassReport]:
         """Return a graph with the quantizers: running it is the simulation; and what could not be quantized."""
         graph, chosen = self.graph.copy(), self.decided.quantization
-        insert = Phase("precision", (InsertQuantizers(activations=chosen.activations, weights=chosen.weights),))
+        quantizers = InsertQuantizers(
+            activations=chosen.activations, weights=chosen.weights, biases_stay_float=placement.biases_stay_float
+        )
+        insert = Phase("precision", (quantizers,))
         (report,) = Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)
         return graph, report
 
@@ -138,7 +141,8 @@ def place(folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placemen
     """Return a copy of a folded graph, rotated and equalized if the recipe wants it, with the target's requests."""
     graph = folded.copy()
     give_back_memory()  # folding computes in float64
-    phase = Phase("precision", (QuantizeTables(type=placement.table), PlaceQuantizers(placement=placement)))
+    tables = () if placement.table is None else (QuantizeTables(type=placement.table),)
+    phase = Phase("precision", (*tables, PlaceQuantizers(placement=placement)))
     reports = list[PassReport]()
     if recipe.rotate:
         graph, reports = rotated_if_better(

@@ -45,8 +45,8 @@ class InsertQuantizers(Pass):
        it was decided so, one per head, or codes on a logarithmic scale (which no engine runs). Where scales are
        dynamic no quantizer is written: the product of 3 makes the codes.
     2. Weights: codes per output channel, with zero points where it was decided so; biases: int32 codes at
-       scale_x * scale_w. A linear map is written on rows, the one form that onnxruntime runs in integers with its bias
-       inside (a product and a sum fall back to float).
+       scale_x * scale_w, or floats where the target takes no such codes. A linear map is written on rows, the one form
+       that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
     3. A map whose input stays float computes in float, with the values that its weight's codes stand for; where groups
        of them have their own scales, as one operator, because onnxruntime has a kernel for it.
     4. A tensor without parameters stays float, with a refusal; its request is withdrawn, its readers' weights stay.
@@ -61,6 +61,7 @@ class InsertQuantizers(Pass):
 
     activations: Mapping[str, ActivationParams]
     weights: Mapping[str, RoundedWeight]
+    biases_stay_float: bool = False
 
     def run(self, graph: Graph) -> PassReport:
         """Edit the graph."""
@@ -89,36 +90,42 @@ class InsertQuantizers(Pass):
             for node in requested_weights(graph):
                 withdraw_weight(node)
                 if (weight := self.weights.get(node.name)) is not None and node not in withdrawn:
-                    _quantize_weight(edit, node, weight, scales.get(node), rounds=node in rounding)
+                    self._quantize_weight(edit, node, weight, scales.get(node), rounds=node in rounding)
                     applied.append("weight")
         return PassReport(name=self.name, applied=PassReport.count(applied), refused=tuple(refused))
 
+    def _quantize_weight(
+        self, edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor | None, *, rounds: bool
+    ) -> None:
+        params, stem = weight.params, str(node.args[1].target)  # type: ignore[union-attr]
+        given = query.argument(node, 2, "bias")
+        bias_stem = str(given.target) if given is not None else f"{stem.rpartition('.')[0]}.bias".lstrip(".")
+        if isinstance(params.granularity, PerGroup):
+            _write_grouped(edit, node, weight, stem=stem, bias_stem=bias_stem, rounds=rounds)
+            return
+        if input_scale is None:
+            edit.set_argument(node, 1, _unpacked(edit, node, weight, stem=stem))
+            if weight.bias is not None:
+                edit.set_constant(node, 2, weight.bias, bias_stem)
+            return
+        bias = self._bias(edit, node, weight, input_scale, bias_stem)
+        if node.target is ops.LINEAR:
+            values = _values(edit, node, weight.codes.mT.contiguous(), params, axis=1, stem=stem)
+            _write_linear(edit, node, values, bias)
+            return
+        edit.set_argument(node, 1, _values(edit, node, weight.codes, params, axis=0, stem=stem))
+        if bias is not None:
+            edit.set_argument(node, 2, bias)
 
-def _quantize_weight(
-    edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor | None, *, rounds: bool
-) -> None:
-    params, stem = weight.params, str(node.args[1].target)  # type: ignore[union-attr]
-    given = query.argument(node, 2, "bias")
-    bias_stem = str(given.target) if given is not None else f"{stem.rpartition('.')[0]}.bias".lstrip(".")
-    if isinstance(params.granularity, PerGroup):
-        _write_grouped(edit, node, weight, stem=stem, bias_stem=bias_stem, rounds=rounds)
-        return
-    if input_scale is None:
-        edit.set_argument(node, 1, _unpacked(edit, node, weight, stem=stem))
-        if weight.bias is not None:
-            edit.set_constant(node, 2, weight.bias, bias_stem)
-        return
-    bias = None
-    if weight.bias is not None:
-        bias_params = _bias_params(params, input_scale)
-        bias = _values(edit, node, quantize(weight.bias, bias_params), bias_params, axis=0, stem=bias_stem)
-    if node.target is ops.LINEAR:
-        values = _values(edit, node, weight.codes.mT.contiguous(), params, axis=1, stem=stem)
-        _write_linear(edit, node, values, bias)
-        return
-    edit.set_argument(node, 1, _values(edit, node, weight.codes, params, axis=0, stem=stem))
-    if bias is not None:
-        edit.set_argument(node, 2, bias)
+    def _bias(
+        self, edit: Editor, node: fx.Node, weight: RoundedWeight, input_scale: Tensor, stem: str
+    ) -> fx.Node | None:
+        if weight.bias is None:
+            return None
+        if self.biases_stay_float:
+            return edit.constant(weight.bias, stem, like=node)
+        params = _bias_params(weight.params, input_scale)
+        return _values(edit, node, quantize(weight.bias, params), params, axis=0, stem=stem)
 
 
 def _write_grouped(

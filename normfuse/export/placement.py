@@ -49,9 +49,10 @@ TENSORRT: Final = Placement(
     activation=IntegerType(8, signed=True),
     symmetric_activations=True,
     weight=SYMMETRIC_8,
-    reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation",
+    biases_stay_float=True,
+    table=None,
+    reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",
 )
-"""For simulation, until there is an engine."""
 
 
 def onnx_placement(

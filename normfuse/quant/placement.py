@@ -27,7 +27,9 @@ class Placement:
         weight_is_symmetric: whether their zero points are 0. They always are where nothing but a scale per channel
             stands behind float activations.
         weight_group: the most inputs of a linear map that share a scale; None: all of them.
-        table: codes of embedding and position tables: 8 bits, a scale per channel or row, or fewer in groups.
+        biases_stay_float: whether biases are added as floats, behind products of codes.
+        table: codes of embedding and position tables: 8 bits, a scale per channel or row, or fewer in groups; None
+            leaves them float.
         attention_operands: whether what the products of attention read are codes too.
         head_scales: whether those operands may have one scale per head. For simulation: products of per-tensor codes
             are what kernels run.
@@ -50,7 +52,8 @@ class Placement:
     written: IntegerType | None = None
     weight_is_symmetric: bool = True
     weight_group: int | None = None
-    table: IntegerType = INT8_NARROW
+    biases_stay_float: bool = False
+    table: IntegerType | None = INT8_NARROW
     attention_operands: bool = False
     head_scales: bool = False
     logarithmic_softmax: bool = False

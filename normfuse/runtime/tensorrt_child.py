@@ -54,7 +54,7 @@ def _recording_logger(trt: Any) -> Any:
             if int(severity) <= self._worst:
                 self.messages.append(text)
             elif text.startswith("Layers:"):
-                self.layers = text.splitlines()[1:]
+                self.layers = [line for line in text.splitlines() if line.startswith("Name: ")]
 
     return Recording()
 

@@ -70,7 +70,7 @@ class Builder:
             self.logger.log(1, "OutOfMemory (Requested size was 39856848 bytes.)")
             return None
         self.logger.log(2, "a warning")
-        self.logger.log(4, "Layers:\\nName: a, LayerType: gemm\\nName: b, LayerType: kgen")
+        self.logger.log(4, "Layers:\\nName: a, LayerType: gemm\\nName: b, LayerType: kgen\\n\\nBindings:\\nx")
         shapes = sorted(getattr(config, "profile", {{}}).items())
         return f"engine {{config.builder_optimization_level}} {{config.size}} {{config.capability}} {{shapes}}".encode()
 """
