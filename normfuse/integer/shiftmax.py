@@ -40,7 +40,7 @@ def shiftmax_attention(
     Raises:
         UnsupportedModel: scores are so small that the sum of a row's exponentials would be cut.
     """
-    softmax, values, codes = viewed(node), lowering.coded(query.operand(node, 1)), scores.node
+    softmax, values, codes = viewed(node), lowering.operand(query.operand(node, 1)), scores.node
     size = query.shape(softmax)[-1]
     keys = size if isinstance(size, int) else 1  # how many there will be is not known
     if bias is not None:
