@@ -36,6 +36,7 @@ from normfuse.quant.levers import Effort
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 from normfuse.rewrite.linear_map import read_linear_map
+from normfuse.rewrite.window_means import is_average
 
 __all__ = ["IntegerTraining", "prepare_qat"]
 
@@ -150,7 +151,7 @@ class IntegerTraining(nn.Module):
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for node in plan.graph.nodes:
             linear = read_linear_map(plan.graph, node) if node.name in plan.weights else None
-            if linear is None:
+            if linear is None or is_average(node):
                 continue
             key = node.name
             self.weights[key] = nn.Parameter(linear.weight.detach().clone())
@@ -203,7 +204,8 @@ class IntegerTraining(nn.Module):
         """Return the value of every request in the integer network, by its name."""
         graph, plan = self._plan.graph.copy(), self._plan
         with editing(graph) as edit:
-            lowering = plan.lowering(edit, {name: self._rounded(name) for name in self.weights})
+            trained = {name: self._rounded(name) for name in self.weights}
+            lowering = plan.lowering(edit, {**plan.weights, **trained})
             lowering.run()
             coded = {request.name: found for request, found in lowering.coded_requests()}
         wanted = {each.name for found in coded.values() for each in (found.node, found.factors) if each is not None}

@@ -73,8 +73,10 @@ class FilledMaskIsBoolean(Rule[list[fx.Node]]):
         while query.is_call(mask, *VIEWS):
             found.append(mask)
             mask = mask.args[0]
-        is_filled = query.is_call(mask, FILLED) and _shuts(mask.args[2]) and _is_nothing(graph, mask.args[0])
-        return [*found, mask] if is_filled else None
+        if not query.is_call(mask, FILLED) or not _shuts(mask.args[2]) or not _is_nothing(graph, mask.args[0]):
+            return None
+        is_whole = query.shape(mask) == query.shape(query.operand(mask, 1))  # a view of less would be another one
+        return [*found, mask] if is_whole else None
 
     def rewrite(self, match: Match, plan: list[fx.Node], edit: Editor) -> None:
         """Let attention read the boolean mask, moved as the other was."""

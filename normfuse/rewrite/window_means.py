@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph, metadata, ops, query
 from normfuse.graph.edit import Editor
 from normfuse.rewrite.pattern import Match, call
 from normfuse.rewrite.rule import Rule
 
-__all__ = ["WINDOW_MEAN_RULES"]
+__all__ = ["WINDOW_MEAN_RULES", "is_average"]
+
+AVERAGE: Final = "average"
 
 ATEN = ops.ATEN
 POOL1D: Final = ATEN.avg_pool1d.default
@@ -73,6 +75,7 @@ class WindowMeanIsConvolution(Rule[_Windows]):
         weight = torch.full((plan.channels, 1, *plan.kernel), plan.weight, dtype=query.dtype(x))
         held = edit.constant(weight, f"{node.name}_weight", like=node)
         found = edit.call(ops.CONV2D, x, held, None, plan.stride, plan.padding, [1, 1], plan.channels, at=node)
+        metadata.note(found, AVERAGE, True)
         if plan.factors is not None:
             factors = edit.constant(plan.factors.to(query.dtype(x)), f"{node.name}_factors", like=node)
             found = edit.call(ops.MUL, found, factors, at=node)
@@ -144,3 +147,8 @@ def _pair(given: Any) -> list[int]:
 
 
 WINDOW_MEAN_RULES: Final[tuple[Rule[Any], ...]] = (EvenPartsAreWindows(), PoolOfOneAxis(), WindowMeanIsConvolution())
+
+
+def is_average(node: fx.Node) -> bool:
+    """Return whether a convolution is pooling that was written so: its weight is no parameter of the model."""
+    return metadata.noted(node, AVERAGE) is not None

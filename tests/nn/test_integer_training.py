@@ -226,6 +226,13 @@ class Masked(nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask[:, None, :])
 
 
+def test_pooling_is_not_trained() -> None:
+    """Integers average by a convolution, whose weights are nobody's parameters."""
+    model: nn.Module = randomized(Convolutions().eval())
+    training = prepare_qat(model, {"x": torch.randn(16, 3, 18, generator=seeded(2)).numpy()})
+    assert sorted(weight.shape for weight in training.weights.values()) == [(4, 5, 1, 1), (5, 3, 1, 3)]
+
+
 @pytest.mark.parametrize(("network", "shape"), [(Convolutions, (3, 18)), (Stream, (4, 7))])
 def test_what_is_written_is_what_is_tuned(network: type[nn.Module], shape: tuple[int, ...]) -> None:
     model: nn.Module = randomized(network().eval())
