@@ -212,6 +212,24 @@ class ScaleBeforeProduct(Rule[_Scaled]):
         edit.redirect(match.root, plan.product)
 
 
+class WeightedSumIsSum(Rule[float]):
+    """add(x, y, alpha) = x + alpha * y."""
+
+    name: ClassVar[str] = "weighted-sum-is-sum"
+    pattern = call(ops.ADD, ops.SUB)
+
+    def plan(self, graph: Graph, match: Match) -> float | None:
+        """Return the factor of a second tensor, where it is none of 1."""
+        alpha = match.root.kwargs.get("alpha", 1)
+        return float(alpha) if alpha != 1 and isinstance(match.root.args[1], fx.Node) else None  # type: ignore[arg-type]
+
+    def rewrite(self, match: Match, plan: float, edit: Editor) -> None:
+        """Multiply first."""
+        node = match.root
+        scaled = edit.call(ops.MUL, node.args[1], plan, at=node)
+        edit.replace(node, node.target, node.args[0], scaled)
+
+
 class CausalIsMasked(Rule[Tensor]):
     """attention(q, k, v; causal) = attention(q, k, v; mask) with minus infinity above the diagonal."""
 
@@ -250,6 +268,7 @@ SPELLING_RULES: Final[tuple[Rule[Any], ...]] = (
     MaximumOfOneAxis(),
     PowerIsProduct(),
     SumIsMean(),
+    WeightedSumIsSum(),
     GateIsProduct(),
     SlopeIsLeaky(),
     BatchedProduct(),

@@ -113,3 +113,12 @@ def test_a_model_without_weights_ships_as_integers() -> None:
     recipe = normfuse.Recipe(integer_only=True, benchmark=False, max_drop=1.0)
     built = normfuse.compile(attention, (normal(2, 6, 7),), calibration=normal(16, 6, 7), recipe=recipe)
     assert built.report["verdict"]["ships"] == "integers"
+
+
+def test_sums_with_a_factor() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        a, b = m.a(x), m.b(x)
+        return torch.add(a, b, alpha=2), torch.sub(a, b, alpha=0.5), torch.add(x, m.c(x), alpha=-3)
+
+    parts = {name: nn.Linear(7, 7) for name in "abc"}
+    hold_all(module(forward, **parts), (3, 7))
