@@ -258,7 +258,7 @@ def quantized(graph: Graph, samples: Tensor, recipe: Recipe, placement: Placemen
         total=len(samples),
         progress=Silent(),
     )
-    return plan.simulated(placement)[0]
+    return plan.simulated(biases_stay_float=placement.biases_stay_float)[0]
 
 
 def percent_of_graph(graph: Graph, images: Tensor, labels: Tensor) -> float:

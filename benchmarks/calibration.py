@@ -163,7 +163,7 @@ def _quantize(graph: Any, given: argparse.Namespace, *, count: int) -> None:
         placement=placement,
         total=count,
         progress=Silent(),
-    ).simulated(placement)
+    ).simulated()
 
 
 def _onnxruntime(given: argparse.Namespace) -> dict[str, float]:

@@ -82,11 +82,11 @@ class Plan:
         """Return the plan with another decision."""
         return replace(self, decided=decided)
 
-    def simulated(self, placement: Placement) -> tuple[Graph, PassReport]:
+    def simulated(self, *, biases_stay_float: bool = False) -> tuple[Graph, PassReport]:
         """Return a graph with the quantizers: running it is the simulation; and what could not be quantized."""
         graph, chosen = self.graph.copy(), self.decided.quantization
         quantizers = InsertQuantizers(
-            activations=chosen.activations, weights=chosen.weights, biases_stay_float=placement.biases_stay_float
+            activations=chosen.activations, weights=chosen.weights, biases_stay_float=biases_stay_float
         )
         insert = Phase("precision", (quantizers,))
         (report,) = Pipeline(phases=(insert,), given=frozenset({Fact.PLACED})).run(graph)

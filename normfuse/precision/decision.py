@@ -10,7 +10,7 @@ from typing import Final
 from torch import fx
 
 from normfuse.graph import Graph, ops, query
-from normfuse.graph.quantization import requested_weights, requests
+from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests
 from normfuse.heap import give_back_memory
 from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight
 from normfuse.rewrite.linear_map import read_linear_map
@@ -26,7 +26,7 @@ __all__ = [
 
 
 MOVES: Final = (*ops.VIEWS, *ops.POINTWISE_KEEPING, ops.SELECT, ops.SLICE, ops.UNSQUEEZE, ops.ROLL)
-"""Views that a request may stand in front of: the same codes, elsewhere."""
+"""Views that move tokens: the same codes, elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +74,27 @@ def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> d
 
     A map whose input was to be quantized and could not be is left out: it computes floats.
     """
-    reads = {reader: request.source.name for request in requests(graph) for reader in _readers(request.node)}
+    reads = {
+        reader: request.source.name
+        for request in requests(graph)
+        for reader in (_behind_views(request.node) if _is_by_token(activations, request) else request.readers)
+    }
     maps = [node for node in requested_weights(graph) if node not in reads or reads[node] in activations]
     return {node: scale_for_maps(activations[reads[node]]) if node in reads else None for node in maps}
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
+def _is_by_token(activations: Mapping[str, ActivationParams], request: QuantizationRequest) -> bool:
+    """Return whether tokens find their scales and sums are integers: then views move codes and scales."""
+    params = activations.get(request.source.name)
+    return isinstance(params, DynamicParams) and params.sum_scale is not None
+
+
+def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
     """Yield who reads a tensor, or a view of it."""
     for reader in query.readers(node):
         yield reader
         if query.is_call(reader, *MOVES):
-            yield from _readers(reader)
+            yield from _behind_views(reader)
 
 
 def scale_for_maps(params: ActivationParams) -> float | None:
