@@ -101,13 +101,8 @@ def main() -> None:
 def _measure(name: str, seed: int, given: argparse.Namespace, test: int) -> Found:
     task = MODELS[name].task
     samples, _ = make(task, "calib", given.samples, seed)
-    recipe = Recipe(
-        integer_only=True,
-        norm=NormForm(given.norm),
-        softmax=SoftmaxForm(given.softmax),
-        gelu=GeluForm(given.gelu),
-        seed=seed,
-    )
+    forms = {"norm": given.norm, "softmax": given.softmax, "gelu": given.gelu}
+    recipe = Recipe(integer_only=True, seed=seed).with_options(**forms)
     graph = _tuned(name, recipe, samples, given.tune) if given.tune else folded(name)
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
         exact, path = Path(folder) / "float.onnx", Path(folder) / "integers.onnx"

@@ -17,19 +17,14 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import OnnxFunction
 
-from normfuse.kernels.onnx_domain import DOMAIN, INT8, INT32, INT64, UINT8, UINT64, UP, VERSION, normfuse, op
+from normfuse.kernels.onnx_attention_functions import ATTENTION_FUNCTIONS
+from normfuse.kernels.onnx_domain import DOMAIN, INT8, INT32, INT64, UINT8, VERSION, normfuse, op
+from normfuse.kernels.onnx_norm_functions import NORM_FUNCTIONS
 from normfuse.kernels.onnx_rescaling import RESCALING
 from normfuse.kernels.onnx_shift_functions import SHIFT_FUNCTIONS
 from normfuse.kernels.onnx_token_functions import TOKEN_FUNCTIONS
-from normfuse.kernels.reference.attention import EXPONENTIALS
-from normfuse.kernels.reference.norms import ROOT_BITS
 
 __all__ = ["DOMAIN", "FUNCTIONS", "VERSION", "onnx_functions"]
-
-POWERS_OF_TWO = [1 << count for count in range(32)]
-POWERS_OF_FOUR = [1 << (2 * count) for count in range(ROOT_BITS)]
-LIMITS = POWERS_OF_FOUR[1:]
-EXPONENTIAL_TABLE = list(EXPONENTIALS)
 
 
 @script(normfuse, default_opset=op)
@@ -298,97 +293,6 @@ def int_matmul(x, y, multiplier: int, shift: int, zero_point: int, minimum: int,
 
 
 @script(normfuse, default_opset=op)
-def attended(
-    scores,
-    v,
-    score_multiplier: int,
-    score_shift: int,
-    multiplier: int,
-    shift: int,
-    zero_point: int,
-    minimum: int,
-    maximum: int,
-    to: int,
-):
-    """Return codes of softmax(scores) v, for int32 scores."""
-    last = op.Constant(value_ints=[-1])
-    below = op.Sub(normfuse.largest_of_row(scores), op.Cast(scores, to=INT64))
-    octaves = normfuse.rounded_shift(op.Mul(below, op.Constant(value_int=score_multiplier)), shift=score_shift)
-    steps = op.Constant(value_int=256)
-    whole = op.Div(octaves, steps)
-    fraction = op.Sub(octaves, op.Mul(whole, steps))
-    power = op.Gather(op.Constant(value_ints=POWERS_OF_TWO), normfuse.smaller(whole, op.Constant(value_int=31)))
-    entry = op.Gather(op.Constant(value_ints=EXPONENTIAL_TABLE), fraction)
-    half = op.Mul(power, op.Constant(value_int=128))
-    weights = op.Div(op.Add(entry, half), op.Mul(power, steps))
-    wide = op.Mul(op.Constant(value_int=multiplier), op.Constant(value_int=1048576))
-    row = op.Div(wide, op.ReduceSum(weights, last, keepdims=1))
-    none, middle = op.Cast(op.Constant(value_int=0), to=UINT8), op.Cast(op.Constant(value_int=128), to=UINT8)
-    sums = op.MatMulInteger(op.Cast(weights, to=UINT8), normfuse.unsigned(v), none, middle)
-    rounded = normfuse.rounded_shift(op.Mul(op.Cast(sums, to=INT64), row), shift=shift)
-    return normfuse.saturate(rounded, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to)
-
-
-@script(normfuse, default_opset=op)
-def int_attention(
-    q,
-    k,
-    v,
-    score_multiplier: int,
-    score_shift: int,
-    multiplier: int,
-    shift: int,
-    zero_point: int,
-    minimum: int,
-    maximum: int,
-    to: int,
-):
-    """Return codes of softmax(q k) v."""
-    return normfuse.attended(
-        normfuse.product(q, k),
-        v,
-        score_multiplier=score_multiplier,
-        score_shift=score_shift,
-        multiplier=multiplier,
-        shift=shift,
-        zero_point=zero_point,
-        minimum=minimum,
-        maximum=maximum,
-        to=to,
-    )
-
-
-@script(normfuse, default_opset=op)
-def int_attention_bias(
-    q,
-    k,
-    v,
-    bias,
-    score_multiplier: int,
-    score_shift: int,
-    multiplier: int,
-    shift: int,
-    zero_point: int,
-    minimum: int,
-    maximum: int,
-    to: int,
-):
-    """Return codes of softmax(q k + bias) v."""
-    return normfuse.attended(
-        op.Add(normfuse.product(q, k), bias),
-        v,
-        score_multiplier=score_multiplier,
-        score_shift=score_shift,
-        multiplier=multiplier,
-        shift=shift,
-        zero_point=zero_point,
-        minimum=minimum,
-        maximum=maximum,
-        to=to,
-    )
-
-
-@script(normfuse, default_opset=op)
 def int_interpolate(x, low, high, weight, axis: int):
     """Return codes between two neighbours along an axis."""
     wide = op.Cast(x, to=INT64)
@@ -399,76 +303,14 @@ def int_interpolate(x, low, high, weight, axis: int):
     return op.CastLike(normfuse.rounded_shift(total, shift=14), x)
 
 
-@script(normfuse, default_opset=op)
-def nearer_root(root, x):
-    """Return Newton's next guess of the root of x."""
-    return op.Div(op.Add(root, op.Div(x, root)), op.Constant(value_int=2))
-
-
-@script(normfuse, default_opset=op)
-def over_root(x, power):
-    """Return x / sqrt(power) with 20 bits behind the point.
-
-    ``power`` is brought to 2^60 ... 2^62, where six steps from 2^31 reach the root or the integer above it.
-    """
-    last = op.Constant(value_ints=[-1])
-    is_below = op.Cast(op.Less(power, op.Constant(value_ints=LIMITS)), to=INT64)
-    doublings = op.ReduceSum(is_below, last, keepdims=1)
-    rooted = op.Mul(power, op.Gather(op.Constant(value_ints=POWERS_OF_FOUR), doublings))
-    first = op.Expand(op.Constant(value_int=2147483648), op.Shape(rooted))
-    third = normfuse.nearer_root(normfuse.nearer_root(normfuse.nearer_root(first, rooted), rooted), rooted)
-    sixth = normfuse.nearer_root(normfuse.nearer_root(normfuse.nearer_root(third, rooted), rooted), rooted)
-    is_above = op.Cast(op.Greater(op.Mul(sixth, sixth), rooted), to=INT64)
-    root = op.Sub(sixth, is_above)
-    half_root = op.Div(root, op.Constant(value_int=2))
-    reciprocal = op.Div(op.Add(op.Constant(value_int=2305843009213693952), half_root), root)
-    bits = op.Sub(op.Constant(value_int=41), doublings)
-    one = op.Cast(op.Constant(value_int=1), to=UINT64)
-    half = op.BitShift(one, op.Cast(op.Sub(bits, op.Constant(value_int=1)), to=UINT64), direction="LEFT")
-    up = op.Constant(value_int=UP)
-    positive = op.Add(op.Add(op.Mul(x, reciprocal), op.Cast(half, to=INT64)), up)
-    amount = op.Cast(bits, to=UINT64)
-    shifted = op.BitShift(op.Cast(positive, to=UINT64), amount, direction="RIGHT")
-    below = op.BitShift(op.Cast(up, to=UINT64), amount, direction="RIGHT")
-    return op.Sub(op.Cast(shifted, to=INT64), op.Cast(below, to=INT64))
-
-
-@script(normfuse, default_opset=op)
-def int_layer_norm(x, bias, multiplier, epsilon: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
-    """Return codes of a layer norm over the last axis."""
-    last = op.Constant(value_ints=[-1])
-    wide = op.Cast(x, to=INT64)
-    channels = op.Shape(wide, start=-1)
-    total = op.ReduceSum(wide, last, keepdims=1)
-    squares = op.Mul(channels, op.ReduceSum(op.Mul(wide, wide), last, keepdims=1))
-    power = op.Add(op.Sub(squares, op.Mul(total, total)), op.Constant(value_int=epsilon))
-    normal = normfuse.over_root(op.Sub(op.Mul(channels, wide), total), power)
-    return normfuse.rescale(
-        normal, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
-    )
-
-
-@script(normfuse, default_opset=op)
-def int_rms_norm(x, bias, multiplier, epsilon: int, shift: int, zero_point: int, minimum: int, maximum: int, to: int):
-    """Return codes of an RMS norm over the last axis."""
-    last = op.Constant(value_ints=[-1])
-    wide = op.Cast(x, to=INT64)
-    channels = op.Shape(wide, start=-1)
-    squares = op.Mul(channels, op.ReduceSum(op.Mul(wide, wide), last, keepdims=1))
-    power = op.Add(squares, op.Constant(value_int=epsilon))
-    normal = normfuse.over_root(op.Mul(channels, wide), power)
-    return normfuse.rescale(
-        normal, bias, multiplier, shift=shift, zero_point=zero_point, minimum=minimum, maximum=maximum, to=to
-    )
-
-
 FUNCTIONS: Final[Mapping[str, OnnxFunction[..., Any]]] = {
     each.name: each
     for each in (
         *(*RESCALING, unsigned, product, with_residual, convolved, of_channels),
         *(requantize, int_add, int_multiply, int_mean, int_table, int_interpolate),
         *(int_linear, int_linear_add, int_linear_table, int_conv2d, int_conv2d_add, int_matmul),
-        *(attended, int_attention, int_attention_bias, nearer_root, over_root, int_layer_norm, int_rms_norm),
+        *ATTENTION_FUNCTIONS,
+        *NORM_FUNCTIONS,
         *TOKEN_FUNCTIONS,
         *SHIFT_FUNCTIONS,
     )

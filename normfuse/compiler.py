@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,12 +76,8 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     used = None if samples is None else seen.first(recipe.samples or len(seen))
     warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
     folder = Workspace()
-    try:
+    with _naming_floats_of_fewer_bits(original, recipe):
         floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
-    except CheckFailed:
-        if recipe.integer_only:  # floats of fewer bits cannot pass; this says so
-            refuse_other_floats(original)
-        raise
     engines, control = {FLOAT: floating}, None
     measured = Measured(engines=[floating.spec(FLOAT)], evaluation=judged, fixed_batch=fixed_batch(original))
     if not recipe.precision.is_float:
@@ -105,6 +103,17 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     )
     built = conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
     return replace(built, resume=resume)
+
+
+@contextmanager
+def _naming_floats_of_fewer_bits(original: Graph, recipe: Recipe) -> Iterator[None]:
+    """Say of a model for integers that its floats have fewer bits where these are what fails float32's check."""
+    try:
+        yield
+    except CheckFailed:
+        if recipe.integer_only:
+            refuse_other_floats(original)
+        raise
 
 
 def _samples(data: Data | None, name: str) -> Samples | None:

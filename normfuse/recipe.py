@@ -187,13 +187,9 @@ class Recipe:
         """Refuse beside integers what they do not have, and without them what only they have."""
         if not self.integer_only:
             _check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
-            for name, default in (
-                ("norm", NormForm.PER_TENSOR),
-                ("softmax", SoftmaxForm.TABLE),
-                ("gelu", GeluForm.TABLE),
-            ):
-                form = getattr(self, name)
-                _check(form is default, name, form.value, f"{default.value} (the default) without integer_only")
+            for field in [each for each in fields(self) if each.name in ("norm", "softmax", "gelu")]:
+                form, usual = getattr(self, field.name), f"{field.default.value} (the default) without integer_only"
+                _check(form is field.default, field.name, form.value, usual)
             return
         is_by_tensor = self.norm is NormForm.PER_TENSOR or not self.allow_float_islands
         _check(is_by_tensor, "norm", self.norm.value, "per-tensor (the default) beside allow_float_islands")

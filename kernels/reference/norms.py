@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normfuse.kernels.reference.rescaling import rescale
 
-__all__ = ["FRACTION", "int_layer_norm", "int_rms_norm", "over_root", "square_root"]
+__all__ = ["FRACTION", "deviations", "int_layer_norm", "int_rms_norm", "over_root", "power", "square_root"]
 
 FRACTION: Final = 20
 """Bits behind the point of what is normalized, before it is rescaled."""
@@ -48,10 +48,7 @@ def int_layer_norm(
         minimum: see ``rescale``.
         maximum: see ``rescale``.
     """
-    wide = x.to(torch.int64)
-    channels, total = x.shape[-1], wide.sum(-1, keepdim=True)
-    power = channels * (wide * wide).sum(-1, keepdim=True) - total * total + epsilon
-    normal = over_root(channels * wide - total, power)
+    normal = over_root(deviations(x, is_centred=True), power(x, epsilon, is_centred=True))
     return rescale(normal, bias, multiplier, shift, zero_point, minimum, maximum)
 
 
@@ -77,11 +74,23 @@ def int_rms_norm(
         minimum: see ``rescale``.
         maximum: see ``rescale``.
     """
-    wide = x.to(torch.int64)
-    channels = x.shape[-1]
-    power = channels * (wide * wide).sum(-1, keepdim=True) + epsilon
-    normal = over_root(channels * wide, power)
+    normal = over_root(deviations(x, is_centred=False), power(x, epsilon, is_centred=False))
     return rescale(normal, bias, multiplier, shift, zero_point, minimum, maximum)
+
+
+def deviations(x: Tensor, *, is_centred: bool) -> Tensor:
+    """Return int64 ``C x``, or ``C x - T``: C times what x [..., C] is away from 0, or from its row's mean."""
+    return x.shape[-1] * x.to(torch.int64) - _total(x, is_centred)
+
+
+def power(x: Tensor, epsilon: int, *, is_centred: bool) -> Tensor:
+    """Return int64 ``C Q + epsilon``, or ``C Q - T^2 + epsilon``, [..., 1]: the mean of squared deviations."""
+    wide, total = x.to(torch.int64), _total(x, is_centred)
+    return x.shape[-1] * (wide * wide).sum(-1, keepdim=True) - total * total + epsilon
+
+
+def _total(x: Tensor, is_centred: bool) -> Tensor:
+    return int(is_centred) * x.to(torch.int64).sum(-1, keepdim=True)
 
 
 def square_root(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from normfuse.kernels.reference.norms import over_root
+from normfuse.kernels.reference.norms import deviations, over_root, power
 from normfuse.kernels.reference.products import linear_sums
 from normfuse.kernels.reference.rescaling import rescale, rounded_shift
 from normfuse.kernels.reference.tables import int_table
@@ -35,10 +35,9 @@ def int_token_codes(x: Tensor, is_centred: bool) -> Tensor:
         x: int8 or int16 [..., channels], zero point 0; 2^14 channels at most.
         is_centred: whether a token's mean is taken off first, as a layer norm does; an RMS norm does not.
     """
-    deviations = _deviations(x, is_centred)
-    largest = deviations.abs().amax(-1, keepdim=True).clamp(min=1)
-    doubled = 2 * LARGEST * deviations + largest
-    return torch.div(doubled, 2 * largest, rounding_mode="floor").to(torch.int8)
+    away = deviations(x, is_centred=is_centred)
+    largest = away.abs().amax(-1, keepdim=True).clamp(min=1)
+    return torch.div(2 * LARGEST * away + largest, 2 * largest, rounding_mode="floor").to(torch.int8)
 
 
 def int_token_factors(x: Tensor, epsilon: int, is_centred: bool) -> Tensor:
@@ -51,10 +50,8 @@ def int_token_factors(x: Tensor, epsilon: int, is_centred: bool) -> Tensor:
         epsilon: as for ``int_layer_norm``.
         is_centred: whether it is a layer norm; else it is an RMS norm.
     """
-    wide, total = x.to(torch.int64), _total(x, is_centred)
-    power = x.shape[-1] * (wide * wide).sum(-1, keepdim=True) - total * total + epsilon
-    largest = _deviations(x, is_centred).abs().amax(-1, keepdim=True)
-    return over_root(largest, power).to(torch.int32)
+    largest = deviations(x, is_centred=is_centred).abs().amax(-1, keepdim=True)
+    return over_root(largest, power(x, epsilon, is_centred=is_centred)).to(torch.int32)
 
 
 def int_linear_tokens(
@@ -113,12 +110,3 @@ def int_linear_tokens_table(
     """
     codes = int_linear_tokens(x, factors, weight, bias, multiplier, token_shift, shift, zero_point, -128, 127)
     return int_table(codes, table)
-
-
-def _deviations(x: Tensor, is_centred: bool) -> Tensor:
-    """Return channels times x, or times what it is away from the token's mean, as int64."""
-    return x.shape[-1] * x.to(torch.int64) - _total(x, is_centred)
-
-
-def _total(x: Tensor, is_centred: bool) -> Tensor:
-    return int(is_centred) * x.to(torch.int64).sum(-1, keepdim=True)

@@ -31,7 +31,6 @@ Rule = Callable[["Lowering", fx.Node, Written], fx.Node]
 """Writes the codes of a node's value and returns their node."""
 
 SIZE: Final = ops.ATEN.sym_size.int
-POOLS: Final = frozenset(ops.MAXIMUM_POOLS)
 ARGMAX: Final = ops.ATEN.argmax.default
 
 LARGEST_BIAS: Final = 1 << 30
@@ -252,8 +251,8 @@ class Lowering:
     def _view(self, node: fx.Node) -> Coded:
         if query.is_call(node, ops.EMBEDDING):
             return self._embedding(node)
-        source = viewed(node)  # no runtime pools 16 bits
-        return self._moved(node, self.operand(source) if query.is_call(node, *POOLS) else self.coded(source))
+        is_pool = query.is_call(node, *ops.MAXIMUM_POOLS)  # no runtime pools 16 bits
+        return self._moved(node, (self.operand if is_pool else self.coded)(viewed(node)))
 
     def _moved(self, node: fx.Node, found: Coded) -> Coded:
         """Return the codes of a view, from those of what it looks at."""

@@ -21,7 +21,6 @@ from normfuse.quant.integer_type import INT8_NARROW
 
 __all__ = [
     "TOKEN_SCALE",
-    "moved_factors",
     "request_tokens",
     "scaled_sums",
     "token_params",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
 
 from torch import fx
 
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph, query
 from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests
 from normfuse.heap import give_back_memory
 from normfuse.quant import ActivationParams, DynamicParams, QuantParams, Range, RoundedWeight
@@ -23,10 +22,6 @@ __all__ = [
     "round_all_to_nearest",
     "scale_for_maps",
 ]
-
-
-MOVES: Final = (*ops.VIEWS, *ops.POINTWISE_KEEPING, ops.SELECT, ops.SLICE, ops.UNSQUEEZE, ops.ROLL)
-"""Views that move tokens: the same codes, elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,24 +72,27 @@ def input_scales(graph: Graph, activations: Mapping[str, ActivationParams]) -> d
     reads = {
         reader: request.source.name
         for request in requests(graph)
-        for reader in (_behind_views(request.node) if _is_by_token(activations, request) else request.readers)
+        for reader in (_behind_views(graph, request) if _is_by_token(activations, request) else request.readers)
     }
     maps = [node for node in requested_weights(graph) if node not in reads or reads[node] in activations]
     return {node: scale_for_maps(activations[reads[node]]) if node in reads else None for node in maps}
 
 
 def _is_by_token(activations: Mapping[str, ActivationParams], request: QuantizationRequest) -> bool:
-    """Return whether tokens find their scales and sums are integers: then views move codes and scales."""
+    """Return whether tokens find their scales and sums are integers: then views of them are read, too."""
     params = activations.get(request.source.name)
     return isinstance(params, DynamicParams) and params.sum_scale is not None
 
 
-def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield who reads a tensor, or a view of it."""
-    for reader in query.readers(node):
-        yield reader
-        if query.is_call(reader, *MOVES):
-            yield from _behind_views(reader)
+def _behind_views(graph: Graph, request: QuantizationRequest) -> Iterator[fx.Node]:
+    """Yield the maps that read tokens; whatever else reads them moves them (``place-integers``)."""
+    maps, found = requested_weights(graph), [*request.readers]
+    while found:
+        reader = found.pop()
+        if reader in maps:
+            yield reader
+        elif query.is_tensor(reader):  # a size is read by others
+            found += query.readers(reader)
 
 
 def scale_for_maps(params: ActivationParams) -> float | None:

@@ -35,17 +35,6 @@ class EngineLayer:
     outputs: tuple[str, ...]
     sources: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, object]:
-        """Return the kernel for JSON."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "inputs": list(self.inputs),
-            "constants": list(self.constants),
-            "outputs": list(self.outputs),
-            "sources": list(self.sources),
-        }
-
 
 def read_layers(lines: Iterable[str]) -> list[EngineLayer]:
     """Return the kernels of a list; lines of another form are none."""

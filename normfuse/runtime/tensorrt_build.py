@@ -16,7 +16,7 @@ from normfuse.atomic import write_file
 from normfuse.errors import CheckFailed, MissingDependency, UnsupportedModel
 from normfuse.runtime import tensorrt_child
 
-__all__ = ["TENSORRT", "TENSORRT_RTX", "Backend", "BuildOptions", "BuiltEngine", "build_engine"]
+__all__ = ["TENSORRT_RTX", "Backend", "BuildOptions", "BuiltEngine", "build_engine"]
 
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """The smallest, the usual and the largest shape of an input."""
@@ -33,7 +33,6 @@ class Backend:
     install: str
 
 
-TENSORRT: Final = Backend("tensorrt", "pip install tensorrt, which needs NVIDIA's own package index")
 TENSORRT_RTX: Final = Backend("tensorrt_rtx", "pip install 'normfuse[trt-rtx]'")
 
 

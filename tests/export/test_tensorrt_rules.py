@@ -53,6 +53,7 @@ def test_a_rule_finds_what_breaks_it_and_nothing_else(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_finding_names_the_layer_and_the_mend(name: str, tmp_path: Path) -> None:
     found = [each for each in lint(written(PAIRS[name][1](), tmp_path), TENSORRT_RULES) if each.rule.name == name]
+    assert found
     assert all(each.layer for each in found)
     assert all(each.as_dict()["mend"] for each in found)
     levels = [each.rule.level for each in lint(tmp_path / "model.onnx", TENSORRT_RULES)]

@@ -313,17 +313,17 @@ def test_rounded_shift_function(shift: int) -> None:
 
 @given(seed=SEEDS)
 @settings(max_examples=20)
-def testover_root_function(seed: int) -> None:
+def test_over_root_function(seed: int) -> None:
     generator = seeded(seed)
     roots = torch.randint(1, 1 << 31, (500,), generator=generator) >> torch.randint(0, 31, (500,), generator=generator)
     roots = torch.cat([roots, torch.tensor([1, 2, 1 << 30, (1 << 31) - 1])])
     squares = roots * roots
     power = torch.cat([squares - 1, squares, squares + 1, squares + 2 * roots, torch.tensor([WIDE - 1])])
-    checkover_root(power.clamp(1, WIDE - 1))
+    check_over_root(power.clamp(1, WIDE - 1))
 
 
 @pytest.mark.parametrize("doublings", range(1, 16))
-def testover_root_where_newton_ends_above(doublings: int) -> None:
+def test_over_root_where_newton_ends_above(doublings: int) -> None:
     """One below a square, Newton's steps end at the root or above it in turns: at 4^doublings power = m^2 - 1 here."""
     step = 1 << (2 * doublings - 1)
     multiples = (
@@ -332,10 +332,10 @@ def testover_root_where_newton_ends_above(doublings: int) -> None:
     m = torch.cat([multiples + 1, multiples - 1])
     m = m[(m >= 1 << 30) & (m < 1 << 31)]
     assert len(m)
-    checkover_root((m * m - 1) >> (2 * doublings))
+    check_over_root((m * m - 1) >> (2 * doublings))
 
 
-def checkover_root(power: Tensor) -> None:
+def check_over_root(power: Tensor) -> None:
     largest, power = torch.full((len(power), 1), (1 << 31) - 1), power[:, None]  # times a reciprocal it is below 2^62
     root = square_root(power)
     x = torch.cat([-largest, -root, torch.zeros_like(root), root // 3, root, largest // 7, largest], dim=-1)

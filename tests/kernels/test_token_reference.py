@@ -73,7 +73,7 @@ def test_factors_are_near_and_bounded(size: int, is_centred: bool, epsilon: int)
         power = Fraction(sum(each * each for each in token), size) + epsilon
         largest = max(map(abs, token))
         # 40 more bits than the factor has make the exact root an integer for all that is compared.
-        wanted = Fraction(largest << 40, 1) / Fraction(isqrt(ceil(power * (1 << 80))), 1 << 0) * (1 << FRACTION)
+        wanted = Fraction(largest << (40 + FRACTION), isqrt(ceil(power * (1 << 80))))
         assert abs(made - wanted) <= Fraction(1, 2) + Fraction(made + 1, 1 << 29)
         assert made <= (isqrt(size) + 1) << FRACTION
 
