@@ -1,6 +1,7 @@
 """Defines ``torch.ops.normfuse.*``, the operators that a quantized graph carries; importing this module is enough.
 
     normfuse::quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int minimum, int maximum) -> Tensor
+    normfuse::quantize_float8(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor
     normfuse::dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor
     normfuse::quantize_logarithm(Tensor x, Tensor scale, int axis, int count, int per_octave, bool top_is_zero)
         -> Tensor
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from normfuse.kernels import reference
+from normfuse.quant.float_type import FLOAT8
 from normfuse.quant.integer_type import smallest_container
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "GROUPED_LINEAR",
     "GROUPED_LOOKUP",
     "QUANTIZE",
+    "QUANTIZE_FLOAT8",
     "QUANTIZE_LOGARITHM",
     "RESHAPE",
     "UNPACK",
@@ -42,6 +45,10 @@ __all__ = [
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, minimum: int, maximum: int) -> Tensor:
     return torch.empty_like(x, dtype=smallest_container(minimum, maximum))
+
+
+def _quantize_float8_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=FLOAT8.torch_dtype)
 
 
 def _dequantize_shape(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -83,6 +90,9 @@ def _define() -> None:
     if hasattr(torch.ops.normfuse, "quantize"):
         return
     torch.library.custom_op("normfuse::quantize", reference.quantize, mutates_args=()).register_fake(_quantize_shape)
+    torch.library.custom_op("normfuse::quantize_float8", reference.quantize_float8, mutates_args=()).register_fake(
+        _quantize_float8_shape
+    )
     torch.library.custom_op("normfuse::dequantize", reference.dequantize, mutates_args=()).register_fake(
         _dequantize_shape
     )
@@ -105,6 +115,7 @@ def _define() -> None:
 _define()
 
 QUANTIZE: Final[Any] = torch.ops.normfuse.quantize.default
+QUANTIZE_FLOAT8: Final[Any] = torch.ops.normfuse.quantize_float8.default
 DEQUANTIZE: Final[Any] = torch.ops.normfuse.dequantize.default
 QUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.quantize_logarithm.default
 DEQUANTIZE_LOGARITHM: Final[Any] = torch.ops.normfuse.dequantize_logarithm.default

@@ -86,7 +86,7 @@ def build_float(original: Graph, samples: Stream, path: Path, *, threads: int, p
 def write_quantized(plan: Plan, path: Path, *, placement: Placement) -> Engine:
     """Write the engine of a plan; it has not been checked yet."""
     graph, report = plan.simulated(biases_stay_float=placement.biases_stay_float)
-    export_onnx(graph, path)
+    export_onnx(graph, path, standard=placement.standard_operators)
     return Engine(
         graph=graph,
         path=path,

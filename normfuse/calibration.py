@@ -27,6 +27,7 @@ from normfuse.quant import (
 )
 from normfuse.quant.bits import MOST
 from normfuse.quant.calibration_method import CalibrationMethod
+from normfuse.quant.float_type import FloatType
 
 __all__ = ["ChosenRange", "Ranges", "calibrate"]
 
@@ -188,11 +189,13 @@ ALONE: Final = {
 def _offer(
     histogram: DyadicHistogram, request: QuantizationRequest, method: CalibrationMethod, samples: int
 ) -> dict[str, Range]:
+    if isinstance(request.type, FloatType) and query.is_call(request.source, ops.SOFTMAX):
+        return {"bounds": Range(-1.0, 1.0)}
     if method is CalibrationMethod.AUTO and samples < FEW and request.type.bits >= MOST:
         return {"min-max, widened": _widened(histogram, request, samples)}
     if method is CalibrationMethod.AUTO:
         return request.candidates(histogram)
-    kind, label = ALONE[method]
+    kind, label = ALONE[CalibrationMethod.MIN_MAX if isinstance(request.type, FloatType) else method]
     return {label: request.candidates(histogram, [kind])[label]}
 
 

@@ -12,7 +12,15 @@ from torch import Tensor, fx
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import Editor, editing
 from normfuse.graph.quantization import QuantizationRequest, requested_weights, requests, withdraw_weight
-from normfuse.kernels.ops import DEQUANTIZE, DEQUANTIZE_LOGARITHM, GROUPED_LINEAR, QUANTIZE, QUANTIZE_LOGARITHM, UNPACK
+from normfuse.kernels.ops import (
+    DEQUANTIZE,
+    DEQUANTIZE_LOGARITHM,
+    GROUPED_LINEAR,
+    QUANTIZE,
+    QUANTIZE_FLOAT8,
+    QUANTIZE_LOGARITHM,
+    UNPACK,
+)
 from normfuse.pipeline import Fact, Pass
 from normfuse.quant import (
     INT32,
@@ -26,6 +34,7 @@ from normfuse.quant import (
     RoundedWeight,
     quantize,
 )
+from normfuse.quant.float_type import FloatType
 from normfuse.report import PassReport, Reason, Refusal
 
 __all__ = ["InsertQuantizers"]
@@ -45,8 +54,8 @@ class InsertQuantizers(Pass):
        it was decided so, one per head, or codes on a logarithmic scale (which no engine runs). Where scales are
        dynamic no quantizer is written: the product of 3 makes the codes.
     2. Weights: codes per output channel, with zero points where it was decided so; biases: int32 codes at
-       scale_x * scale_w, or floats where the target takes no such codes. A linear map is written on rows, the one form
-       that onnxruntime runs in integers with its bias inside (a product and a sum fall back to float).
+       scale_x * scale_w; then a linear map is written on rows, the one form that onnxruntime runs in integers with
+       its bias inside (a product and a sum fall back to float). Or floats, where the target takes no such codes.
     3. A map whose input stays float computes in float, with the values that its weight's codes stand for; where groups
        of them have their own scales, as one operator, because onnxruntime has a kernel for it.
     4. A tensor without parameters stays float, with a refusal; its request is withdrawn, its readers' weights stay.
@@ -109,7 +118,7 @@ class InsertQuantizers(Pass):
                 edit.set_constant(node, 2, weight.bias, bias_stem)
             return
         bias = self._bias(edit, node, weight, input_scale, bias_stem)
-        if node.target is ops.LINEAR:
+        if node.target is ops.LINEAR and not self.biases_stay_float:
             values = _values(edit, node, weight.codes.mT.contiguous(), params, axis=1, stem=stem)
             _write_linear(edit, node, values, bias)
             return
@@ -151,8 +160,10 @@ def _quantize_activation(edit: Editor, request: QuantizationRequest, params: Qua
     source, place, axis = request.source, request.node, _axis(params)
     scale = edit.constant(params.scale, f"{source.name}_scale", like=source)
     zero = _zero_point(edit, source, params, source.name)
-    limits = (request.type.minimum, request.type.maximum)
-    codes = edit.call(QUANTIZE, source, scale, zero, axis, *limits, at=place, name=f"{source.name}_codes")
+    operator, limits = QUANTIZE, (request.type.minimum, request.type.maximum)
+    if isinstance(request.type, FloatType):
+        operator, limits = QUANTIZE_FLOAT8, ()
+    codes = edit.call(operator, source, scale, zero, axis, *limits, at=place, name=f"{source.name}_codes")
     values = edit.call(DEQUANTIZE, codes, scale, zero, axis, at=place, name=f"{source.name}_values")
     edit.redirect(place, values)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from normfuse.quant.dynamic_rows import DynamicParams, round_rows
-from normfuse.quant.granularity import PerGroup
+from normfuse.quant.granularity import PER_TENSOR, PerChannel, PerGroup
 from normfuse.quant.logarithm import dequantize_logarithm, quantize_logarithm
 from normfuse.quant.rounding import dequantize_tensor as dequantize
 from normfuse.quant.rounding import quantize_tensor as quantize
-from normfuse.quant.rounding import to_values
+from normfuse.quant.rounding import to_float8, to_values
 
 __all__ = [
     "dequantize",
@@ -24,6 +24,7 @@ __all__ = [
     "grouped_linear",
     "grouped_lookup",
     "quantize",
+    "quantize_float8",
     "quantize_logarithm",
     "reshape",
     "unpack",
@@ -33,6 +34,19 @@ __all__ = [
 def unpack(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float weight that symmetric codes stand for: ``codes * scale`` along axis 0, in the scale's type."""
     return dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 0)
+
+
+def quantize_float8(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """Return 8-bit floats (E4M3FN) for ``x``; ``zero_point`` is 0 and says ONNX their type.
+
+    Args:
+        x: float32 or float64, any shape.
+        scale: x's type, positive; shape [] with axis -1, else [x.shape[axis]].
+        zero_point: zeros of the scale's shape.
+        axis: the channel axis, or -1 for one scale per tensor.
+    """
+    on = PER_TENSOR if axis == -1 else PerChannel(axis)
+    return to_float8(x, on.spread(scale, x.shape))
 
 
 def grouped_linear(

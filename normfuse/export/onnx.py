@@ -20,10 +20,11 @@ from normfuse.errors import UnsupportedModel
 from normfuse.export.integer_translation import add_functions, integer_translations
 from normfuse.export.packing import pack_grouped_codes, pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
+from normfuse.export.standard_translation import pack_blocks, standard_translations
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import editing
 from normfuse.graph.program import to_program
-from normfuse.kernels.ops import RESHAPE
+from normfuse.kernels.ops import QUANTIZE, QUANTIZE_FLOAT8, RESHAPE
 
 __all__ = ["OPSET", "export_onnx"]
 
@@ -70,8 +71,11 @@ and traces again with other strides, where those views do not exist.
 """
 
 
-def export_onnx(graph: Graph, path: Path) -> None:
+def export_onnx(graph: Graph, path: Path, *, standard: bool = False) -> None:
     """Write the graph as ONNX (opset 21), with dynamic batch, input and output names kept.
+
+    With ``standard`` it has the operators of the ONNX standard alone, as builders want it; else products of floats and
+    codes are those of onnxruntime, and codes of few bits are packed as it gains from.
 
     The outputs of QuantizeLinear are named like the graph's quantize nodes, so that the simulation and the
     engine can be compared code by code.
@@ -80,16 +84,15 @@ def export_onnx(graph: Graph, path: Path) -> None:
         UnsupportedModel: the exporter has no translation for an operator; the message names it.
     """
     with _quiet():
-        model = _translate(graph)
+        model = _translate(graph, standard=standard)
     _name_interface(model, graph)
     _name_quantizers(model, graph)
     _name_nodes(model)
     _drop_defaults(model)
-    unpacked_at_loading(model)
-    pack_grouped_codes(model)
-    pack_small_codes(model)
-    add_functions(model)
-    _keep_float_weights(model)
+    if standard:
+        pack_blocks(model)
+    else:
+        _suit_onnxruntime(model)
     _forget_types(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
@@ -97,6 +100,14 @@ def export_onnx(graph: Graph, path: Path) -> None:
     external = f"{path.name}.data" if constants > LARGEST_SINGLE_FILE else None
     ir.save(model, path, external_data=external)
     onnx.checker.check_model(str(path), full_check=external is None)
+
+
+def _suit_onnxruntime(model: ir.Model) -> None:
+    unpacked_at_loading(model)
+    pack_grouped_codes(model)
+    pack_small_codes(model)
+    add_functions(model)
+    _keep_float_weights(model)
 
 
 def _forget_types(model: ir.Model) -> None:
@@ -141,8 +152,9 @@ def _is_quantized(value: ir.Value) -> bool:
     )
 
 
-def _translate(graph: Graph) -> ir.Model:
+def _translate(graph: Graph, *, standard: bool) -> ir.Model:
     graph = graph.copy()
+    own = standard_translations() if standard else integer_translations()
     with editing(graph) as edit:
         for node in [node for node in graph.nodes if query.is_call(node, ops.RESHAPE)]:
             edit.replace(node, RESHAPE, *node.args)
@@ -151,7 +163,7 @@ def _translate(graph: Graph) -> ir.Model:
             to_program(graph),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={**translation_table(), **integer_translations(), **TRANSLATIONS},
+            custom_translation_table={**translation_table(), **own, **TRANSLATIONS},
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -191,7 +203,7 @@ def _drop_other_symbols(model: ir.Model) -> None:
 
 
 def _name_quantizers(model: ir.Model, graph: Graph) -> None:
-    quantizers = [node.name for node in graph.nodes if node.target is torch.ops.normfuse.quantize.default]
+    quantizers = [node.name for node in graph.nodes if node.target in (QUANTIZE, QUANTIZE_FLOAT8)]
     emitted = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node, name in zip(emitted, quantizers, strict=True):
         codes = _narrowed(node.outputs[0])

@@ -51,6 +51,8 @@ TENSORRT: Final = Placement(
     weight=SYMMETRIC_8,
     biases_stay_float=True,
     table=None,
+    standard_operators=True,
+    session_config={"session.qdqisint8allowed": "1"},
     reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",
 )
 

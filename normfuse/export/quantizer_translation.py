@@ -12,7 +12,7 @@ from onnx.defs import OpSchema
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
-from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, GROUPED_LOOKUP, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, GROUPED_LOOKUP, QUANTIZE, QUANTIZE_FLOAT8, UNPACK
 from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.quant.integer_type import smallest_container
 
@@ -87,6 +87,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         GROUPED_LINEAR: _grouped_linear,
         GROUPED_LOOKUP: _grouped_lookup,
         QUANTIZE: _quantize,
+        QUANTIZE_FLOAT8: _quantize_float8,
         DEQUANTIZE: _dequantize,
         UNPACK: _unpack,
     }
@@ -104,6 +105,10 @@ def _quantize(x: Any, scale: Any, zero_point: Any, axis: int, minimum: int, maxi
         return codes
     # QuantizeLinear saturates at the ends of the container only; saturating the codes again is exact.
     return op.Clip(codes, _constant(minimum, dtype), _constant(maximum, dtype))
+
+
+def _quantize_float8(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    return op.QuantizeLinear(x, scale, zero_point, axis=max(axis, 0))
 
 
 def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:

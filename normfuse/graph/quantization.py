@@ -14,7 +14,6 @@ from normfuse.graph.edit import Editor
 from normfuse.graph.graph import Graph
 from normfuse.quant import (
     DyadicHistogram,
-    IntegerType,
     QuantParams,
     Range,
     RangeMethod,
@@ -22,6 +21,7 @@ from normfuse.quant import (
     candidates,
     round_to_nearest,
 )
+from normfuse.quant.float_type import CodeType, code_type
 
 __all__ = [
     "QuantizationRequest",
@@ -38,13 +38,13 @@ __all__ = [
 
 
 @torch.library.custom_op("normfuse::request", mutates_args=())
-def request(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool, group: int = 0) -> Tensor:
+def request(x: Tensor, type: str, symmetric: bool, group: int = 0) -> Tensor:
     """Return ``x`` (ours); the other arguments are those of the ``QuantizationRequest``, 0 for no group."""
     return x.clone()  # an operator must not return its input itself
 
 
 @request.register_fake
-def _(x: Tensor, bits: int, signed: bool, narrow: bool, symmetric: bool, group: int = 0) -> Tensor:
+def _(x: Tensor, type: str, symmetric: bool, group: int = 0) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -62,7 +62,7 @@ class QuantizationRequest:
 
     node: fx.Node
     source: fx.Node
-    type: IntegerType
+    type: CodeType
     is_symmetric: bool = False
     group: int | None = None
 
@@ -85,22 +85,21 @@ class QuantizationRequest:
 def request_quantization(
     edit: Editor,
     source: fx.Node,
-    type_: IntegerType,
+    type_: CodeType,
     readers: Collection[fx.Node],
     *,
     is_symmetric: bool = False,
     group: int | None = None,
 ) -> None:
     """Let these readers of ``source`` read a request for it instead."""
-    wanted = (type_.bits, type_.signed, type_.narrow, is_symmetric, *([] if group is None else [group]))
+    wanted = (str(type_), is_symmetric, *([] if group is None else [group]))
     node = edit.call(REQUEST, source, *wanted, at=source, after=True, name=f"{source.name}_request")
     edit.redirect(source, node, only=lambda reader: reader in readers)
 
 
-def retype(edit: Editor, request: QuantizationRequest, type_: IntegerType) -> None:
+def retype(edit: Editor, request: QuantizationRequest, type_: CodeType) -> None:
     """Ask for codes of another type."""
-    for index, value in enumerate((type_.bits, type_.signed, type_.narrow), start=1):
-        edit.set_argument(request.node, index, value)
+    edit.set_argument(request.node, 1, str(type_))
 
 
 def withdraw(edit: Editor, request: QuantizationRequest) -> None:
@@ -117,7 +116,7 @@ class WeightRequest:
     Unless it ``is_symmetric`` they share a zero point, too.
     """
 
-    type: IntegerType
+    type: CodeType
     group: int | None = None
     is_symmetric: bool = True
 
@@ -128,7 +127,7 @@ class WeightRequest:
         )
 
 
-def request_weight(node: fx.Node, type_: IntegerType, *, group: int | None = None, is_symmetric: bool = True) -> None:
+def request_weight(node: fx.Node, type_: CodeType, *, group: int | None = None, is_symmetric: bool = True) -> None:
     """Ask that the constant weight of a linear map is held as codes."""
     metadata.note(node, WEIGHT, WeightRequest(type_, group, is_symmetric))
 
@@ -155,7 +154,6 @@ def requests(graph: Graph) -> list[QuantizationRequest]:
 
 
 def _read(node: fx.Node) -> QuantizationRequest:
-    source, bits, signed, narrow, symmetric, *group = node.args
+    source, type_, symmetric, *group = node.args
     assert isinstance(source, fx.Node)
-    type_ = IntegerType(int(bits), signed=bool(signed), narrow=bool(narrow))  # type: ignore[arg-type]
-    return QuantizationRequest(node, source, type_, bool(symmetric), *(int(size) for size in group))  # type: ignore[arg-type]
+    return QuantizationRequest(node, source, code_type(str(type_)), bool(symmetric), *(int(size) for size in group))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normfuse.precision.decision import Quantization
 from normfuse.quant import ActivationParams, DynamicParams, IntegerType, LogarithmicParams, QuantParams, RoundedWeight
+from normfuse.quant.float_type import code_type
 from normfuse.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 __all__ = ["decision_from_record", "decision_record"]
@@ -31,7 +32,7 @@ def decision_record(decided: Quantization) -> tuple[dict[str, Any], dict[str, Te
             tensors[f"{name}.zero_point"] = each.zero_point
         places = [getattr(kind, place) for place in kind.__slots__]
         return {
-            "type": [each.type.bits, each.type.signed, each.type.narrow],
+            "type": str(each.type),
             "granularity": [type(kind).__name__, *places],
             "logarithm": logarithm,
         }
@@ -50,11 +51,10 @@ def decision_from_record(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Return the decision that ``decision_record`` was made of."""
 
     def uniform(each: Mapping[str, Any], name: str) -> QuantParams:
-        bits, signed, narrow = each["type"]
         return QuantParams(
             scale=tensors[f"{name}.scale"],
             zero_point=tensors[f"{name}.zero_point"],
-            type=IntegerType(bits, signed=signed, narrow=narrow),
+            type=code_type(each["type"]),
             granularity=_granularity(*each["granularity"]),
         )
 
@@ -63,13 +63,14 @@ def decision_from_record(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
             return DynamicParams(size=each["size"])
         if each["logarithm"] is None:
             return uniform(each, name)
-        bits, signed, narrow = each["type"]
+        type_ = code_type(each["type"])
+        assert isinstance(type_, IntegerType)
         per_octave, top_is_zero = each["logarithm"]
         granularity = _granularity(*each["granularity"])
         assert not isinstance(granularity, PerGroup)
         return LogarithmicParams(
             scale=tensors[f"{name}.scale"],
-            type=IntegerType(bits, signed=signed, narrow=narrow),
+            type=type_,
             per_octave=per_octave,
             top_is_zero=top_is_zero,
             granularity=granularity,

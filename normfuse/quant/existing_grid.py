@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from normfuse.quant.float_type import CodeType, FloatType
 from normfuse.quant.integer_type import IntegerType
 from normfuse.quant.parameters import SMALLEST_SCALE
 
@@ -20,7 +21,7 @@ NEAR: Final = 2.0**-14
 so a code below 2^7 is off by less than 2^-16."""
 
 
-def existing_steps(rows: Tensor, type: IntegerType) -> Tensor:
+def existing_steps(rows: Tensor, type: CodeType) -> Tensor:
     """Return the step of every row whose numbers are all multiples of one, to the last bit; 0 for any other row.
 
     The numbers are then ``code * step`` with the codes of a symmetric grid. Of the steps that are powers of two of each
@@ -28,13 +29,13 @@ def existing_steps(rows: Tensor, type: IntegerType) -> Tensor:
 
     Args:
         rows: [rows, weights], float32.
-        type: a signed type; nothing is looked for on a wider grid than one of 8 bits.
+        type: a signed type; nothing is looked for on a wider grid than one of 8 bits, nor among floats.
 
     Returns:
         float32 [rows].
     """
     found = rows.new_zeros(len(rows))
-    if type.bits > MOST_BITS:
+    if isinstance(type, FloatType) or type.bits > MOST_BITS:
         return found
     sizes = rows.abs()
     largest = sizes.amax(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.float_type import CodeType, FloatType
 from normfuse.quant.granularity import PER_TENSOR, Granularity
 from normfuse.quant.integer_type import IntegerType
 
@@ -16,6 +17,12 @@ __all__ = ["SMALLEST_SCALE", "QuantParams", "asymmetric", "symmetric"]
 
 SMALLEST_SCALE: Final = 2.0**-126
 """The smallest normal float32: engines refuse a scale of zero and may flush a subnormal one to zero."""
+
+SMALLEST_HALF: Final = 2.0**-14
+"""The smallest normal float16: products of 8-bit floats are scaled in that type."""
+
+SPARE_OCTAVES: Final = 16.0
+"""How far the scale of 8-bit floats is raised for that at most: of their 15 octaves they lose the four smallest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,7 +42,7 @@ class QuantParams:
 
     scale: Tensor
     zero_point: Tensor
-    type: IntegerType
+    type: CodeType
     granularity: Granularity = PER_TENSOR
 
     def __post_init__(self) -> None:
@@ -99,10 +106,10 @@ def asymmetric(
     return QuantParams(scale=scale, zero_point=zero_point.to(torch.int32), type=type, granularity=granularity)
 
 
-def symmetric(
-    maximum_absolute: float | Tensor, type: IntegerType, granularity: Granularity = PER_TENSOR
-) -> QuantParams:
+def symmetric(maximum_absolute: float | Tensor, type: CodeType, granularity: Granularity = PER_TENSOR) -> QuantParams:
     """Return parameters with zero point 0 whose largest code stands for ``maximum_absolute``.
+
+    The scale of 8-bit floats is raised where float16 would not hold it: only their smallest numbers change by that.
 
     Args:
         maximum_absolute: a number, or one per scale, in the scales' shape; zero marks a dead channel.
@@ -118,6 +125,8 @@ def symmetric(
     if not bool((torch.isfinite(magnitude) & (magnitude >= 0)).all()):
         raise UsageError("a magnitude that is negative or not finite", expected="0 or more")
     scale = _safe_scale(magnitude / type.maximum)
+    if isinstance(type, FloatType):
+        scale = torch.maximum(scale, (scale * SPARE_OCTAVES).clamp(max=SMALLEST_HALF))
     zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
     return QuantParams(scale=scale, zero_point=zero_point, type=type, granularity=granularity)
 

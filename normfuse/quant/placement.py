@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from normfuse.quant.float_type import CodeType
 from normfuse.quant.integer_type import INT8_NARROW, IntegerType
 
 __all__ = ["Placement"]
@@ -39,17 +40,18 @@ class Placement:
         smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
             with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
             float's speed, 7 and 8 break even, 16 gain 1.2.
+        standard_operators: whether the target knows the operators of the ONNX standard alone.
         session_config: onnxruntime session entries that the artifact needs to run as simulated.
         reason: why it is so, for the report.
     """
 
     name: str
-    activation: IntegerType | None
+    activation: CodeType | None
     is_dynamic: bool = False
-    weight: IntegerType
+    weight: CodeType
     symmetric_activations: bool = False
-    model_input: IntegerType | None = None
-    written: IntegerType | None = None
+    model_input: CodeType | None = None
+    written: CodeType | None = None
     weight_is_symmetric: bool = True
     weight_group: int | None = None
     biases_stay_float: bool = False
@@ -59,5 +61,6 @@ class Placement:
     logarithmic_softmax: bool = False
     convolution_outputs: bool = True
     smallest_inner: int = 8
+    standard_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""

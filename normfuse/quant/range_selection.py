@@ -12,8 +12,8 @@ from typing import Final, assert_never
 import numpy as np
 
 from normfuse.errors import UsageError
+from normfuse.quant.float_type import CodeType, FloatType
 from normfuse.quant.histogram import DyadicHistogram
-from normfuse.quant.integer_type import IntegerType
 from normfuse.quant.parameters import QuantParams, asymmetric, symmetric
 from normfuse.quant.range_losses import Floats, Integers, RangeLoss, entropy_loss, squared_error_loss
 
@@ -58,14 +58,16 @@ class Range:
         """The larger of the two ends' absolute values."""
         return max(abs(self.minimum), abs(self.maximum))
 
-    def quantizer(self, type: IntegerType, *, is_symmetric: bool = False) -> QuantParams:
+    def quantizer(self, type: CodeType, *, is_symmetric: bool = False) -> QuantParams:
         """Return the parameters, per tensor, that cover the range."""
-        return symmetric(self.magnitude, type) if is_symmetric else asymmetric(self.minimum, self.maximum, type)
+        if is_symmetric or isinstance(type, FloatType):
+            return symmetric(self.magnitude, type)
+        return asymmetric(self.minimum, self.maximum, type)
 
 
 def candidates(
     histogram: DyadicHistogram,
-    type: IntegerType,
+    type: CodeType,
     *,
     is_symmetric: bool = False,
     methods: Iterable[RangeMethod] = tuple(RangeMethod),
@@ -86,6 +88,9 @@ def candidates(
     """
     if histogram.total == 0:
         raise UsageError("a range of a tensor that was never observed", expected="at least one sample")
+    if isinstance(type, FloatType):  # small values lose nothing by large ones, so no range is worth clipping for them
+        magnitude = max(-histogram.minimum, histogram.maximum)
+        return {RangeMethod.MIN_MAX.value: Range(-magnitude, magnitude)}
     full = _shape(min(histogram.minimum, 0.0), max(histogram.maximum, 0.0), is_symmetric)
     found: dict[str, Range] = {}
     for method in methods:

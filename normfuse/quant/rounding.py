@@ -5,6 +5,8 @@ an engine agree bit for bit:
 
     code = saturate(round_half_to_even(x / scale) + zero_point)      the quotient rounded in x's own type
     real = (code - zero_point) * scale                               an integer difference, the product in scale's type
+
+Codes may be 8-bit floats, too: ``code = saturate(x / scale)``, rounded half to even, ``real = code * scale``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.float_type import FLOAT8, FloatType
 from normfuse.quant.granularity import PER_TENSOR, PerChannel, PerTensor
 from normfuse.quant.integer_type import smallest_container
 from normfuse.quant.parameters import QuantParams
@@ -26,6 +29,7 @@ __all__ = [
     "quantize_dequantize",
     "quantize_tensor",
     "to_codes",
+    "to_float8",
     "to_values",
 ]
 
@@ -36,6 +40,8 @@ EXACT_IN_FLOAT32: Final = 1 << 24
 def quantize(x: Tensor, params: QuantParams) -> Tensor:
     """Return the codes of ``x``, of its shape, in ``params.type.torch_dtype``; NaN has no code, any may come back."""
     scale, zero_point = _spread(params, x, x.dtype)
+    if isinstance(params.type, FloatType):
+        return to_float8(x, scale)
     return to_codes(x, scale, zero_point, params.type.minimum, params.type.maximum)
 
 
@@ -47,6 +53,8 @@ def dequantize(codes: Tensor, params: QuantParams) -> Tensor:
 def quantize_dequantize(x: Tensor, params: QuantParams) -> Tensor:
     """Return ``x`` moved to the nearest value that has a code, in x's shape and type."""
     scale, zero_point = _spread(params, x, x.dtype)
+    if isinstance(params.type, FloatType):
+        return to_values(to_float8(x, scale), scale, zero_point)
     minimum, maximum = params.type.minimum, params.type.maximum
     if x.dtype != torch.float32 or maximum - minimum >= EXACT_IN_FLOAT32:
         return to_values(to_codes(x, scale, zero_point, minimum, maximum), scale, zero_point)
@@ -77,7 +85,8 @@ def dequantize_tensor(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: in
     """Return the values of ``codes``, in the scale's type.
 
     Args:
-        codes: any integer type, any shape (a difference from the zero point beyond the type wraps, as in ONNX).
+        codes: any integer type or 8-bit floats, any shape (a difference from the zero point beyond the type wraps, as
+            in ONNX).
         scale: float32 or float64; shape [] with axis -1, else [codes.shape[axis]].
         zero_point: any integer type, the scale's shape.
         axis: the channel axis, or -1 for one scale per tensor.
@@ -101,10 +110,17 @@ def to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, minimum: int, maximum
     return shifted.clamp(minimum, maximum).to(smallest_container(minimum, maximum))
 
 
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """Return 8-bit floats for ``x`` by scales of its type that broadcast to its shape; NaN stays NaN."""
+    return (x / scale).clamp(FLOAT8.minimum, FLOAT8.maximum).to(FLOAT8.torch_dtype)
+
+
 def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return the values of ``codes``, as ``dequantize_tensor``, by scales and zero points that broadcast to theirs."""
+    if codes.dtype is FLOAT8.torch_dtype:
+        return codes.to(scale.dtype) * scale
     if codes.is_floating_point() or codes.dtype == torch.bool:
-        raise UsageError(f"dequantize codes of {codes.dtype}", expected="an integer type")
+        raise UsageError(f"dequantize codes of {codes.dtype}", expected="an integer type, or float8_e4m3fn")
     wide = torch.int64 if codes.dtype == torch.int64 else torch.int32
     difference = codes.to(wide) - zero_point.to(wide)
     return difference.to(scale.dtype) * scale

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from normfuse.errors import UsageError
 from normfuse.quant.existing_grid import existing_steps
+from normfuse.quant.float_type import CodeType, FloatType
 from normfuse.quant.granularity import PerChannel, PerGroup
-from normfuse.quant.integer_type import INT32, IntegerType
+from normfuse.quant.integer_type import INT32
 from normfuse.quant.parameters import SMALLEST_SCALE, QuantParams, asymmetric, symmetric
 from normfuse.quant.rounding import dequantize, quantize, quantize_dequantize
 
@@ -66,7 +67,7 @@ class RoundedWeight:
 def round_to_nearest(
     weight: Tensor,
     bias: Tensor | None,
-    type: IntegerType,
+    type: CodeType,
     *,
     input_scale: float | None,
     group: int | None = None,
@@ -94,7 +95,7 @@ def round_to_nearest(
 def weight_params(
     weight: Tensor,
     axis: int,
-    type: IntegerType,
+    type: CodeType,
     *,
     clip: WeightClip = WeightClip.MAXIMUM,
     group: int | None = None,
@@ -120,6 +121,8 @@ def weight_params(
     granularity = PerChannel(axis) if group is None else PerGroup(0 if axis else 1, group)
     rows, scales = _rows(weight.detach().float(), granularity)
     ends = torch.stack([rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)]).double()
+    if isinstance(type, FloatType):
+        clip = WeightClip.MAXIMUM  # small values lose nothing by large ones
     if clip is WeightClip.MSE:
         ends = _search(rows, ends, type, is_symmetric)
     found = _params(ends, type, is_symmetric)
@@ -164,15 +167,15 @@ def _rows(weight: Tensor, granularity: PerChannel | PerGroup) -> tuple[Tensor, C
     return blocks.flatten(0, -2), lambda parameter: parameter.reshape(blocks.shape[:-1]).movedim(-1, axis).contiguous()
 
 
-def _params(ends: Tensor, type: IntegerType, is_symmetric: bool) -> QuantParams:
+def _params(ends: Tensor, type: CodeType, is_symmetric: bool) -> QuantParams:
     """Return the parameters of rows with ``ends`` [2, rows]: at most 0, at least 0."""
     low, high = ends
-    if is_symmetric:
+    if is_symmetric or isinstance(type, FloatType):
         return symmetric(torch.maximum(-low, high), type, PerChannel(0))
     return asymmetric(low, high, type, PerChannel(0))
 
 
-def _search(rows: Tensor, ends: Tensor, type: IntegerType, is_symmetric: bool) -> Tensor:
+def _search(rows: Tensor, ends: Tensor, type: CodeType, is_symmetric: bool) -> Tensor:
     """Return the ends of least squared error per row, [2, rows] float64: both moved together, then each alone."""
     error = _squared_error(rows, ends, type, is_symmetric)
     kept = torch.ones_like(ends)
@@ -195,7 +198,7 @@ def _search(rows: Tensor, ends: Tensor, type: IntegerType, is_symmetric: bool) -
     return ends * kept
 
 
-def _squared_error(rows: Tensor, ends: Tensor, type: IntegerType, is_symmetric: bool) -> Tensor:
+def _squared_error(rows: Tensor, ends: Tensor, type: CodeType, is_symmetric: bool) -> Tensor:
     error = quantize_dequantize(rows, _params(ends, type, is_symmetric)) - rows
     return error.square_().sum(dim=1, dtype=torch.float64)
 

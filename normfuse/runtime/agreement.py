@@ -224,8 +224,11 @@ def _show(path: Path, opened: Path) -> list[tuple[str, str]]:
     returned = {value.name for value in model.graph.output}
     narrowed = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and (name := narrowed.get(node.output[0], node.output[0])) not in returned:
-            kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
+        if node.op_type != "QuantizeLinear":
+            continue
+        kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
+        name = narrowed.get(node.output[0], node.output[0])
+        if name not in returned and kind != onnx.TensorProto.FLOAT8E4M3FN:  # numpy has no such arrays
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     products = [(node.input[0], node.output[0]) for node in model.graph.node if _makes_codes(node)]
     known = {value.name for value in (*model.graph.input, *model.graph.output)}

@@ -1,0 +1,417 @@
+"""Gives the floats of an ONNX file the type that an engine computes in, and keeps in float32 what would lose by it.
+
+A strongly typed builder converts nothing by itself: every tensor has a type in the file, and every change of it is a
+Cast.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+
+__all__ = ["BodyType", "TypedBody", "write_body"]
+
+HEADROOM: Final = 4.0
+"""How far below the largest number a tensor must have stayed: samples do not say what else will come."""
+
+WIDE: Final = frozenset(
+    {
+        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
+        *("LpNormalization", "MeanVarianceNormalization", "BatchNormalization"),
+        *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
+        *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "CumSum", "Softplus"),
+    }
+)
+"""Sums of many terms, and functions whose values grow out of a narrow type."""
+
+MOVES: Final = frozenset(
+    {
+        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Expand", "Gather"),
+        *("Tile", "DepthToSpace", "SpaceToDepth", "Relu", "MaxPool", "Neg", "Abs"),
+    }
+)
+"""What computes no new numbers stays in the type of what it reads."""
+
+FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+BFLOAT16_OPSET: Final = 22
+"""The first in which convolutions and pools have bfloat16; they compute what they do in 21."""
+
+
+class BodyType(Enum):
+    """What floats are between inputs and outputs."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def onnx(self) -> ir.DataType:
+        """The type in ONNX."""
+        return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[self.value]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The type in numpy."""
+        return np.dtype({"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[self.value])
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return float(ml_dtypes.finfo(self.numpy).max)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest normal number."""
+        return float(ml_dtypes.finfo(self.numpy).smallest_normal)
+
+    @property
+    def smallest_scale(self) -> float:
+        """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
+        return max(float(ml_dtypes.finfo(self.numpy).smallest_subnormal) * 512, 2.0**-126)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypedBody:
+    """What became of a file's nodes: how many compute in the body's type, and which stay in float32, with the reason.
+
+    ``wide`` holds (layer or node, operator, reason); operators that always stay are counted in ``usual``.
+    """
+
+    body: BodyType
+    nodes: int
+    usual: Mapping[str, int]
+    wide: tuple[tuple[str, str, str], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        told = [{"layer": layer, "operator": operator, "reason": reason} for layer, operator, reason in self.wide]
+        return {"type": self.body.value, "nodes": self.nodes, "usual_float32": dict(self.usual), "float32": told}
+
+
+def write_body(model: Path, path: Path, body: BodyType, largest: Mapping[str, float]) -> TypedBody:
+    """Write a float32 file with another type between its inputs and outputs, which stay float32 (ours).
+
+    1. Norms, softmax, and sums of many terms compute in float32, whatever they read.
+    2. So does what reads or writes a tensor that came near the largest number of the type (``largest``), or reads a
+       constant that the type does not hold, and what stands in a file's branches reads.
+    3. A product of codes computes in float32 where the type does not hold a scale of theirs; every other quantizer has
+       scales of the type of the floats beside it. Scales of activations are rounded to the body's type everywhere, so
+       that codes and their values agree.
+    4. An input that ONNX allows in float32 alone stays so; operators that move numbers follow what they read.
+
+    Args:
+        model: the float32 file, of standard operators.
+        path: where the typed one goes; external data stands beside it.
+        body: the type.
+        largest: the largest magnitude of every float tensor by its name, from calibration; others are trusted.
+
+    Raises:
+        onnx.checker.ValidationError: the file would not be valid ONNX.
+    """
+    read = ir.load(model)
+    if body is BodyType.FP32:
+        return _saved(read, path, TypedBody(body=body, nodes=0, usual={}, wide=()))
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(read)
+    ShapeInferencePass(data_prop=False)(read)
+    if body is BodyType.BF16:
+        read.graph.opset_imports[""] = max(BFLOAT16_OPSET, read.graph.opset_imports[""])
+    return _saved(read, path, _Typing(read, body, largest).run())
+
+
+def _saved(model: ir.Model, path: Path, found: TypedBody) -> TypedBody:
+    data = path.with_name(f"{path.name}.data")
+    constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    is_large = constants > 1_800_000_000
+    ir.save(model, path, external_data=data.name if is_large else None)
+    onnx.checker.check_model(str(path), full_check=not is_large)
+    return found
+
+
+class _Typing:
+    """Changes one model: first the type of every node, then of every tensor at its border."""
+
+    def __init__(self, model: ir.Model, body: BodyType, largest: Mapping[str, float]) -> None:
+        self._graph, self._body, self._largest = model.graph, body, largest
+        self._opset = model.graph.opset_imports[""]
+        self._reasons = dict[ir.Node, str]()
+        self._casts = dict[tuple[ir.Value, ir.DataType], ir.Value]()
+        self._values = dict[tuple[ir.Node, ir.DataType], ir.Value]()
+        self._captured = {value for node in self._graph for value in _captured(node)}
+
+    def run(self) -> TypedBody:
+        computing = [node for node in self._graph if self._computes_floats(node)]
+        for node in computing:
+            if (reason := self._reason(node)) is not None:
+                self._reasons[node] = reason
+        for node in list(self._graph):
+            self._retype(node)
+        for output in list(self._graph.outputs):
+            self._keep_output(output)
+        self._clean()
+        usual = Counter(node.op_type for node, reason in self._reasons.items() if not reason)
+        told = tuple((_layer(node), node.op_type, reason) for node, reason in self._reasons.items() if reason)
+        narrow = len(computing) - len(self._reasons)
+        return TypedBody(body=self._body, nodes=narrow, usual=dict(usual), wide=told)
+
+    def _computes_floats(self, node: ir.Node) -> bool:
+        if node.op_type in MOVES or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _ends_floats(node):
+            return False
+        return any(_is_float(value) for value in (*node.inputs, *node.outputs))
+
+    def _reason(self, node: ir.Node) -> str | None:
+        """Return why a node computes in float32; empty where its operator always does, None where it does not."""
+        if node.op_type in WIDE:
+            return ""
+        if node.domain or _captured(node) or any(value in self._captured for value in node.outputs):
+            return "it is no standard operator outside of branches"
+        limit = self._body.largest / HEADROOM
+        for value in (*node.inputs, *node.outputs):
+            if value is None or value.dtype is not ir.DataType.FLOAT:
+                continue
+            if value.const_value is None and (seen := self._largest.get(value.name or "", 0.0)) > limit:
+                return f"values up to {seen:.3g}"
+            if value.const_value is not None and (told := self._unfit(value.const_value.numpy())):
+                return told
+        return next((told for value in node.inputs if (told := self._unfit_scale(value))), None)
+
+    def _unfit(self, constant: Any) -> str:
+        """Return what of a constant the type does not hold: a finite number, or anything but zeros."""
+        sizes = np.abs(constant[np.isfinite(constant)].astype(np.float64))
+        if sizes.size and sizes.max() > self._body.largest:
+            return f"a constant of {sizes.max():.3g}"
+        if sizes.any() and sizes.max() < self._body.smallest:
+            return f"a constant of {sizes.max():.3g}"
+        return ""
+
+    def _unfit_scale(self, value: ir.Value | None) -> str:
+        node = None if value is None else _maker(value)
+        if node is None or node.op_type != "DequantizeLinear":
+            return ""
+        scale = node.inputs[1]
+        assert scale is not None
+        assert scale.const_value is not None
+        found = scale.const_value.numpy()
+        unfit = [
+            each for each in (found.min(), found.max()) if not self._body.smallest_scale <= each <= self._body.largest
+        ]
+        return f"a scale of {unfit[0]:.3g}" if unfit else ""
+
+    def _retype(self, node: ir.Node) -> None:
+        if node.op_type == "DequantizeLinear":  # written anew in the type of each reader
+            return
+        if node.op_type == "QuantizeLinear":
+            self._retype_quantizer(node)
+            return
+        floats = [index for index, value in enumerate(node.inputs) if _is_float(value)]
+        made = [value for value in node.outputs if value.dtype is ir.DataType.FLOAT]
+        if not floats and not made:
+            return
+        wanted = self._type(node, floats)
+        for index in floats:
+            allowed = wanted if self._allows(node, index, wanted, of_outputs=False) else ir.DataType.FLOAT
+            self._read(node, index, allowed)
+        if node.op_type == "Cast" and made:
+            node.attributes["to"] = ir.AttrInt64("to", int(wanted))
+        for index, value in enumerate(node.outputs):
+            if value.dtype is ir.DataType.FLOAT and self._allows(node, index, wanted, of_outputs=True):
+                value.type = ir.TensorType(wanted)
+
+    def _type(self, node: ir.Node, floats: list[int]) -> ir.DataType:
+        """Return what a node computes in."""
+        if node in self._reasons or _captured(node):
+            return ir.DataType.FLOAT
+        if any(value in self._captured for value in node.outputs):
+            return ir.DataType.FLOAT
+        if node.op_type == "ConstantOfShape":
+            return ir.DataType.FLOAT
+        if (node.op_type not in MOVES and not _ends_floats(node)) or floats[:1] != [0]:
+            return self._body.onnx
+        source = node.inputs[0]
+        assert source is not None
+        if source.const_value is None and not _is_dequantized(source):
+            assert source.dtype is not None
+            return source.dtype
+        read_wide = any(reader in self._reasons for value in node.outputs for reader in value.consumers())
+        return ir.DataType.FLOAT if read_wide else self._body.onnx
+
+    def _retype_quantizer(self, node: ir.Node) -> None:
+        """Let a quantizer's scale have the type of what it reads, and a value that the body's type has (3)."""
+        source, scale = node.inputs[:2]
+        assert source is not None
+        assert scale is not None
+        if source.const_value is not None or _is_dequantized(source):
+            self._read(node, 0, self._body.onnx)
+            source = node.inputs[0]
+            assert source is not None
+        assert source.dtype is not None
+        node.replace_input_with(1, self._scale(scale, source.dtype))
+
+    def _scale(self, scale: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return a scale in a type, its value rounded to the body's where that holds it."""
+        assert scale.const_value is not None
+        exact = scale.const_value.numpy()
+        holds = exact.min() >= self._body.smallest_scale and exact.max() <= self._body.largest
+        rounded = exact.astype(self._body.numpy) if holds else exact
+        kind = self._body.numpy if dtype is self._body.onnx else np.dtype(np.float32)
+        return self._constant(scale, rounded.astype(kind), dtype)
+
+    def _read(self, node: ir.Node, index: int, dtype: ir.DataType) -> None:
+        """Let a node read an input in a type."""
+        value = node.inputs[index]
+        assert value is not None
+        node.replace_input_with(index, self._in(value, dtype))
+
+    def _in(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return a tensor in a type: a constant anew, a dequantizer anew, else behind a Cast."""
+        if value.const_value is not None:
+            if value.const_value.dtype is dtype:
+                return value
+            numbers = value.const_value.numpy()
+            return self._constant(value, numbers.astype(self._body.numpy), dtype)
+        made = value.producer()
+        if made is not None and made.op_type == "DequantizeLinear":
+            return self._dequantized(made, dtype)
+        if value.dtype is dtype:
+            return value
+        key = (value, dtype)
+        if key not in self._casts:
+            cast = _node("Cast", [value], {"to": ir.AttrInt64("to", int(dtype))}, like=made)
+            self._place(cast, behind=made)
+            self._casts[key] = _named(cast, f"{value.name}_{_short(dtype)}", dtype)
+        return self._casts[key]
+
+    def _dequantized(self, node: ir.Node, dtype: ir.DataType) -> ir.Value:
+        key = (node, dtype)
+        if key not in self._values:
+            codes, scale, *zero = node.inputs
+            assert scale is not None
+            again = _node("DequantizeLinear", [codes, self._scale(scale, dtype), *zero], node.attributes, like=node)
+            again.name = f"{node.name}_{_short(dtype)}"
+            self._place(again, behind=node)
+            self._values[key] = _named(again, f"{node.outputs[0].name}_{_short(dtype)}", dtype)
+        return self._values[key]
+
+    def _constant(self, like: ir.Value, numbers: Any, dtype: ir.DataType) -> ir.Value:
+        name = f"{like.name}_{_short(dtype)}"
+        known = self._graph.initializers
+        if name not in known:
+            const = ir.tensor(numbers, dtype=dtype, name=name)
+            value = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(dtype), const_value=const)
+            self._graph.register_initializer(value)
+        return known[name]
+
+    def _place(self, node: ir.Node, *, behind: ir.Node | None) -> None:
+        if behind is None:
+            self._graph.insert_before(self._graph[0], node)
+        else:
+            self._graph.insert_after(behind, node)
+
+    def _keep_output(self, output: ir.Value) -> None:
+        """Let an output of the model be float32 under its name."""
+        made = output.producer()
+        if made is None or output.dtype not in FLOATS or output.dtype is ir.DataType.FLOAT:
+            return
+        name, dtype = output.name, output.dtype
+        assert dtype is not None
+        cast = _node("Cast", [output], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT))}, like=made)
+        self._place(cast, behind=made)
+        kept = cast.outputs[0]
+        kept.shape, kept.type = output.shape, ir.TensorType(ir.DataType.FLOAT)
+        for index, each in enumerate(self._graph.outputs):
+            if each is output:
+                self._graph.outputs[index] = kept
+        output.name, kept.name = f"{name}_{_short(dtype)}", name
+
+    def _allows(self, node: ir.Node, index: int, dtype: ir.DataType, *, of_outputs: bool) -> bool:
+        """Return whether ONNX allows an input or output of a node in a type (4)."""
+        if dtype is ir.DataType.FLOAT or node.domain:
+            return dtype is ir.DataType.FLOAT
+        schema = onnx.defs.get_schema(node.op_type, self._opset)
+        formal = schema.outputs if of_outputs else schema.inputs
+        parameter = formal[min(index, len(formal) - 1)]  # the last one may stand for many
+        kinds = {each.type_param_str: each.allowed_type_strs for each in schema.type_constraints}
+        return f"tensor({_short(dtype)})" in kinds.get(parameter.type_str, [parameter.type_str])
+
+    def _clean(self) -> None:
+        """Drop what nobody reads any more: float32 constants and dequantizers that have others in their place."""
+        for node in reversed(list(self._graph)):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self._graph.remove(node, safe=True)
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
+        for value in self._graph.initializers.values():
+            value.type = value.shape = None  # the tensor says them
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    if value is None:
+        return False
+    return (value.dtype if value.const_value is None else value.const_value.dtype) in FLOATS
+
+
+def _ends_floats(node: ir.Node) -> bool:
+    """Return whether a node only makes numbers of another sort of floats."""
+    return node.op_type == "Cast" and _is_float(node.inputs[0])
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    made = value.producer()
+    return made is not None and made.op_type == "DequantizeLinear"
+
+
+def _maker(value: ir.Value) -> ir.Node | None:
+    """Return the node that makes a tensor, before it was moved."""
+    made = value.producer()
+    while made is not None and made.op_type in MOVES and made.inputs[0] is not None:
+        made = made.inputs[0].producer()
+    return made
+
+
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """Return the tensors from outside that the branches of a node read."""
+    inner = [each for attribute in node.attributes.values() for each in _graphs(attribute)]
+    read = [value for graph in inner for each in graph.all_nodes() for value in each.inputs if value is not None]
+    return [value for value in read if value.graph is node.graph]
+
+
+def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
+    if attribute.type is ir.AttributeType.GRAPH:
+        yield attribute.as_graph()
+    elif attribute.type is ir.AttributeType.GRAPHS:
+        yield from attribute.as_graphs()
+
+
+def _node(operator: str, inputs: list[Any], attributes: Mapping[str, ir.Attr], *, like: ir.Node | None) -> ir.Node:
+    """Return a node that belongs to the layer of another."""
+    made = ir.Node("", operator, inputs, attributes=list(attributes.values()), num_outputs=1)
+    if like is not None:
+        made.metadata_props.update(like.metadata_props)
+    return made
+
+
+def _named(node: ir.Node, name: str, dtype: ir.DataType) -> ir.Value:
+    """Return a new node's output with a name of its own; the node is called alike."""
+    (value,) = node.outputs
+    value.name, value.type = name, ir.TensorType(dtype)
+    node.name = node.name or f"{name}/{node.op_type}"
+    return value
+
+
+def _short(dtype: ir.DataType) -> str:
+    return {ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16"}.get(dtype, "bfloat16")
+
+
+def _layer(node: ir.Node) -> str:
+    return node.metadata_props.get("normfuse.layer") or node.name or node.op_type
