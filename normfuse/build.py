@@ -13,7 +13,9 @@ import torch
 from normfuse.bench.timing import EngineSpec
 from normfuse.calibration import Ranges
 from normfuse.checks import Check, check_codes, check_export, check_fold, require
+from normfuse.export.body import TypedBody
 from normfuse.export.onnx import export_onnx
+from normfuse.export.product_types import ProductType
 from normfuse.feeding import Stream
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
@@ -37,7 +39,10 @@ FOLDING: Final = Pipeline(phases=(CANONICAL, FOLD, LOWER))
 class Engine:
     """A graph, the ONNX file made of it, what each pass did on the way, and the checks that it went through.
 
-    ``mixed`` says how layers got bits of their own, ``front`` which engines it was chosen from, both for the report.
+    Where floats have another type than float32 in the file, ``body`` says which nodes have, ``exact`` is the file in
+    float32, and ``runs`` the one that onnxruntime runs, if it has no kernels for the type; ``products`` are the types
+    of the file's products, where its target has a builder. ``mixed`` says how layers got bits of their own, ``front``
+    which engines it was chosen from, both for the report.
     """
 
     graph: Graph
@@ -50,12 +55,16 @@ class Engine:
     blocks: tuple[BlockReport, ...] = ()
     session_config: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    body: TypedBody | None = None
+    exact: Path | None = None
+    runs: Path | None = None
+    products: tuple[ProductType, ...] = ()
     mixed: Mapping[str, Any] = field(default_factory=dict)
     front: tuple[Mapping[str, Any], ...] = ()
 
     def spec(self, label: str) -> EngineSpec:
         """Return how to open it, under the name that reports call it."""
-        return EngineSpec(label, "onnxruntime", self.path, self.session_config)
+        return EngineSpec(label, "onnxruntime", self.runs or self.path, self.session_config)
 
 
 def write_float(original: Graph, path: Path) -> tuple[Graph, list[PassReport]]:
@@ -105,5 +114,7 @@ def write_quantized(plan: Plan, path: Path, *, placement: Placement) -> Engine:
 def check_quantized(engine: Engine, samples: Stream, *, threads: int) -> Engine:
     """Return the engine with its codes compared, one by one, with the simulation's."""
     seen = list(islice(samples(), CHECKED_BATCHES))
-    checks = check_codes(engine.graph, engine.path, seen, threads=threads, session_config=engine.session_config)
+    checks = check_codes(
+        engine.graph, engine.exact or engine.path, seen, threads=threads, session_config=engine.session_config
+    )
     return replace(engine, checks=tuple(checks))

@@ -15,6 +15,7 @@ from normfuse.errors import CheckFailed
 from normfuse.export.float_tensors import float_tensors
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
+from normfuse.quant.target import BodyType
 from normfuse.runtime.agreement import Agreement, compare_codes, output_error
 from normfuse.runtime.onnx_session import open_onnx
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_integers",
     "check_islands",
     "check_no_floats",
+    "check_typed",
     "require",
     "samples_in",
 ]
@@ -41,6 +43,16 @@ PRODUCT_FLOAT32: Final = 1e-5
 
 ONE_CODE: Final = 1
 """Kernels may round the last bit of a float differently, which moves a code by one at most."""
+
+TYPED_CODES: Final = 2
+"""The largest codes are 127 steps, of which float16's rounding (2^-12 of a number) is 0.03 and bfloat16's 0.25; a
+scale, a product and a sum are rounded each, on the way from one quantizer to the next."""
+
+ROUNDING: Final = {BodyType.FP16: 2.0**-12, BodyType.BF16: 2.0**-9}
+"""What rounding to a type changes at most, relative to the number."""
+
+ROUNDINGS: Final = 128
+"""How many of them, all in one direction, may be in an output: some ten layers of some ten operators round."""
 
 NAMED: Final = 5
 """Names in a check's detail."""
@@ -123,6 +135,28 @@ def check_codes(
     if found.missing:
         largest, detail = math.inf, f"not found in the engine: {', '.join(found.missing)}; {detail}"
     return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), *checked]
+
+
+def check_typed(
+    graph: Graph,
+    path: Path,
+    samples: Sequence[Sequence[Tensor]],
+    body: BodyType,
+    *,
+    threads: int,
+    session_config: Mapping[str, str],
+) -> list[Check]:
+    """Compare an engine whose floats are narrower with its simulation in float32, segment by segment."""
+    found = compare_codes(graph, path, samples, threads=threads, session_config=session_config)
+    share = max((tensor.share_different for tensor in found.tensors), default=0.0)
+    detail = f"{len(found.tensors)} tensors, {_samples(samples_in(samples))}, at most {share:.2%} of a tensor's differ"
+    largest = math.inf if found.missing else float(found.largest_difference)
+    codes = Check(f"codes behind {body.value} = simulation's", largest, float(TYPED_CODES), detail)
+    rounding = ROUNDINGS * ROUNDING[body]
+    outputs = Check(
+        f"outputs in {body.value} = simulation's", found.output_error, rounding, _samples(samples_in(samples))
+    )
+    return [codes, outputs] if found.tensors or found.missing else [outputs]
 
 
 def check_integers(graph: Graph, path: Path, samples: Sequence[Sequence[Tensor]], *, threads: int) -> Check:

@@ -21,25 +21,44 @@ from normfuse.quant.levers import Effort, Levers
 from normfuse.quant.output_kind import OutputKind
 from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
+from normfuse.quant.target import BodyType, EightBits, Target
 from normfuse.quant.widths import parse_widths
 
-__all__ = ["MIXED", "POINTS", "ActivationCodes", "CalibrationMethod", "Recipe", "Target", "WeightCodes"]
+__all__ = [
+    "MIXED",
+    "POINTS",
+    "ActivationCodes",
+    "BodyType",
+    "CalibrationMethod",
+    "EightBits",
+    "Recipe",
+    "Target",
+    "WeightCodes",
+]
 
 MIXED: Final = "mixed"
 POINTS: Final = 8
 """Points of a front at most."""
 
+TYPES: Final = {"fp16": ("32", "body"), "bf16": ("32", "body"), "fp8": ("8", "eight_bits")}
+"""Types that stand for bits, and the field that has them."""
+
+OF_BUILDERS: Final = frozenset(
+    {
+        *("body", "eight_bits", "build", "capability", "shapes", "workspace"),
+        *("builder_level", "builder_seconds", "timing_cache", "version_compatible"),
+    }
+)
+"""Fields that only a target with a builder has."""
+
+OF_TENSORRT: Final = (Bits(8, 8), Bits(4, FLOAT))
+"""Codes that TensorRT multiplies: both of eight bits, or blocks of four behind floats."""
+
 BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=0.5x, latency=0.8x or drop=0.5"
 
 
-class Target(Enum):
-    """Where the artifact runs."""
-
-    ONNX = "onnx"
-
-
-WEIGHT_WIDTHS: Final = {Target.ONNX: "4,8"}
-ACTIVATION_WIDTHS: Final = {Target.ONNX: "8"}
+WEIGHT_WIDTHS: Final = {Target.ONNX: "4,8", Target.TRT: "4,8,16"}
+ACTIVATION_WIDTHS: Final = {Target.ONNX: "8", Target.TRT: "8,16"}
 """What each target gains from: fewer bits make no smaller file or no faster engine."""
 
 
@@ -63,14 +82,30 @@ class Recipe:
     makes quantized blocks better (see ``EqualizeChannels``). ``integer_only`` computes everything between the
     quantized inputs and the outputs in integers (see ``LowerToIntegers``); ``allow_float_islands`` leaves in float
     what has no integer form, ``norm``, ``softmax`` and ``gelu`` say in which form these are (see ``NormForm``,
-    ``SoftmaxForm`` and ``GeluForm``). ``samples`` limits the calibration
-    samples (0: all). ``threads`` 0 takes the visible cores, two at most. ``max_drop`` is the largest drop of the score
-    (top-1 accuracy, or mean IoU where pixels are labelled), in points, that still counts as kept (a drop in the budget
-    takes its place); ``min_speedup`` the smallest speed-up over float, which is not asked of integers.
+    ``SoftmaxForm`` and ``GeluForm``). For ``target`` TensorRT, ``body`` is what computes where nothing is quantized
+    (float16 unless said otherwise), ``eight_bits`` whether eight bits are integers or floats; ``bits`` ``fp16``,
+    ``bf16`` and ``fp8`` are short for these. ``build`` builds an engine, if a builder is installed, for the
+    ``capability`` (as ``8.9``; empty: the GPU at hand) and the ``shapes`` of inputs (``name=min,usual,max``), with
+    ``workspace`` MiB at most, ``builder_level`` of effort (0 to 5), given up after ``builder_seconds``;
+    ``timing_cache`` is a file that it goes on from, ``version_compatible`` engines run in later releases.
+    ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most.
+    ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled), in points,
+    that still counts as kept (a drop in the budget takes its place); ``min_speedup`` the smallest speed-up over float,
+    which is not asked of integers.
     """
 
     target: Target = Target.ONNX
     bits: int | str = 8
+    body: BodyType = BodyType.AUTO
+    eight_bits: EightBits = EightBits.INT8
+    build: bool = True
+    capability: str = ""
+    shapes: str = ""
+    workspace: int = 4096
+    builder_level: int = 3
+    builder_seconds: float = 3600.0
+    timing_cache: str = ""
+    version_compatible: bool = False
     budget: str = ""
     score: str = DEFAULT_SCORE
     outputs: OutputKind = OutputKind.AUTO
@@ -107,7 +142,7 @@ class Recipe:
         Raises:
             UsageError: a field is out of range; the message names it.
         """
-        object.__setattr__(self, "bits", _written_bits(self.bits))
+        self._spell_out_bits()
         for field in fields(self):
             if isinstance(field.default, Enum):  # words do as well
                 chosen = _parse(type(field.default), field.name, getattr(self, field.name))
@@ -118,6 +153,7 @@ class Recipe:
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for refuses_what_is_none in ("chosen_overrides", "chosen_scores"):
             getattr(self, refuses_what_is_none)
+        self._check_target()
         self._check_mixed()
         self._check_codes()
         self._check_integers()
@@ -136,6 +172,47 @@ class Recipe:
         # TOML and JSON files with an infinity could not be read again.
         _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
         _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+
+    def _spell_out_bits(self) -> None:
+        """Let ``bits`` be widths, where they name a type."""
+        word = str(self.bits).strip().lower()
+        bits, name = TYPES.get(word, (self.bits, ""))
+        if name:
+            given, usual = getattr(self, name), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
+            is_same = str(getattr(given, "value", given)) in (word, usual.value)
+            _check(is_same, name, given, f"{word} beside --bits {word}")
+            object.__setattr__(self, name, word)
+        if self.target in (Target.TRT, Target.TRT.value) and str(bits) == "4":
+            bits = "w4a16"
+        object.__setattr__(self, "bits", _written_bits(bits))
+
+    def _check_target(self) -> None:
+        """Refuse what the target has no kernels for, and what is of another target."""
+        if self.target is Target.ONNX:
+            for field in fields(self):
+                if field.name in OF_BUILDERS:
+                    value = getattr(self, field.name)
+                    shown = value.value if isinstance(value, Enum) else value
+                    _check(value == field.default, field.name, shown, "the default without --target trt")
+            return
+        plain = {
+            "integer_only": not self.integer_only,
+            "activations": self.activations is ActivationCodes.STATIC,
+            "weights": self.weights is WeightCodes.SYMMETRIC,
+            "table_bits": self.table_bits == MOST,
+        }
+        for name, holds in plain.items():
+            value = getattr(self, name)
+            _check(holds, name, value.value if isinstance(value, Enum) else value, "the default beside --target trt")
+        widths = [self.precision] if not self.is_mixed else []
+        for bits in [*widths, *(bits for _, bits in self.chosen_overrides.patterns)]:
+            is_known = bits.is_float or bits in OF_TENSORRT
+            _check(is_known, "bits", bits.spelled, "8, 4 (w4a16), fp8, fp16, bf16, 32 or mixed beside --target trt")
+        if self.eight_bits is EightBits.FP8:
+            _check(self.effort < 2, "effort", self.effort, "0 or 1 beside 8-bit floats: learned codes are integers")
+        _check(0 <= self.builder_level <= 5, "builder_level", self.builder_level, "0 to 5")
+        _check(self.workspace > 0, "workspace", self.workspace, "MiB, a positive number")
+        _check(0 < self.builder_seconds < math.inf, "builder_seconds", self.builder_seconds, "seconds, more than 0")
 
     def _check_mixed(self) -> None:
         """Refuse mixed bits without a budget, and what is of mixed bits without them."""
@@ -210,8 +287,8 @@ class Recipe:
 
     @property
     def wanted_speedup(self) -> float:
-        """``min_speedup``, or none where integers are for other machines than the one that measures."""
-        return 0.0 if self.integer_only else self.min_speedup
+        """``min_speedup``, or none where the engine is for other machines than the one that measures."""
+        return 0.0 if self.integer_only or self.target is Target.TRT else self.min_speedup
 
     @property
     def is_mixed(self) -> bool:
@@ -223,7 +300,18 @@ class Recipe:
         """How reports call the engine."""
         if self.integer_only:
             return "integers"
-        return MIXED if self.is_mixed else self.precision.label
+        if self.is_mixed:
+            return MIXED
+        if self.precision.is_float:
+            return "float" if self.chosen_body is BodyType.FP32 else self.chosen_body.value
+        return "fp8" if self.eight_bits is EightBits.FP8 else self.precision.label
+
+    @property
+    def chosen_body(self) -> BodyType:
+        """What computes where nothing is quantized."""
+        if self.body is not BodyType.AUTO:
+            return self.body
+        return BodyType.FP32 if self.target is Target.ONNX or str(self.bits) == str(FLOAT) else BodyType.FP16
 
     @property
     def precision(self) -> Bits:
@@ -327,7 +415,7 @@ class Recipe:
 def _parse(kind: type[Any], name: str, value: Any) -> Any:
     """Return the value as the field's type; nothing is rounded, and no truth value is a number."""
     if name == "bits":
-        return _written_bits(value)
+        return value  # what 4 stands for is the target's to say
     expected = ", ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__
     if isinstance(value, bool) is not (kind is bool):
         raise UsageError(f"{name} cannot be {value!r}", where="recipe", expected=expected)

@@ -43,6 +43,7 @@ class Reason(Enum):
     PROGRESSION = "its progressive replacement has not ended"
     UNSUPPORTED_TYPE = "its type cannot be quantized"
     NOT_STATIC = "its shape is not static"
+    NO_KERNEL = "the target has no kernel for its codes"
     NO_RANGE = "no range was observed"
     TOO_SMALL = "it is too small for quantization to pay"
     NO_GAIN = "the quantized network would err more"

@@ -116,6 +116,8 @@ class PlaceQuantizers(Pass):
             return Refusal(node.name, Reason.NO_RANGE, "its input is a constant", layer)
         if query.dtype(source) is not torch.float32:
             return Refusal(node.name, Reason.UNSUPPORTED_TYPE, str(query.dtype(source)), layer)
+        if node.target is not ops.LINEAR and not self.placement.quantized_convolutions:
+            return Refusal(node.name, Reason.NO_KERNEL, "a convolution of 8-bit floats", layer)
         inner = linear.weight[0].numel()
         if inner < self.placement.smallest_inner:
             return Refusal(node.name, Reason.TOO_SMALL, f"{inner} inputs per output", layer)

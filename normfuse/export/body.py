@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-__all__ = ["BodyType", "TypedBody", "write_body"]
+from normfuse.quant.target import BodyType
+
+__all__ = ["TypedBody", "write_body"]
 
 HEADROOM: Final = 4.0
 """How far below the largest number a tensor must have stayed: samples do not say what else will come."""
@@ -48,22 +49,12 @@ BFLOAT16_OPSET: Final = 22
 """The first in which convolutions and pools have bfloat16; they compute what they do in 21."""
 
 
-class BodyType(Enum):
-    """What floats are between inputs and outputs."""
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """A type of floats in ONNX and in numpy."""
 
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-    @property
-    def onnx(self) -> ir.DataType:
-        """The type in ONNX."""
-        return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[self.value]
-
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The type in numpy."""
-        return np.dtype({"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[self.value])
+    onnx: ir.DataType
+    numpy: np.dtype[Any]
 
     @property
     def largest(self) -> float:
@@ -79,6 +70,12 @@ class BodyType(Enum):
     def smallest_scale(self) -> float:
         """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
         return max(float(ml_dtypes.finfo(self.numpy).smallest_subnormal) * 512, 2.0**-126)
+
+
+NUMBERS: Final = {
+    BodyType.FP16: _Numbers(ir.DataType.FLOAT16, np.dtype(np.float16)),
+    BodyType.BF16: _Numbers(ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +110,13 @@ def write_body(model: Path, path: Path, body: BodyType, largest: Mapping[str, fl
     Args:
         model: the float32 file, of standard operators.
         path: where the typed one goes; external data stands beside it.
-        body: the type.
+        body: the type, not float32.
         largest: the largest magnitude of every float tensor by its name, from calibration; others are trusted.
 
     Raises:
         onnx.checker.ValidationError: the file would not be valid ONNX.
     """
     read = ir.load(model)
-    if body is BodyType.FP32:
-        return _saved(read, path, TypedBody(body=body, nodes=0, usual={}, wide=()))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(read)
     ShapeInferencePass(data_prop=False)(read)
     if body is BodyType.BF16:
@@ -142,7 +137,8 @@ class _Typing:
     """Changes one model: first the type of every node, then of every tensor at its border."""
 
     def __init__(self, model: ir.Model, body: BodyType, largest: Mapping[str, float]) -> None:
-        self._graph, self._body, self._largest = model.graph, body, largest
+        self._graph, self._type_of_body, self._largest = model.graph, body, largest
+        self._body = NUMBERS[body]
         self._opset = model.graph.opset_imports[""]
         self._reasons = dict[ir.Node, str]()
         self._casts = dict[tuple[ir.Value, ir.DataType], ir.Value]()
@@ -162,7 +158,7 @@ class _Typing:
         usual = Counter(node.op_type for node, reason in self._reasons.items() if not reason)
         told = tuple((_layer(node), node.op_type, reason) for node, reason in self._reasons.items() if reason)
         narrow = len(computing) - len(self._reasons)
-        return TypedBody(body=self._body, nodes=narrow, usual=dict(usual), wide=told)
+        return TypedBody(body=self._type_of_body, nodes=narrow, usual=dict(usual), wide=told)
 
     def _computes_floats(self, node: ir.Node) -> bool:
         if node.op_type in MOVES or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _ends_floats(node):

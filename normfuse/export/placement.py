@@ -8,9 +8,11 @@ from typing import Final
 from normfuse.quant import INT8_NARROW, UINT8, IntegerType
 from normfuse.quant.bits import MOST_GROUPED, Bits
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
+from normfuse.quant.float_type import FLOAT8
 from normfuse.quant.placement import Placement
+from normfuse.quant.target import EightBits
 
-__all__ = ["ARM", "TENSORRT", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement", "with_bits"]
+__all__ = ["ARM", "TENSORRT", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement", "tensorrt_placement", "with_bits"]
 
 EIGHT: Final = Bits(8, 8)
 SYMMETRIC_8: Final = IntegerType(8, signed=True, narrow=True)
@@ -53,7 +55,21 @@ TENSORRT: Final = Placement(
     table=None,
     standard_operators=True,
     session_config={"session.qdqisint8allowed": "1"},
+    smallest_inner=16,
     reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",
+)
+
+TENSORRT_FLOAT8: Final = replace(
+    TENSORRT,
+    name="TensorRT, 8-bit floats",
+    activation=FLOAT8,
+    weight=FLOAT8,
+    attention_operands=True,
+    convolution_outputs=False,
+    quantized_convolutions=False,
+    # Onnxruntime, which checks the file, has no products of 8-bit floats, and fails where it tries to make some.
+    session_config={"session.disable_quant_qdq": "1"},
+    reason="products of 8-bit floats, those of attention too; TensorRT makes no convolutions of them",
 )
 
 
@@ -101,6 +117,18 @@ def with_bits(
         weight_group=WEIGHT_GROUP if has_groups else None,
         model_input=eight,
         written=eight,
+    )
+
+
+def tensorrt_placement(bits: Bits, eight: EightBits = EightBits.INT8) -> Placement:
+    """Return TensorRT's placement: eight bits are integers or floats, fewer are weights in blocks behind floats."""
+    widest = TENSORRT if eight is EightBits.INT8 else TENSORRT_FLOAT8
+    few = bits.weight < EIGHT.weight
+    return replace(
+        widest,
+        activation=None if bits.is_weight_only else widest.activation,
+        weight=IntegerType(bits.weight, signed=True) if few else widest.weight,
+        weight_group=WEIGHT_GROUP if few else None,
     )
 
 

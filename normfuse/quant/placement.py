@@ -37,6 +37,7 @@ class Placement:
         logarithmic_softmax: whether what softmax makes may have codes on a logarithmic scale. For simulation: no
             runtime that normfuse writes for multiplies them.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
+        quantized_convolutions: whether convolutions compute with codes, as linear maps do.
         smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
             with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
             float's speed, 7 and 8 break even, 16 gain 1.2.
@@ -60,6 +61,7 @@ class Placement:
     head_scales: bool = False
     logarithmic_softmax: bool = False
     convolution_outputs: bool = True
+    quantized_convolutions: bool = True
     smallest_inner: int = 8
     standard_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)

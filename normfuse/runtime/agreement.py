@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.graph import Graph
-from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE
+from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE, QUANTIZE_FLOAT8
 from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
+from normfuse.quant.float_type import FLOAT8
 from normfuse.runtime.onnx_session import open_onnx
 
 __all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", "output_error"]
+
+QUANTIZERS: Final = (QUANTIZE, QUANTIZE_FLOAT8)
+
+SHOWN: Final = "_shown"
+"""Behind the name of 8-bit floats: the same as floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def compare_codes(
             for name, value in zip(graph.output_names, simulated, strict=True):
                 shipped.append(output_error(outputs[name], value.numpy()))
                 errors.append(output_error(shown[name], value.numpy()) if products else shipped[-1])
-    missing = tuple(node.name for node in graph.nodes if node.target is QUANTIZE and node.name not in seen.codes)
+    missing = tuple(node.name for node in graph.nodes if node.target in QUANTIZERS and node.name not in seen.codes)
     return Agreement(
         tensors=seen.tensors,
         output_error=max(errors, default=math.inf),
@@ -202,6 +208,10 @@ class _Forcing:
             return self._floats(self._seen.products, node.name, self._engine[written], value)
         if (read := self._read.get(node)) is not None:
             return self._floats(self._seen.inputs, node.name, self._engine[read].reshape(value.shape), value)
+        if node.target is QUANTIZE_FLOAT8 and (shown := self._engine.get(f"{node.name}{SHOWN}")) is not None:
+            floats = torch.from_numpy(shown).to(FLOAT8.torch_dtype)
+            self._seen.add_codes(node.name, (_steps(floats) - _steps(value)).abs())
+            return floats
         if node.target is not QUANTIZE or node.name not in self._engine:
             return value
         codes = torch.from_numpy(self._engine[node.name])
@@ -214,6 +224,12 @@ class _Forcing:
         return torch.from_numpy(found)
 
 
+def _steps(floats: Tensor) -> Tensor:
+    """Return how many 8-bit floats lie between zero and each of these, with its sign."""
+    bits = floats.view(torch.uint8).int()
+    return torch.where(bits < 128, bits, 128 - bits)
+
+
 def _show(path: Path, opened: Path) -> list[tuple[str, str]]:
     """Write a copy of the model that also returns what every QuantizeLinear makes, behind the Clip of narrow types.
 
@@ -223,12 +239,17 @@ def _show(path: Path, opened: Path) -> list[tuple[str, str]]:
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     returned = {value.name for value in model.graph.output}
     narrowed = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
-    for node in model.graph.node:
+    for node in list(model.graph.node):
         if node.op_type != "QuantizeLinear":
             continue
         kind = kinds.get(node.input[2], onnx.TensorProto.UINT8)
         name = narrowed.get(node.output[0], node.output[0])
-        if name not in returned and kind != onnx.TensorProto.FLOAT8E4M3FN:  # numpy has no such arrays
+        if kind == onnx.TensorProto.FLOAT8E4M3FN:  # numpy has no such arrays
+            model.graph.node.append(
+                onnx.helper.make_node("Cast", [name], [f"{name}{SHOWN}"], to=onnx.TensorProto.FLOAT)
+            )
+            name, kind = f"{name}{SHOWN}", onnx.TensorProto.FLOAT
+        if name not in returned:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     products = [(node.input[0], node.output[0]) for node in model.graph.node if _makes_codes(node)]
     known = {value.name for value in (*model.graph.input, *model.graph.output)}
