@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from normfuse.errors import BadInput
 
-__all__ = ["synchronize", "write_file", "writing"]
+__all__ = ["synchronize", "write_file", "write_files", "writing"]
 
 
 @contextmanager
@@ -28,16 +29,44 @@ def write_file(target: Path, data: bytes | memoryview) -> None:
     Raises:
         BadInput: it cannot be written.
     """
-    place = Path(os.path.realpath(target))  # a link stays a link: what it points to is written
-    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-    with writing(target):
-        try:
-            partial.write_bytes(data)
-            synchronize(partial)
-            partial.replace(place)
-            synchronize(place.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_files({target: data})
+
+
+def write_files(files: Mapping[Path, bytes | memoryview], *, private: Collection[Path] = ()) -> None:
+    """Write files that belong together: none is renamed before all are on disk, then they appear in their order.
+
+    Args:
+        files: what each is to hold.
+        private: those of them that nobody but their owner may read.
+
+    Raises:
+        BadInput: one cannot be written; unless it is a rename that failed, all files of before are as they were.
+    """
+    made: list[tuple[Path, Path, Path]] = []
+    try:
+        for target, data in files.items():
+            with writing(target):
+                place = Path(os.path.realpath(target))  # a link stays a link: what it points to is written
+                partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+                made.append((target, partial, place))
+                _write_new(partial, data, 0o600 if target in private else 0o666)
+                if place.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for target, partial, place in made:
+            with writing(target):
+                partial.replace(place)
+                synchronize(place.parent)
+    finally:
+        for target, partial, _ in made:
+            with writing(target):
+                partial.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, data: bytes | memoryview, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def synchronize(path: Path) -> None:

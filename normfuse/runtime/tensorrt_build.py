@@ -6,34 +6,26 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from normfuse.atomic import write_file
-from normfuse.errors import CheckFailed, MissingDependency, UnsupportedModel
+from normfuse.atomic import write_file, write_files
+from normfuse.errors import BadInput, CheckFailed, MissingDependency, UsageError
+from normfuse.manifest import sha256_of
 from normfuse.runtime import tensorrt_child
+from normfuse.runtime.build_failures import ended_process, refuse_failure
+from normfuse.runtime.engine_sidecar import Sidecar, onnx_sums, sidecar_path, sidecar_text
+from normfuse.runtime.shapes import Shapes, check_shapes
+from normfuse.runtime.tensorrt_backend import TENSORRT, TENSORRT_RTX, Backend, installed_backend
 
-__all__ = ["TENSORRT_RTX", "Backend", "BuildOptions", "BuiltEngine", "build_engine"]
+__all__ = ["TENSORRT", "TENSORRT_RTX", "Backend", "BuildOptions", "BuiltEngine", "build_engine", "installed_backend"]
 
-Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""The smallest, the usual and the largest shape of an input."""
-
-SHOWN: Final = 3
-"""Messages of a builder that an error repeats: the last ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """A library that builds engines: its module, and how to get it."""
-
-    module: str
-    install: str
-
-
-TENSORRT_RTX: Final = Backend("tensorrt_rtx", "pip install 'normfuse[trt-rtx]'")
+KEPT_MESSAGES: Final = 8
+KEPT_CHARACTERS: Final = 2000
+"""Of a builder's messages in a sidecar: the last ones, and of each the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +35,17 @@ class BuildOptions:
     Attributes:
         shapes: of every input with a free axis, by its name.
         capabilities: what it shall run on, as TensorRT-RTX calls it (``SM89``); empty: the GPU at hand, or of
-            TensorRT-RTX any from Ampere on.
+            TensorRT-RTX any from Ampere on. TensorRT takes none.
         workspace_bytes: what kernels may use beside weights and activations.
         level: the builder's optimization level, 0 to 5.
         seconds: after which the build is given up.
+        timing_cache: a file of kernels timed before, which the build reads, if it is there, and adds to; TensorRT-RTX
+            times none and leaves it alone.
+        version_compatible: whether later versions of TensorRT shall run it too, with the lean runtime of the version
+            that built it, which the engine does not hold.
+
+    Raises:
+        UsageError: a value is out of range, or shapes are not in order.
     """
 
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
@@ -54,36 +53,79 @@ class BuildOptions:
     workspace_bytes: int = 4 << 30
     level: int = 3
     seconds: float = 3600.0
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, holds, expected in (
+            ("optimization level", self.level, self.level in range(6), "0 to 5"),
+            ("workspace", self.workspace_bytes, self.workspace_bytes > 0, "more than 0 bytes"),
+            ("time limit", self.seconds, self.seconds > 0, "more than 0 seconds"),
+        ):
+            if not holds:
+                raise UsageError(f"the {name} is {value}", where="building an engine", expected=expected)
+        for name, shapes in self.shapes.items():
+            check_shapes(name, shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """What was built: the library's version, its warnings, and the kernels that it lists, a line each."""
+    """What was built: the library's version, its warnings, the kernels that it lists, a line each, and the sidecar."""
 
     version: str
     messages: tuple[str, ...]
     layers: tuple[str, ...]
+    sidecar: Sidecar
 
 
 def build_engine(model: Path, engine: Path, backend: Backend, options: BuildOptions) -> BuiltEngine:
-    """Build an engine from an ONNX file; the engine's file appears whole or not at all.
+    """Build an engine from an ONNX file and write it and its sidecar; if that fails, those of before stay as they were.
+
+    Only its owner may read the engine. The timing cache, if there is one, is written after both.
 
     Raises:
         MissingDependency: the library is not installed, or finds no driver.
-        UnsupportedModel: it refuses nodes, or gives no engine.
+        UsageError: capabilities that the library does not build for, or shapes that are missing or do not fit.
+        UnsupportedModel: it refuses nodes, has too little workspace, or gives no engine.
         CheckFailed: its process ended, or took too long.
+        BadInput: the model or the timing cache cannot be read, or a file cannot be written.
     """
     if importlib.util.find_spec(backend.module) is None:
         raise MissingDependency(backend.module, needed_for="building engines", install=backend.install)
+    sums = onnx_sums(model)
     with TemporaryDirectory(prefix="normfuse-build-") as folder:
-        made = Path(folder) / "model.engine"
-        answer = _asked(_request(model, made, backend, options), Path(folder), options.seconds)
-        _refuse_failure(answer, backend)
-        write_file(engine, memoryview(made.read_bytes()))
-    return BuiltEngine(version=answer["version"], messages=tuple(answer["messages"]), layers=tuple(answer["layers"]))
+        made, timings = Path(folder) / "model.engine", Path(folder) / "timing.cache"
+        timings.write_bytes(held := _held_timings(options.timing_cache))
+        answer = _asked(_request(model, made, timings, backend, options), Path(folder), options.seconds)
+        refuse_failure(answer, backend.module)
+        sidecar = _sidecar(made, sums, backend, options, answer)
+        files = {engine: made.read_bytes(), sidecar_path(engine): sidecar_text(sidecar).encode()}
+        write_files(files, private=[engine])
+        if options.timing_cache is not None and (added := timings.read_bytes()) != held:
+            write_file(options.timing_cache, added)
+    return BuiltEngine(
+        version=answer["version"],
+        messages=tuple(answer["messages"]),
+        layers=tuple(answer["layers"]),
+        sidecar=sidecar,
+    )
 
 
-def _request(model: Path, engine: Path, backend: Backend, options: BuildOptions) -> dict[str, Any]:
+def _held_timings(cache: Path | None) -> bytes:
+    """Return what a timing cache holds; nothing where there is none or it is yet to be written."""
+    if cache is None or (not cache.exists() and cache.absolute().parent.is_dir()):
+        return b""
+    try:
+        return cache.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"the timing cache cannot be read: {error.strerror or error}",
+            where=str(cache),
+            expected="a file that a build has written, or a new one in a folder that is there",
+        ) from error
+
+
+def _request(model: Path, engine: Path, timings: Path, backend: Backend, options: BuildOptions) -> dict[str, Any]:
     return {
         "module": backend.module,
         "model": str(model.absolute()),
@@ -93,6 +135,8 @@ def _request(model: Path, engine: Path, backend: Backend, options: BuildOptions)
         "capabilities": list(options.capabilities),
         "workspace_bytes": options.workspace_bytes,
         "level": options.level,
+        "timing_cache": None if options.timing_cache is None else str(timings),
+        "version_compatible": options.version_compatible,
     }
 
 
@@ -111,48 +155,31 @@ def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str
             hint="a longer limit, or a lower optimization level",
         ) from error
     answer = Path(request["answer"])
-    if answer.exists():
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return found
-    if (library := _unloaded(done.stderr)) is not None:
-        raise MissingDependency(library, needed_for=request["module"], install="see the library's installation guide")
-    ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    raise CheckFailed(
-        f"the builder's process ended with {ended}",
-        where=request["module"],
-        expected="an engine, or an error",
-        hint=f"the ONNX file is kept; the process last said: {_last(done.stderr.splitlines())}",
+    if not answer.exists():
+        raise ended_process(request["module"], done.returncode, done.stderr)
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def _sidecar(
+    engine: Path, sums: tuple[str, str | None], backend: Backend, options: BuildOptions, answer: Mapping[str, Any]
+) -> Sidecar:
+    onnx_sha256, weights_sha256 = sums
+    return Sidecar(
+        sha256=sha256_of(engine),
+        flavour=backend.module,
+        version=answer["version"],
+        capabilities=tuple(answer["capabilities"]),
+        onnx_sha256=onnx_sha256,
+        weights_sha256=weights_sha256,
+        shapes={name: _plain(shapes) for name, shapes in options.shapes.items()},
+        workspace_bytes=options.workspace_bytes,
+        level=options.level,
+        version_compatible=options.version_compatible,
+        messages=tuple(text[:KEPT_CHARACTERS] for text in answer["messages"][-KEPT_MESSAGES:]),
     )
 
 
-def _unloaded(said: str) -> str | None:
-    """Return the error of a module that could not be loaded: a library of it is missing."""
-    lines = [line for line in said.splitlines() if line.startswith(("ImportError", "OSError", "ModuleNotFoundError"))]
-    return lines[-1].partition(": ")[2] if lines else None
-
-
-def _refuse_failure(answer: Mapping[str, Any], backend: Backend) -> None:
-    outcome, said = answer["outcome"], _last(answer["messages"])
-    if outcome == "no builder":
-        raise MissingDependency(
-            "a driver of the GPU", needed_for=f"the builder of {backend.module} ({said})", install="a machine with one"
-        )
-    if outcome == "refused":
-        refusals = [f"{each['node'] or each['operator']}: {each['says']}" for each in answer["refusals"]]
-        raise UnsupportedModel(
-            f"the parser refuses {len(refusals)} node{'s' * (len(refusals) > 1)}",
-            where="; ".join(refusals[:SHOWN]),
-            expected=f"what {backend.module} {answer['version']} builds",
-            hint="normfuse inspect --lint trt names the rules and what to do",
-        )
-    if outcome == "not built":
-        raise UnsupportedModel(
-            f"the builder gave no engine: {said}",
-            where=f"{backend.module} {answer['version']}",
-            expected="an engine",
-            hint="shapes for every free axis (--shapes), more workspace, or another GPU, as the message has it",
-        )
-
-
-def _last(messages: Sequence[str]) -> str:
-    return " / ".join(messages[-SHOWN:]) or "nothing"
+def _plain(shapes: Shapes) -> Shapes:
+    least, usual, most = shapes
+    return tuple(least), tuple(usual), tuple(most)

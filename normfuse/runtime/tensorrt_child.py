@@ -6,11 +6,16 @@ run as a script and imports nothing of normfuse, which would load torch first.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, of the CUDA driver API."""
 
 
 def main(request_file: str) -> None:
@@ -22,7 +27,9 @@ def main(request_file: str) -> None:
 
 def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
     logger = _recording_logger(trt)
-    answer: dict[str, Any] = {"version": trt.__version__, "refusals": [], "messages": logger.messages}
+    answer: dict[str, Any] = {"version": trt.__version__, "messages": logger.messages, "errors": logger.errors}
+    if (known := _strange_capabilities(trt, request)) is not None:
+        return {**answer, "outcome": "no such capability", "known": known}
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # a null builder, where there is no driver
@@ -32,29 +39,35 @@ def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
     if not parser.parse_from_file(request["model"]):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         return {**answer, "outcome": "refused", "refusals": [_refusal(each) for each in found]}
-    config = _config(trt, builder, network, request)
+    config = _config(trt, builder, request)
+    cache = _timing_cache(trt, config, request, logger)  # lives as long as the build
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return {**answer, "outcome": "not built"}
     Path(request["engine"]).write_bytes(plan)
-    return {**answer, "outcome": "built", "layers": logger.layers}
+    if cache is not None:
+        Path(request["timing_cache"]).write_bytes(config.get_timing_cache().serialize())
+    return {**answer, "outcome": "built", "layers": logger.layers, "capabilities": _capabilities(trt, request)}
 
 
 def _recording_logger(trt: Any) -> Any:
     class Recording(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings, and the list of kernels that the builder prints."""
+        """Keeps errors and warnings, the errors alone too, and the list of kernels that the builder prints."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.errors: list[str] = []
             self.layers: list[str] = []
-            self._worst = int(trt.ILogger.Severity.WARNING)
+            self._warning = int(trt.ILogger.Severity.WARNING)
 
         def log(self, severity: Any, text: str) -> None:
-            if int(severity) <= self._worst:
+            if int(severity) <= self._warning:
                 self.messages.append(text)
             elif text.startswith("Layers:"):
                 self.layers = [line for line in text.splitlines() if line.startswith("Name: ")]
+            if int(severity) < self._warning:
+                self.errors.append(text)
 
     return Recording()
 
@@ -63,11 +76,14 @@ def _refusal(error: Any) -> dict[str, str]:
     return {"node": error.node_name(), "operator": error.node_operator(), "says": error.desc()}
 
 
-def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> Any:
+def _config(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = request["level"]
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # a runtime in the engine would be code of its builder's
     if request["capabilities"]:
         config.num_compute_capabilities = len(request["capabilities"])
         for index, name in enumerate(request["capabilities"]):
@@ -78,6 +94,57 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> An
             profile.set_shape(name, least, best, most)
         config.add_optimization_profile(profile)
     return config
+
+
+def _timing_cache(trt: Any, config: Any, request: dict[str, Any], logger: Any) -> Any:
+    """Return the timings that a build starts from and adds to; None if none are wanted or the library takes none."""
+    if request["timing_cache"] is None:
+        return None
+    if _names_capabilities(trt):
+        logger.messages.append(f"the timing cache is not used: {trt.__name__} times nothing while it builds")
+        return None
+    held = Path(request["timing_cache"]).read_bytes()
+    cache = config.create_timing_cache(held)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        logger.messages.append("the timing cache is of another version or GPU, or broken: an empty one replaces it")
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _names_capabilities(trt: Any) -> bool:
+    """Whether the library builds for GPUs by their name (TensorRT-RTX), and not for the one at hand (TensorRT)."""
+    return hasattr(trt, "ComputeCapability")
+
+
+def _strange_capabilities(trt: Any, request: dict[str, Any]) -> list[str] | None:
+    """Return the capabilities that can be asked for, if others were."""
+    members = dir(trt.ComputeCapability) if _names_capabilities(trt) else []
+    known = [name for name in members if name == "CURRENT" or (name[:2] == "SM" and name[2:].isdigit())]
+    return None if set(request["capabilities"]) <= set(known) else known
+
+
+def _capabilities(trt: Any, request: dict[str, Any]) -> list[str]:
+    """Return what an engine was built for; nothing where TensorRT-RTX was asked for no GPU or the GPU is not known."""
+    asked = request["capabilities"] if _names_capabilities(trt) else ["CURRENT"]
+    found = [_capability_at_hand() if name == "CURRENT" else name for name in asked]
+    return [name for name in found if name]
+
+
+def _capability_at_hand() -> str:
+    """Return the compute capability of the first GPU as ``SM90``; empty where the driver does not say."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return ""
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+    )
+    return "" if failed else f"SM{major.value}{minor.value}"
 
 
 if __name__ == "__main__":

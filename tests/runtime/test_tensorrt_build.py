@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from normfuse.errors import CheckFailed, MissingDependency, UnsupportedModel
-from normfuse.runtime.tensorrt_build import Backend, BuildOptions, BuiltEngine, build_engine
+from normfuse.errors import BadInput, CheckFailed, MissingDependency, UnsupportedModel, UsageError
+from normfuse.manifest import sha256_of
+from normfuse.runtime import tensorrt_child
+from normfuse.runtime.engine_sidecar import check_engine, read_sidecar
+from normfuse.runtime.tensorrt_build import (
+    TENSORRT,
+    TENSORRT_RTX,
+    Backend,
+    BuildOptions,
+    BuiltEngine,
+    build_engine,
+    installed_backend,
+)
 
 STANDIN = Backend("standin_trt", "pip install standin")
 
 LIBRARY = """
 import os, time, types
 __version__ = "11.4.0.106"
-BEHAVIOUR = {behaviour!r}
+BEHAVIOUR = "builds"
 
 class ILogger:
     Severity = types.SimpleNamespace(WARNING=2)
@@ -28,8 +43,16 @@ class MemoryPoolType:
 class ProfilingVerbosity:
     DETAILED = 2
 
+class BuilderFlag:
+    VERSION_COMPATIBLE = "compatible"
+    EXCLUDE_LEAN_RUNTIME = "lean"
+
 class ComputeCapability:
     SM89 = "8.9"
+
+class TimingCache:
+    def __init__(self, data): self.data = data
+    def serialize(self): return self.data + b"+timed"
 
 class Error:
     def node_name(self): return "blocks.0.attn/QuantizeLinear"
@@ -43,6 +66,15 @@ class OnnxParser:
     def get_error(self, index): return Error()
 
 class Config:
+    capability = cache = None
+    def __init__(self): self.flags = []
+    def set_flag(self, flag): self.flags.append(flag)
+    def create_timing_cache(self, data): return None if data == b"broken" else TimingCache(data)
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        self.cache = cache
+        return cache.data != b"of 10.13"
+    def get_timing_cache(self): return self.cache
     def set_memory_pool_limit(self, pool, size): self.size = size
     def set_compute_capability(self, capability, index): self.capability = capability
     def add_optimization_profile(self, profile): self.profile = profile
@@ -66,14 +98,32 @@ class Builder:
             os.kill(os.getpid(), 11)
         if BEHAVIOUR == "hangs":
             time.sleep(60)
-        if BEHAVIOUR == "no engine":
-            self.logger.log(1, "OutOfMemory (Requested size was 39856848 bytes.)")
-            return None
+        for behaviour, says in SAYS.items():
+            if BEHAVIOUR == behaviour:
+                self.logger.log(2, "Skipping a tactic: insufficient memory")
+                self.logger.log(1, says)
+                return None
         self.logger.log(2, "a warning")
         self.logger.log(4, "Layers:\\nName: a, LayerType: gemm\\nName: b, LayerType: kgen\\n\\nBindings:\\nx")
-        shapes = sorted(getattr(config, "profile", {{}}).items())
-        return f"engine {{config.builder_optimization_level}} {{config.size}} {{config.capability}} {{shapes}}".encode()
+        shapes = sorted(getattr(config, "profile", {}).items())
+        level, size = config.builder_optimization_level, config.size
+        return f"engine {level} {size} {config.capability} {shapes} {config.flags}".encode()
+
+SAYS = {
+    "no engine": "Error Code 4: Internal Error (an engine is a wish)",
+    "no memory": "OutOfMemory (Requested size was 39856848 bytes.)",
+    "no workspace": "no tactics to implement the operation within workspace limit.",
+    "no shapes": "Network has dynamic or shape inputs, but no optimization profile has been defined.",
+    "other shapes": "Dimension mismatch for tensor x and profile 0.",
+}
 """
+"""With capabilities, as TensorRT-RTX is."""
+
+FULL = LIBRARY.replace("class ComputeCapability", "class Nothing")
+"""Without: TensorRT builds for the GPU at hand."""
+
+ON = BuildOptions(shapes={"x": ((1, 3), (4, 3), (8, 3))}, capabilities=("SM89",), seconds=30, level=2)
+AT_HAND = replace(ON, capabilities=())
 
 
 @pytest.fixture
@@ -85,9 +135,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def built(folder: Path, behaviour: str, text: str = LIBRARY, *, seconds: float = 30) -> BuiltEngine:
-    (folder / "standin_trt.py").write_text(text.format(behaviour=behaviour) if text is LIBRARY else text)
-    options = BuildOptions(shapes={"x": ((1, 3), (4, 3), (8, 3))}, capabilities=("SM89",), seconds=seconds, level=2)
+def built(folder: Path, behaviour: str, text: str = LIBRARY, options: BuildOptions = ON) -> BuiltEngine:
+    (folder / "standin_trt.py").write_text(text.replace('"builds"', repr(behaviour), 1))
     return build_engine(folder / "model.onnx", folder / "model.engine", STANDIN, options)
 
 
@@ -96,7 +145,7 @@ def test_an_engine_and_what_the_builder_says(folder: Path) -> None:
     assert found.version == "11.4.0.106"
     assert found.messages == ("a warning",)
     assert found.layers == ("Name: a, LayerType: gemm", "Name: b, LayerType: kgen")
-    expected = f"engine 2 {4 << 30} 8.9 [('x', ([1, 3], [4, 3], [8, 3]))]"
+    expected = f"engine 2 {4 << 30} 8.9 [('x', ([1, 3], [4, 3], [8, 3]))] []"
     assert (folder / "model.engine").read_bytes() == expected.encode()
 
 
@@ -127,8 +176,22 @@ def test_a_node_that_is_refused(folder: Path) -> None:
 
 
 def test_no_engine(folder: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="OutOfMemory"):
+    with pytest.raises(UnsupportedModel, match=r"gave no engine.*an engine is a wish"):
         built(folder, "no engine")
+
+
+@pytest.mark.parametrize("behaviour", ["no memory", "no workspace"])
+def test_too_little_workspace(behaviour: str, folder: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"out of workspace: (OutOfMemory|no tactics)") as failure:
+        built(folder, behaviour)
+    assert "more workspace" in failure.value.hint
+
+
+@pytest.mark.parametrize("behaviour", ["no shapes", "other shapes"])
+def test_shapes_that_are_missing(behaviour: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match="shapes are missing or do not fit") as failure:
+        built(folder, behaviour)
+    assert "--shapes" in failure.value.hint
 
 
 def test_a_process_that_ends(folder: Path) -> None:
@@ -138,13 +201,146 @@ def test_a_process_that_ends(folder: Path) -> None:
 
 def test_a_build_that_takes_too_long(folder: Path) -> None:
     with pytest.raises(CheckFailed, match="more than 2 s"):
-        built(folder, "hangs", seconds=2)
+        built(folder, "hangs", options=replace(ON, seconds=2))
 
 
-@pytest.mark.parametrize("behaviour", ["no driver", "refuses", "no engine", "crashes"])
+@pytest.mark.parametrize("behaviour", ["no driver", "refuses", "no engine", "no memory", "no shapes", "crashes"])
 def test_what_fails_leaves_an_engine_of_before(behaviour: str, folder: Path) -> None:
+    before = built(folder, "builds")
+    engine, held = (folder / "model.engine").read_bytes(), {each.name for each in folder.iterdir()}
+    with pytest.raises((MissingDependency, UnsupportedModel, CheckFailed, UsageError)):
+        built(folder, behaviour, options=replace(ON, level=3))
+    assert (folder / "model.engine").read_bytes() == engine
+    assert read_sidecar(folder / "model.engine") == before.sidecar
+    assert {each.name for each in folder.iterdir()} == held
+
+
+def test_a_sidecar_that_cannot_be_written_leaves_the_engine_of_before(folder: Path) -> None:
     (folder / "model.engine").write_bytes(b"before")
-    with pytest.raises((MissingDependency, UnsupportedModel, CheckFailed)):
-        built(folder, behaviour)
+    (folder / "model.engine.json").mkdir()
+    with pytest.raises(BadInput, match="cannot be written"):
+        built(folder, "builds")
     assert (folder / "model.engine").read_bytes() == b"before"
-    assert (folder / "model.onnx").exists()
+    assert not list(folder.glob(".*partial*"))
+
+
+def test_the_sidecar(folder: Path) -> None:
+    (folder / "model.onnx.data").write_bytes(b"its weights")
+    built(folder, "builds")
+    engine = folder / "model.engine"
+    assert engine.stat().st_mode & 0o777 == 0o600
+    found = check_engine(
+        engine,
+        backend_module="standin_trt",
+        backend_version="11.4.0.106",
+        capability="SM89",
+        onnx=folder / "model.onnx",
+    )
+    assert found is not None
+    assert found.sha256 == sha256_of(engine)
+    assert found.onnx_sha256 == sha256_of(folder / "model.onnx")
+    assert found.weights_sha256 == sha256_of(folder / "model.onnx.data")
+    assert found.shapes == {"x": ((1, 3), (4, 3), (8, 3))}
+    assert (found.capabilities, found.level, found.messages) == (("SM89",), 2, ("a warning",))
+
+
+def test_capabilities_are_of_tensorrt_rtx_alone(folder: Path) -> None:
+    with pytest.raises(UsageError, match="for the GPU at hand alone"):
+        built(folder, "builds", FULL)
+    capabilities = built(folder, "builds", FULL, AT_HAND).sidecar.capabilities
+    assert all(re.fullmatch("SM[0-9]+", each) for each in capabilities), "none where there is no GPU"
+
+
+@pytest.mark.parametrize(("failure", "expected"), [(0, "SM120"), (100, "")])
+def test_the_capability_that_a_driver_tells(failure: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attribute(value: Any, which: int, device: Any) -> int:
+        value._obj.value = {75: 12, 76: 0}[which]
+        return 0
+
+    driver = SimpleNamespace(
+        cuInit=lambda flags: failure, cuDeviceGet=lambda device, index: 0, cuDeviceGetAttribute=attribute
+    )
+    monkeypatch.setattr("ctypes.CDLL", lambda name: driver)
+    assert tensorrt_child._capability_at_hand() == expected
+
+
+def test_a_capability_that_there_is_not(folder: Path) -> None:
+    with pytest.raises(UsageError, match="does not build for a compute capability") as failure:
+        built(folder, "builds", options=replace(ON, capabilities=("SM89", "SM33")))
+    assert failure.value.expected == "some of SM89"
+
+
+def test_version_compatible(folder: Path) -> None:
+    assert built(folder, "builds", options=replace(ON, version_compatible=True)).sidecar.version_compatible
+    assert (folder / "model.engine").read_bytes().endswith(b"['compatible', 'lean']")
+
+
+def test_a_timing_cache_is_begun_and_added_to(folder: Path) -> None:
+    cache = folder / "timing.cache"
+    for expected in (b"+timed", b"+timed+timed"):
+        assert built(folder, "builds", FULL, replace(AT_HAND, timing_cache=cache)).messages == ("a warning",)
+        assert cache.read_bytes() == expected
+
+
+@pytest.mark.parametrize("held", [b"broken", b"of 10.13"])
+def test_a_timing_cache_that_does_not_fit_is_replaced(held: bytes, folder: Path) -> None:
+    cache = folder / "timing.cache"
+    cache.write_bytes(held)
+    said = built(folder, "builds", FULL, replace(AT_HAND, timing_cache=cache)).messages
+    assert said[0] == "the timing cache is of another version or GPU, or broken: an empty one replaces it"
+    assert cache.read_bytes() == b"+timed"
+
+
+def test_a_timing_cache_of_a_build_that_fails_stays(folder: Path) -> None:
+    (folder / "timing.cache").write_bytes(b"held")
+    with pytest.raises(UnsupportedModel):
+        built(folder, "no memory", FULL, replace(AT_HAND, timing_cache=folder / "timing.cache"))
+    assert (folder / "timing.cache").read_bytes() == b"held"
+
+
+def test_tensorrt_rtx_uses_no_timing_cache(folder: Path) -> None:
+    said = built(folder, "builds", options=replace(ON, timing_cache=folder / "timing.cache")).messages
+    assert said[0] == "the timing cache is not used: standin_trt times nothing while it builds"
+    assert not (folder / "timing.cache").exists()
+
+
+@pytest.mark.parametrize("where", [".", "no/timing.cache"])
+def test_a_timing_cache_that_cannot_be(where: str, folder: Path) -> None:
+    with pytest.raises(BadInput, match="timing cache cannot be read"):
+        built(folder, "builds", FULL, replace(AT_HAND, timing_cache=folder / where))
+
+
+def test_a_model_that_cannot_be_read(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    with pytest.raises(BadInput, match="ONNX file cannot be read"):
+        built(folder, "builds")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"level": 6}, "optimization level is 6"),
+        ({"level": -1}, "optimization level is -1"),
+        ({"workspace_bytes": 0}, "workspace is 0"),
+        ({"seconds": 0.0}, "time limit is 0.0"),
+        ({"seconds": float("nan")}, "time limit is nan"),
+        ({"shapes": {"x": ((2, 3), (1, 3), (8, 3))}}, "shapes of x are not in order at axis 0"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        BuildOptions(**options)
+
+
+def test_the_installed_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in there else None)
+    with pytest.raises(MissingDependency, match="tensorrt is not installed") as missing:
+        installed_backend()
+    assert missing.value.exit_code == 5
+    assert TENSORRT.install in missing.value.hint
+    assert TENSORRT_RTX.install in missing.value.hint
+    there.add("tensorrt_rtx")
+    assert installed_backend() is TENSORRT_RTX
+    there.add("tensorrt")
+    assert installed_backend() is TENSORRT
