@@ -23,6 +23,7 @@ __all__ = [
     "read_artifact",
     "read_intact",
     "read_manifest",
+    "read_whole",
     "sha256_of",
     "verify_artifact",
 ]
@@ -110,6 +111,23 @@ def read_intact(folder: str | Path) -> Artifact:
             where=str(folder),
             expected=f"files with the sha256 that {MANIFEST} says",
             hint="copy the folder again, or compile again (normfuse verify checks every file)",
+        )
+    return artifact
+
+
+def read_whole(folder: str | Path) -> Artifact:
+    """Open an artifact all of whose files are the ones that were written.
+
+    Raises:
+        BadInput: as ``read_artifact``; or a file was changed, is a link, or is not of the artifact.
+    """
+    artifact = read_artifact(folder)
+    if problems := verify_artifact(folder):
+        raise BadInput(
+            f"the artifact is damaged: {'; '.join(problems)}",
+            where=str(folder),
+            expected=f"the files that {MANIFEST} names, with their sha256, and no others",
+            hint="copy the folder again, or compile again",
         )
     return artifact
 
