@@ -24,6 +24,7 @@ __all__ = [
     "read_intact",
     "read_manifest",
     "read_whole",
+    "require_engine",
     "sha256_of",
     "verify_artifact",
 ]
@@ -97,13 +98,7 @@ def read_intact(folder: str | Path) -> Artifact:
         BadInput: as ``read_artifact``; or the model, or its external data, is another file; or there is no engine.
     """
     artifact = read_artifact(folder)
-    if artifact.is_folded:
-        raise BadInput(
-            "the artifact holds a folded model and no engine",
-            where=str(folder),
-            expected="what normfuse compile wrote",
-            hint=f"normfuse compile {artifact.model}, or torch.export.load of that file",
-        )
+    require_engine(artifact)
     sums = {MODEL: "", **{name: sum_ for name, sum_ in artifact.files.items() if name.startswith(MODEL)}}
     if changed := [name for name, expected in sums.items() if sha256_of(artifact.folder / name) != expected]:
         raise BadInput(
@@ -113,6 +108,21 @@ def read_intact(folder: str | Path) -> Artifact:
             hint="copy the folder again, or compile again (normfuse verify checks every file)",
         )
     return artifact
+
+
+def require_engine(artifact: Artifact) -> None:
+    """Raise where an artifact has nothing to run.
+
+    Raises:
+        BadInput: it holds a folded model.
+    """
+    if artifact.is_folded:
+        raise BadInput(
+            "the artifact holds a folded model and no engine",
+            where=str(artifact.folder),
+            expected="what normfuse compile wrote",
+            hint=f"normfuse compile {artifact.model}, or torch.export.load of that file",
+        )
 
 
 def read_whole(folder: str | Path) -> Artifact:
