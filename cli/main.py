@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "benchmark": "Measure artifacts again, side by side.",
     "inspect": "Show what a model holds and what would be folded, or what an artifact is.",
     "verify": "Check that an artifact's files are the ones that were written.",
+    "report": "Show an artifact's report again, or write a Triton model repository that serves it.",
     "doctor": "Check what is installed, compile and run a small model, and show what this processor can do.",
 }
 

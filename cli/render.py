@@ -31,9 +31,11 @@ __all__ = [
     "line",
     "progress",
     "report",
+    "repository",
     "sensitivity",
     "table",
     "talk",
+    "written_report",
 ]
 
 MOST_NAMES: Final = 5
@@ -135,8 +137,8 @@ def report(found: Mapping[str, Any], output: Path) -> None:
         (
             "holds" if check["holds"] else "FAILS",
             check["name"],
-            f"{check['value']:.3g}",
-            f"{check['bound']:.3g}",
+            _figure(check["value"]),
+            _figure(check["bound"]),
             check["detail"],
         )
         for check in found["checks"]
@@ -151,6 +153,28 @@ def report(found: Mapping[str, Any], output: Path) -> None:
     for reason in verdict["reasons"]:
         line(f"  {reason}")
     line(f"artifact: {output}")
+
+
+def written_report(found: Mapping[str, Any], folder: Path) -> None:
+    """Show a report, or a certificate, as the command that wrote the folder did."""
+    if found.get("format") != "normfuse certificate":
+        report(found, folder)
+        return
+    certificate(found)
+    line(f"written: {folder}")
+
+
+def repository(found: Mapping[str, Any]) -> None:
+    """Show what was written for Triton, and what to know before it is served."""
+    batch = found["max_batch_size"]
+    batches = f"batches of up to {batch}" if batch else "requests as they come"
+    line(f"{found['backend']} backend, {batches}, instances: {found['instances']}")
+    for text in found["notes"]:
+        line(f"note: {text}")
+    for text in found["warnings"]:
+        line(f"warning: {text}")
+    for name in found["files"]:
+        line(f"written: {Path(found['folder']) / name}")
 
 
 def _kinds(found: Mapping[str, Any]) -> None:
@@ -324,6 +348,11 @@ def diagnosis(found: Mapping[str, Any]) -> None:
     for text in found["optional_missing"]:
         line(f"not installed: {text}")
     line(f"trial: {'ok' if found['trial']['ok'] else 'FAILED'}: {found['trial']['detail']}")
+
+
+def _figure(value: float | None) -> str:
+    """Return a figure; JSON has none for what is not finite, so a report that was read has null there."""
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _fixed(value: float | None, digits: int, *, unit: str = "") -> str | None:

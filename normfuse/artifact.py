@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import normfuse
-from normfuse.atomic import synchronize, writing
+from normfuse.atomic import writing, writing_folder
 from normfuse.errors import BadInput, InternalError, UsageError
 from normfuse.manifest import (
     FORMAT,
@@ -22,12 +22,21 @@ from normfuse.manifest import (
     read_artifact,
     read_intact,
     read_manifest,
+    read_whole,
     sha256_of,
     verify_artifact,
 )
 from normfuse.strict_json import strict_json
 
-__all__ = ["Artifact", "ArtifactWriter", "check_output", "read_artifact", "read_intact", "verify_artifact"]
+__all__ = [
+    "Artifact",
+    "ArtifactWriter",
+    "check_output",
+    "read_artifact",
+    "read_intact",
+    "read_whole",
+    "verify_artifact",
+]
 
 
 def check_output(target: Path) -> None:
@@ -57,21 +66,18 @@ def check_output(target: Path) -> None:
 class ArtifactWriter:
     """``with ArtifactWriter(target) as writer:`` fills a hidden folder beside the target and renames it at the end.
 
-    Add the files, then ``finish``. Whatever goes wrong, Ctrl-C included, the hidden folder is removed and an older
-    artifact stays as it was. (A process killed outright may leave ``.NAME.partial-*`` behind; killed between the
-    two renames, the older artifact is whole in ``.NAME.partial-*.old``.)
+    Add the files, then ``finish``. Whatever goes wrong, an older artifact stays as it was (``writing_folder``).
     """
+
+    folder: Path
 
     def __init__(self, target: Path) -> None:
         self._target = _resolved(target)
-        self.folder = self._target.with_name(f".{self._target.name}.partial-{secrets.token_hex(4)}")
-        self._old = self.folder.with_name(f"{self.folder.name}.old")
+        self._writing = writing_folder(self._target, check=self._check)
 
     def __enter__(self) -> Self:
         check_output(self._target)
-        with writing(self._target):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+        self.folder = self._writing.__enter__()
         return self
 
     def add_file(self, source: Path, name: str) -> None:
@@ -127,30 +133,12 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if not (self.folder / MANIFEST).exists():
-                    raise InternalError("an artifact was left without a manifest", where="ArtifactWriter.finish")
-                with writing(self._target):
-                    self._publish()
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if os.path.lexists(self._target):
-                shutil.rmtree(self._old, ignore_errors=True)
+        self._writing.__exit__(kind, error, trace)
 
-    def _publish(self) -> None:
-        for path in (*self.folder.iterdir(), self.folder):
-            synchronize(path)
+    def _check(self) -> None:
+        if not (self.folder / MANIFEST).exists():
+            raise InternalError("an artifact was left without a manifest", where="ArtifactWriter.finish")
         _refuse_strangers(self._target)  # it may have become something else meanwhile
-        try:
-            if os.path.lexists(self._target):
-                self._target.rename(self._old)
-            self.folder.rename(self._target)
-        except BaseException:
-            if self._old.exists() and not os.path.lexists(self._target):
-                self._old.rename(self._target)
-            raise
-        synchronize(self._target.parent)
 
     def _place(self, name: str) -> Path:
         if not is_plain(name):

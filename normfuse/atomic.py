@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from normfuse.errors import BadInput
 
-__all__ = ["synchronize", "write_file", "write_files", "writing"]
+__all__ = ["synchronize", "write_file", "write_files", "writing", "writing_folder"]
 
 
 @contextmanager
@@ -67,6 +68,48 @@ def _write_new(path: Path, data: bytes | memoryview, mode: int) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def writing_folder(target: Path, *, check: Callable[[], None]) -> Iterator[Path]:
+    """Give a hidden folder beside ``target`` to fill; it becomes ``target`` if nothing is raised inside.
+
+    ``check`` is called just before, and raises where what is there by then must stay. Whatever goes wrong, Ctrl-C
+    included, the hidden folder is removed and ``target`` stays as it was. (A process killed outright may leave
+    ``.NAME.partial-*`` behind; killed between the two renames, the older folder is whole in ``.NAME.partial-*.old``.)
+
+    Raises:
+        BadInput: the disk is full or cannot be written.
+    """
+    place = Path(os.path.realpath(target))  # a link stays a link: what it points to is written
+    folder = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+    old = folder.with_name(f"{folder.name}.old")
+    with writing(place):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    try:
+        yield folder
+        with writing(place):
+            for path in (*folder.rglob("*"), folder):
+                synchronize(path)
+            check()
+            _replace(place, folder, old)
+            synchronize(place.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(place):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(place: Path, folder: Path, old: Path) -> None:
+    try:
+        if os.path.lexists(place):
+            place.rename(old)
+        folder.rename(place)
+    except BaseException:
+        if old.exists() and not os.path.lexists(place):
+            old.rename(place)
+        raise
 
 
 def synchronize(path: Path) -> None:

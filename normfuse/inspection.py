@@ -6,23 +6,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from normfuse.artifact import read_artifact, verify_artifact
+from normfuse.artifact import read_artifact, read_whole, verify_artifact
 from normfuse.capturing import capture_model
 from normfuse.data import Samples
-from normfuse.errors import UsageError
+from normfuse.errors import BadInput, UsageError
 from normfuse.export.float_tensors import float_tensors
 from normfuse.export.lint import TENSORRT_RULES, lint
 from normfuse.folding import FoldOptions, fold_captured
 from normfuse.graph import Graph
 from normfuse.graph.text import operator_name
 from normfuse.loading import LoadedModel
-from normfuse.manifest import MODEL
+from normfuse.manifest import MODEL, REPORT
 from normfuse.progress import Progress, Silent
 from normfuse.recipe import Recipe
 
-__all__ = ["inspect_artifact", "inspect_model", "lint_engine"]
+__all__ = ["inspect_artifact", "inspect_model", "lint_engine", "read_report"]
 
 RECIPE: Final = "recipe.toml"
+
+SHOWN: Final = frozenset({"passes", "quantization", "checks", "accuracy_control", "comparison", "verdict"})
+"""What a report must hold to be shown as compile shows it."""
 
 LINTED: Final = {"trt": TENSORRT_RULES}
 """The rules of a target, by the name that users give it."""
@@ -70,6 +73,24 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     if not problems and recipe.exists() and Recipe.from_toml(recipe.read_text(), where=str(recipe)).integer_only:
         found["float_tensors"] = float_tensors(folder / MODEL)
     return found
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of an artifact, of a folded one the certificate; all its files are what was written.
+
+    Raises:
+        BadInput: it is no artifact, it is damaged, or its report is not of this version of normfuse.
+    """
+    artifact = read_whole(folder)
+    report = artifact.report
+    if not artifact.is_folded and (missing := sorted(SHOWN - report.keys())):
+        raise BadInput(
+            f"the report lacks {', '.join(missing)}",
+            where=str(folder / REPORT),
+            expected="a report of this version of normfuse",
+            hint="compile again",
+        )
+    return report
 
 
 def lint_engine(path: Path, target: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ __all__ = [
     "read_artifact",
     "read_intact",
     "read_manifest",
+    "read_whole",
+    "require_engine",
     "sha256_of",
     "verify_artifact",
 ]
@@ -96,13 +98,7 @@ def read_intact(folder: str | Path) -> Artifact:
         BadInput: as ``read_artifact``; or the model, or its external data, is another file; or there is no engine.
     """
     artifact = read_artifact(folder)
-    if artifact.is_folded:
-        raise BadInput(
-            "the artifact holds a folded model and no engine",
-            where=str(folder),
-            expected="what normfuse compile wrote",
-            hint=f"normfuse compile {artifact.model}, or torch.export.load of that file",
-        )
+    require_engine(artifact)
     sums = {MODEL: "", **{name: sum_ for name, sum_ in artifact.files.items() if name.startswith(MODEL)}}
     if changed := [name for name, expected in sums.items() if sha256_of(artifact.folder / name) != expected]:
         raise BadInput(
@@ -110,6 +106,38 @@ def read_intact(folder: str | Path) -> Artifact:
             where=str(folder),
             expected=f"files with the sha256 that {MANIFEST} says",
             hint="copy the folder again, or compile again (normfuse verify checks every file)",
+        )
+    return artifact
+
+
+def require_engine(artifact: Artifact) -> None:
+    """Raise where an artifact has nothing to run.
+
+    Raises:
+        BadInput: it holds a folded model.
+    """
+    if artifact.is_folded:
+        raise BadInput(
+            "the artifact holds a folded model and no engine",
+            where=str(artifact.folder),
+            expected="what normfuse compile wrote",
+            hint=f"normfuse compile {artifact.model}, or torch.export.load of that file",
+        )
+
+
+def read_whole(folder: str | Path) -> Artifact:
+    """Open an artifact all of whose files are the ones that were written.
+
+    Raises:
+        BadInput: as ``read_artifact``; or a file was changed, is a link, or is not of the artifact.
+    """
+    artifact = read_artifact(folder)
+    if problems := verify_artifact(folder):
+        raise BadInput(
+            f"the artifact is damaged: {'; '.join(problems)}",
+            where=str(folder),
+            expected=f"the files that {MANIFEST} names, with their sha256, and no others",
+            hint="copy the folder again, or compile again",
         )
     return artifact
 
