@@ -21,8 +21,10 @@ from normfuse.integer.rules import refuse_other_floats
 from normfuse.loading import load_model
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress, Silent
+from normfuse.quant.target import BodyType, Target
 from normfuse.quantizing import Quantizing
 from normfuse.recipe import Recipe
+from normfuse.typed_engine import checked_typed, typed
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
@@ -89,6 +91,10 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         engine, control = quantizing.run(floating.graph, measured, total)
         engines[recipe.label] = engine
         warnings += engine.notes
+    elif recipe.chosen_body is not BodyType.FP32:
+        with shown.task("writing the typed engine"):
+            engine = typed(replace(floating, checks=()), source, recipe.chosen_body, threads=threads)
+            engines[recipe.label] = checked_typed(engine, source, threads=threads)
     comparison = compare_engines(
         replace(
             measured,
@@ -97,7 +103,7 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         ),
         batch=recipe.batch,
         threads=threads,
-        speed=recipe.benchmark,
+        speed=recipe.benchmark and recipe.target is Target.ONNX,  # of another machine's engine it would say nothing
         progress=shown,
         min_speedup=recipe.wanted_speedup,
     )

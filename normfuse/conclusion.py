@@ -67,7 +67,7 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
 
 
 def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Control | None) -> Judgement:
-    if not engine.quantized_weights and not recipe.integer_only:  # integers need no weights
+    if not (engine.quantized_weights or recipe.integer_only or recipe.precision.is_float):  # integers need no weights
         return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     judgement = judge(
         comparison,

@@ -34,7 +34,8 @@ from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.sensitivity.choosing import rounded
 from normfuse.sensitivity.resources import Resources
 from normfuse.sensitivity.sensitivity import Sensitivity
-from normfuse.sensitivity.units import UNTOUCHED, Member, bits_by_map, options, units
+from normfuse.sensitivity.units import UNTOUCHED, Member, bits_by_map, units
+from normfuse.target_bits import bits_of_target
 
 __all__ = ["count_resources", "refuse_impossible"]
 
@@ -72,7 +73,7 @@ def count_resources(
         table = measure_layers(
             subject.graph,
             sample,
-            list(dict.fromkeys([*options(*recipe.widths), *given, Bits(FLOAT, FLOAT)])),
+            list(dict.fromkeys([*bits_of_target(recipe), *given, Bits(FLOAT, FLOAT)])),
             placement_of=subject.placement_of,
             threads=threads,
             batch=batch,
@@ -117,7 +118,7 @@ def refuse_impossible(members: Sequence[Member], resources: Resources, recipe: R
     maps = {name: dict.fromkeys(recipe.widths[0], 0.0) for member in members for name in member.maps}
     sources = {member.source: dict.fromkeys(recipe.widths[1], 0.0) for member in members}
     harmless = Sensitivity(method="none", weights=maps, activations=sources)
-    whole = units(members, harmless, options(*recipe.widths), use=resources.use, rest=resources.rest)
+    whole = units(members, harmless, bits_of_target(recipe), use=resources.use, rest=resources.rest)
     allocate(whole, resources.bounds(recipe.chosen_budget.limits))
 
 
@@ -140,7 +141,7 @@ def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
         linear = read_linear_map(subject.graph, node)
         assert linear is not None
         inputs = linear.weight[0].numel()
-        for each in (UNTOUCHED, *options(*recipe.widths), Bits(subject.weight_widths[0], min(recipe.widths[1]))):
+        for each in (UNTOUCHED, *bits_of_target(recipe), Bits(subject.weight_widths[0], min(recipe.widths[1]))):
             bits = members[node.name].allowed(each)
             group = None if bits.is_float else wanted_weight(node, subject.placement_of(bits)).group
             per_output = 0 if bits.is_float else 1 if group is None else -(-inputs // group)

@@ -30,6 +30,7 @@ from normfuse.progress import Progress
 from normfuse.quant import DynamicParams, LogarithmicParams, QuantParams, Range, RoundedWeight
 from normfuse.quant.bits import MOST
 from normfuse.quant.integer_forms import SoftmaxForm
+from normfuse.quant.integer_type import IntegerType
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 
@@ -90,6 +91,7 @@ def plan_integers(folded: Graph, samples: Stream, *, recipe: Recipe, total: int,
     refuse_other_floats(folded)
     graph = folded.copy()
     wanted = onnx_placement(PLAIN_PROCESSOR, recipe.precision)
+    assert isinstance(wanted.weight, IntegerType)
     forms = PlaceIntegers(weight=wanted.weight, norm=recipe.norm, softmax=recipe.softmax, gelu=recipe.gelu)
     # Behind the scale of spelled attention comes q's own linear map. A causal mask is a constant by now.
     spelled = (SpellOutAttention(), SpellOutMaskedAttention(), FindAffines(), FoldAffineIntoProducers())

@@ -37,7 +37,8 @@ from normfuse.sensitivity.refreshing import refreshed
 from normfuse.sensitivity.resources import Resources
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.subject import Subject
-from normfuse.sensitivity.units import Member, options, units
+from normfuse.sensitivity.units import Member, units
+from normfuse.target_bits import bits_of_target
 
 __all__ = ["Mixing", "prepare_mixing"]
 
@@ -78,7 +79,7 @@ class Mixing:
     @cached_property
     def choices(self) -> tuple[Bits, ...]:
         """The bits that layers may have."""
-        return options(*self.recipe.widths)
+        return bits_of_target(self.recipe)
 
     def plan(self, limits: Sequence[Limit]) -> Plan:
         """Return the plan with the bits of least damage within limits (but that of the drop, which is measured).

@@ -37,10 +37,12 @@ from normfuse.precision.assignment import PlacementOf, assigned
 from normfuse.precision.put_back import Decided
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
+from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 from normfuse.rotating import rotated_if_better
 from normfuse.sensitivity.units import bits_by_map, members_of, overridden
+from normfuse.target_bits import members_of_target
 
 __all__ = ["Placed", "Plan", "place", "plan_quantization", "refined"]
 
@@ -119,9 +121,10 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
     placed = place(folded, samples, recipe=recipe, placement=placement, progress=progress)
     graph = placed.graph
-    if recipe.overrides:
+    has_few = recipe.target is Target.TRT and recipe.precision.is_weight_only
+    if recipe.overrides or has_few:
         assert placement_of is not None
-        graph = _overridden(graph, next(iter(samples())), recipe, placement_of)
+        graph = _with_own_bits(graph, next(iter(samples())), recipe, placement_of)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
     ranges = found.by_name
     with progress.task("quantizing"):
@@ -153,10 +156,15 @@ def place(folded: Graph, samples: Stream, *, recipe: Recipe, placement: Placemen
     return Placed(graph=graph, passes=tuple(reports))
 
 
-def _overridden(graph: Graph, sample: Sequence[Tensor], recipe: Recipe, placement_of: PlacementOf) -> Graph:
-    """Return the graph in which the layers that the user named have the bits that he gave them."""
+def _with_own_bits(graph: Graph, sample: Sequence[Tensor], recipe: Recipe, placement_of: PlacementOf) -> Graph:
+    """Return the graph in which the layers that the user named have the bits that he gave them.
+
+    Where the target has few bits for some layers alone, a graph of eight becomes one of few where it has them.
+    """
     members = overridden(members_of(graph, sample), recipe.chosen_overrides)
-    given = [member for member in members if member.override is not None]
+    members = members_of_target(members, graph, recipe, placement_of)
+    is_changed = recipe.target is Target.TRT and recipe.precision.is_weight_only
+    given = [member for member in members if is_changed or member.override is not None]
     chosen = {member.name: member.allowed(recipe.precision) for member in given}
     return assigned(graph, bits_by_map(given, chosen), placement_of)
 

@@ -20,6 +20,7 @@ from normfuse.quant.bits import FLOAT
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.subject import Subject, ranges_by_width
 from normfuse.sensitivity.units import Member, members_of, overridden
+from normfuse.target_bits import members_of_target
 
 __all__ = ["Prepared", "prepare_subject"]
 
@@ -45,6 +46,7 @@ def prepare_subject(
     weights, activations = (tuple(width for width in each if width != FLOAT) for each in recipe.widths)
     scored, judging = _halves(placed.graph, samples)
     members = overridden(members_of(placed.graph, scored[0]), recipe.chosen_overrides)
+    members = members_of_target(members, placed.graph, recipe, placement_of)
     given = {each.override.activation for each in members if each.override is not None}
     ranges = ranges_by_width(
         placed.graph,

@@ -10,7 +10,7 @@ from normfuse.bench.accuracy import Score
 from normfuse.build import Engine, check_quantized, write_quantized
 from normfuse.built import Workspace
 from normfuse.choosing_point import ChoosingPoint, Front, refuse_unlabelled_drop
-from normfuse.export.placement import onnx_placement
+from normfuse.export.placement import onnx_placement, tensorrt_placement
 from normfuse.feeding import Stream
 from normfuse.graph import Graph, query
 from normfuse.graph.quantization import is_requested, requested_weights
@@ -23,8 +23,10 @@ from normfuse.progress import Progress
 from normfuse.quant.bits import MOST, Bits
 from normfuse.quant.overrides import Overrides
 from normfuse.quant.placement import Placement
+from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
+from normfuse.typed_engine import checked_typed, typed
 
 __all__ = ["Quantizing"]
 
@@ -59,7 +61,8 @@ class Quantizing:
             chosen = control.chosen
             engine = replace(chosen.engine, mixed=realised(chosen.engine.mixed, chosen.plan.graph))
         with self.progress.task("comparing engine and simulation"):
-            return replace(check_quantized(engine, self.samples, threads=self.threads), front=front), control
+            checked = check_quantized(engine, self.samples, threads=self.threads)
+            return replace(checked_typed(checked, self.samples, threads=self.threads), front=front), control
 
     def _integers(self, folded: Graph, total: int) -> Engine:
         """Return the engine without floats: its blocks have nothing wider to go back to."""
@@ -80,7 +83,7 @@ class Quantizing:
                 folded,
                 self.samples,
                 recipe=self.recipe,
-                placement=self._placement(self.recipe.precision),
+                placement=self._placement(self._widest),
                 placement_of=self._placement,
                 total=total,
                 progress=self.progress,
@@ -107,7 +110,10 @@ class Quantizing:
     def _write(self, plan: Plan) -> Engine:
         with self.progress.task("writing the quantized engine"):
             path = self.folder.model(self.recipe.label)
-            return write_quantized(plan, path, placement=self._placement(self.recipe.precision))
+            engine = write_quantized(plan, path, placement=self._placement(self._widest))
+            if self.recipe.target is Target.ONNX:
+                return engine
+            return typed(engine, self.samples, self.recipe.chosen_body, threads=self.threads)
 
     def _control(self, plan: Plan, what: Measured, base: Score) -> Control:
         scores, label = dict[Path, Score](), self.recipe.label
@@ -130,13 +136,23 @@ class Quantizing:
         return replace(control, scores={what.engines[0].label: base, label: scores[control.chosen.engine.path]})
 
     def _levels(self) -> Levels:
+        if self.recipe.target is Target.TRT:  # blocks of four bits have nothing wider but floats
+            return {"float": None}
         asked = self.recipe.precision
         widest = replace(asked, weight=MOST, activation=max(asked.activation, MOST))
         may_be_narrower = self.recipe.is_mixed or bool(self.recipe.overrides)
         wider = {str(widest): self._placement(widest)} if widest != asked or may_be_narrower else {}
         return {**wider, "float": None}
 
+    @property
+    def _widest(self) -> Bits:
+        """The codes that are asked for first: layers that the target has few bits for get them next."""
+        is_few = self.recipe.target is Target.TRT and self.recipe.precision.is_weight_only
+        return Bits(MOST, MOST) if is_few else self.recipe.precision
+
     def _placement(self, bits: Bits) -> Placement:
+        if self.recipe.target is Target.TRT:
+            return tensorrt_placement(bits, self.recipe.eight_bits)
         return onnx_placement(
             detect_instruction_set().value,
             bits,

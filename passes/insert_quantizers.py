@@ -160,9 +160,9 @@ def _quantize_activation(edit: Editor, request: QuantizationRequest, params: Qua
     source, place, axis = request.source, request.node, _axis(params)
     scale = edit.constant(params.scale, f"{source.name}_scale", like=source)
     zero = _zero_point(edit, source, params, source.name)
-    operator, limits = QUANTIZE, (request.type.minimum, request.type.maximum)
-    if isinstance(request.type, FloatType):
-        operator, limits = QUANTIZE_FLOAT8, ()
+    is_float = isinstance(request.type, FloatType)
+    operator = QUANTIZE_FLOAT8 if is_float else QUANTIZE
+    limits = () if is_float else (request.type.minimum, request.type.maximum)
     codes = edit.call(operator, source, scale, zero, axis, *limits, at=place, name=f"{source.name}_codes")
     values = edit.call(DEQUANTIZE, codes, scale, zero, axis, at=place, name=f"{source.name}_values")
     edit.redirect(place, values)

@@ -16,7 +16,8 @@ from normfuse.graph.quantization import is_requested, request_quantization, requ
 from normfuse.graph.text import operator_name
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LOOKUP, UNPACK
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import IntegerType, dividing_group
+from normfuse.quant import dividing_group
+from normfuse.quant.float_type import CodeType
 from normfuse.quant.placement import Placement
 from normfuse.report import PassReport, Reason, Refusal
 from normfuse.rewrite.linear_map import read_linear_map
@@ -99,7 +100,7 @@ class PlaceQuantizers(Pass):
             return None
         return dividing_group(query.shape(node.args[1])[-1], most)  # type: ignore[arg-type]
 
-    def _type(self, source: fx.Node, is_multiplied: bool) -> IntegerType | None:
+    def _type(self, source: fx.Node, is_multiplied: bool) -> CodeType | None:
         """Return the codes that a tensor gets in place of those of activations."""
         if source.op == "placeholder":
             return self.placement.model_input

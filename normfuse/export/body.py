@@ -57,19 +57,23 @@ class _Numbers:
     numpy: np.dtype[Any]
 
     @property
+    def _limits(self) -> Any:
+        return ml_dtypes.finfo(self.numpy)  # type: ignore[no-untyped-call]
+
+    @property
     def largest(self) -> float:
         """The largest finite number."""
-        return float(ml_dtypes.finfo(self.numpy).max)
+        return float(self._limits.max)
 
     @property
     def smallest(self) -> float:
         """The smallest normal number."""
-        return float(ml_dtypes.finfo(self.numpy).smallest_normal)
+        return float(self._limits.smallest_normal)
 
     @property
     def smallest_scale(self) -> float:
         """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
-        return max(float(ml_dtypes.finfo(self.numpy).smallest_subnormal) * 512, 2.0**-126)
+        return max(float(self._limits.smallest_subnormal) * 512, 2.0**-126)
 
 
 NUMBERS: Final = {

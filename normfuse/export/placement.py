@@ -94,7 +94,8 @@ def with_bits(
     weights: WeightCodes = WeightCodes.SYMMETRIC,
 ) -> Placement:
     """Return a placement of eight bits with other widths and kinds."""
-    assert widest.activation is not None
+    assert isinstance(widest.activation, IntegerType)
+    assert isinstance(widest.weight, IntegerType)
     is_dynamic = activations is ActivationCodes.DYNAMIC
     activation = None if bits.is_weight_only else replace(widest.activation, bits=bits.activation)
     if is_dynamic:

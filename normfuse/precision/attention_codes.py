@@ -26,6 +26,7 @@ from normfuse.quant import (
     logarithmic_params,
     weight_params,
 )
+from normfuse.quant.integer_type import IntegerType
 
 __all__ = ["scale_heads", "take_logarithms"]
 
@@ -59,7 +60,9 @@ def take_logarithms(block: Block, decided: Quantization, *, per_octave: int) -> 
         params, source = params_of_request(node, decided), node.args[0]
         if params is None or isinstance(params, DynamicParams):
             continue
-        if not params.type.signed and query.is_call(source, ops.SOFTMAX):
+        if not isinstance(params.type, IntegerType) or params.type.signed:
+            continue
+        if query.is_call(source, ops.SOFTMAX):
             scales = params.granularity
             assert not isinstance(scales, PerGroup)
             values = _values(block, node, decided, scales)

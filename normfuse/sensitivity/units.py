@@ -15,7 +15,7 @@ from normfuse.graph.quantization import is_requested, requested_weights, request
 from normfuse.precision.assignment import may_narrow
 from normfuse.precision.workload import Work, workload
 from normfuse.quant.allocation import Unit
-from normfuse.quant.bits import FLOAT, Bits
+from normfuse.quant.bits import FLOAT, MOST, Bits
 from normfuse.quant.overrides import Overrides
 from normfuse.sensitivity.sensitivity import Sensitivity
 
@@ -55,6 +55,7 @@ class Member:
         fixed: the width of the input's codes where it cannot be chosen (images have eight bits), else None.
         tie: members with the same tie read tensors that are added or concatenated: one width of activations.
         reads: the name of the tensor that it reads, if that has codes.
+        has_few: whether the target gains from fewer than eight bits of its weights alone; else it gets eight of both.
         override: the bits that the user gave one of its maps: then it has these and no choice.
     """
 
@@ -65,6 +66,7 @@ class Member:
     tie: str
     override: Bits | None = None
     reads: str = ""
+    has_few: bool = True
 
     @property
     def parameters(self) -> int:
@@ -79,6 +81,8 @@ class Member:
     def allowed(self, bits: Bits) -> Bits:
         """Return the bits that the member gets where ``bits`` are wanted."""
         bits = bits if self.override is None else self.override
+        if bits.is_weight_only and not self.has_few:
+            bits = Bits(MOST, MOST)
         if self.source or bits.is_float or (self.override is not None and bits.activation == FLOAT):
             return bits
         return Bits(bits.weight, FLOAT if self.fixed is None else self.fixed)

@@ -1,0 +1,46 @@
+"""The bits that a target has kernels for, and the layers that it has them for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from normfuse.graph import Graph, ops, query
+from normfuse.graph.quantization import requested_weights
+from normfuse.precision.assignment import PlacementOf, wanted_weight
+from normfuse.quant.bits import FLOAT, MOST, Bits
+from normfuse.quant.target import Target
+from normfuse.recipe import Recipe
+from normfuse.sensitivity.units import Member, options
+
+__all__ = ["FEW", "bits_of_target", "members_of_target"]
+
+FEW = Bits(4, FLOAT)
+"""Weights in blocks of four bits behind floats."""
+
+
+def bits_of_target(recipe: Recipe) -> tuple[Bits, ...]:
+    """Return the bits that layers may have where they are mixed.
+
+    TensorRT multiplies codes of eight bits with each other, and floats with blocks of four bits; nothing else.
+    """
+    found = options(*recipe.widths)
+    if recipe.target is not Target.TRT:
+        return found
+    return tuple(each for each in found if each.is_float or each.is_weight_only == (each.weight < MOST))
+
+
+def members_of_target(
+    members: Sequence[Member], graph: Graph, recipe: Recipe, placement_of: PlacementOf
+) -> list[Member]:
+    """Return the members with what they can have: TensorRT has few bits for linear maps of several whole blocks."""
+    if recipe.target is not Target.TRT:
+        return list(members)
+    wanted = placement_of(FEW)
+    has_blocks = {}
+    for node in requested_weights(graph):
+        group = wanted_weight(node, wanted).group
+        has_blocks[node.name] = (
+            node.target is ops.LINEAR and group is not None and group < query.shape(node.args[1])[-1]  # type: ignore[arg-type]
+        )
+    return [replace(each, has_few=all(has_blocks[name] for name in each.maps)) for each in members]
