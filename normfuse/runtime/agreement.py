@@ -18,6 +18,7 @@ from normfuse.graph import Graph
 from normfuse.kernels.ops import GROUPED_LINEAR, QUANTIZE, QUANTIZE_FLOAT8
 from normfuse.quant.dynamic_rows import ROUNDED_LEVEL
 from normfuse.quant.float_type import FLOAT8
+from normfuse.quant.integer_type import INT8_NARROW
 from normfuse.runtime.onnx_session import open_onnx
 
 __all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", "output_error"]
@@ -210,7 +211,7 @@ class _Forcing:
             return self._floats(self._seen.inputs, node.name, self._engine[read].reshape(value.shape), value)
         if node.target is QUANTIZE_FLOAT8 and (shown := self._engine.get(f"{node.name}{SHOWN}")) is not None:
             floats = torch.from_numpy(shown).to(FLOAT8.torch_dtype)
-            self._seen.add_codes(node.name, (_steps(floats) - _steps(value)).abs())
+            self._seen.add_codes(node.name, _steps_between(floats, value))
             return floats
         if node.target is not QUANTIZE or node.name not in self._engine:
             return value
@@ -224,7 +225,17 @@ class _Forcing:
         return torch.from_numpy(found)
 
 
-def _steps(floats: Tensor) -> Tensor:
+def _steps_between(found: Tensor, expected: Tensor) -> Tensor:
+    """Return how many codes 8-bit floats are apart; near zero, where codes are dense, in steps of an int8 (ours).
+
+    What rounds sums of large numbers moves small results by many of their own steps, and nothing by that.
+    """
+    codes = (_order(found) - _order(expected)).abs()
+    steps = (found.float() - expected.float()).abs() * (INT8_NARROW.maximum / FLOAT8.maximum)
+    return torch.minimum(codes, steps.ceil().int())
+
+
+def _order(floats: Tensor) -> Tensor:
     """Return how many 8-bit floats lie between zero and each of these, with its sign."""
     bits = floats.view(torch.uint8).int()
     return torch.where(bits < 128, bits, 128 - bits)
