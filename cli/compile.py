@@ -9,6 +9,7 @@ import click
 
 from normfuse.cli.options import (
     data_options,
+    engine_options,
     json_option,
     model_options,
     output_option,
@@ -25,8 +26,12 @@ __all__ = ["command"]
 @model_options
 @output_option
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file; options here override it.")
-@click.option("--target", help="Where it runs: onnx.")
-@click.option("--bits", help="8: W8A8; 4: weights of 4 bits; w4a4, w4a16 ...; mixed: --budget; 32: folded float.")
+@click.option("--target", help="Where it runs: onnx (onnxruntime) or trt (TensorRT).")
+@click.option(
+    "--bits",
+    help="8: W8A8; 4: weights of 4 bits; w4a4, w4a16 ...; mixed: --budget; 32: folded float; of trt: fp8, fp16, bf16.",
+)
+@engine_options
 @click.option(
     "--budget",
     help="Of mixed bits: bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=2MB, latency=0.8x, drop=0.5.",
@@ -93,4 +98,6 @@ def command(model: Path, output: Path, recipe_file: Path | None, as_json: bool, 
         raise
     built.save(output)
     render.as_json(built.report) if as_json else render.report(built.report, output)
+    if built.failure is not None:  # what was made is kept
+        raise built.failure
     return 0 if built.holds else 1

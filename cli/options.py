@@ -88,6 +88,31 @@ def scored_options(command: Command) -> Command:
     return command
 
 
+def engine_options(command: Command) -> Command:
+    """Add how a target's engine is built."""
+    options = (
+        click.option("--body", help="Of trt: what computes where nothing is quantized: fp16 (default), bf16 or fp32."),
+        click.option("--eight-bits", help="Of trt: whether eight bits are int8 (default) or fp8."),
+        click.option("--build/--no-build", default=None, help="Of trt: build the engine (default), or the file alone."),
+        click.option("--capability", help="Of TensorRT-RTX: what the engine runs on, as 8.9 (default: Ampere and on)."),
+        click.option(
+            "--shapes", help="Of trt: smallest, usual and largest shapes, as 'image=1x3x8x8,4x3x8x8,8x3x8x8; mask=...'."
+        ),
+        click.option("--workspace", type=int, help="Of trt: MiB that kernels may use (default: 4096)."),
+        click.option("--builder-level", type=int, help="Of trt: the builder's effort, 0 to 5 (default: 3)."),
+        click.option("--builder-seconds", type=float, help="Of trt: after which a build is given up (default: 3600)."),
+        click.option("--timing-cache", help="Of trt: a file of kernels timed before, which the build adds to."),
+        click.option(
+            "--version-compatible/--no-version-compatible",
+            default=None,
+            help="Of trt: an engine for later releases too (default: no).",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def output_option(command: Command) -> Command:
     """Add the output folder."""
     option = click.option(

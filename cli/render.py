@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from normfuse.cli import render_bits
+from normfuse.cli import render_bits, render_engine
 from normfuse.errors import NormfuseError
 from normfuse.progress import Advance, Progress, Silent
 
@@ -148,6 +148,11 @@ def report(found: Mapping[str, Any], output: Path) -> None:
     comparison(found)
     if shown := render_bits.front(found.get("pareto") or {}):
         table(*shown)
+    if (builder := found.get("tensorrt")) is not None:
+        if shown := render_engine.products(builder):
+            table(*shown)
+        for text in render_engine.target(builder):
+            line(text)
     verdict = found["verdict"]
     line(f"verdict: {verdict['verdict']}, ships {verdict['ships']}")
     for reason in verdict["reasons"]:

@@ -80,14 +80,17 @@ class ArtifactWriter:
         self.folder = self._writing.__enter__()
         return self
 
-    def add_file(self, source: Path, name: str) -> None:
-        """Copy a file into the artifact, with its external data if it has any.
+    def add_file(self, source: Path, name: str, *, private: bool = False) -> None:
+        """Copy a file into the artifact, with its external data if it has any; a private one is its owner's alone.
 
         Raises:
             BadInput: the disk is full or cannot be written.
         """
         with writing(self._target):
-            shutil.copyfile(source, self._place(name))
+            place = self._place(name)
+            if private:
+                place.touch(mode=0o600)
+            shutil.copyfile(source, place)
             data = source.with_name(f"{source.name}.data")
             if data.exists():
                 # The model names its data file; both keep that name.

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from normfuse.artifact import ArtifactWriter, read_intact
 from normfuse.bench.environment import default_threads
 from normfuse.build import Engine
 from normfuse.checkpoint import remove_checkpoint
+from normfuse.errors import NormfuseError
 from normfuse.page import render_page
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -38,7 +40,10 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A finished compile that has no place yet: ``report`` is plain data, ``save`` writes the artifact."""
+    """A finished compile that has no place yet: ``report`` is plain data, ``save`` writes the artifact.
+
+    ``files`` are what the target's builder made, by the names that they get; ``failure`` says why it made none.
+    """
 
     recipe: Recipe
     report: dict[str, Any]
@@ -46,6 +51,8 @@ class Built:
     holds: bool
     folder: Workspace = field(repr=False)
     resume: str | Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    failure: NormfuseError | None = None
 
     def save(self, target: str | Path) -> None:
         """Write the artifact, whole or not at all; what was kept to go on from is then removed.
@@ -57,6 +64,8 @@ class Built:
         report, recipe = self.report, self.recipe.to_toml()
         with ArtifactWriter(Path(target)) as writer:
             writer.add_file(self.engine.path, "model.onnx")
+            for name, path in self.files.items():
+                writer.add_file(path, name, private=name == "model.engine")
             writer.add_text("recipe.toml", recipe)
             writer.add_json("ranges.json", self.engine.ranges.as_dict() if self.engine.ranges else {})
             writer.add_json("report.json", report)
@@ -77,7 +86,11 @@ class Built:
 
     def session(self, *, threads: int = 0) -> OnnxSession:
         """Open the engine that ``save`` would write."""
-        return open_onnx(self.engine.path, threads=default_threads(threads), session_config=self.engine.session_config)
+        return open_onnx(
+            self.engine.runs or self.engine.path,
+            threads=default_threads(threads),
+            session_config=self.engine.session_config,
+        )
 
 
 def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:

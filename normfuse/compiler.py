@@ -24,6 +24,7 @@ from normfuse.progress import Progress, Silent
 from normfuse.quant.target import BodyType, Target
 from normfuse.quantizing import Quantizing
 from normfuse.recipe import Recipe
+from normfuse.target_engine import build_options, with_target_engine
 from normfuse.typed_engine import checked_typed, typed
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
@@ -74,6 +75,8 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     seen = bind(samples or random_samples(original, seed=recipe.seed), original)
     # Calibration samples have been seen: their labels say nothing about accuracy.
     judged = _bind_evaluation(held, original) if held else replace(seen, labels=None)
+    # Shapes that do not fit are refused before minutes of work.
+    options = None if recipe.target is Target.ONNX else build_options(recipe, original)
     source = stream(seen, original, limit=recipe.samples)
     used = None if samples is None else seen.first(recipe.samples or len(seen))
     warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
@@ -108,6 +111,8 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         min_speedup=recipe.wanted_speedup,
     )
     built = conclude(model, original, engines, comparison, recipe, folder, warnings=warnings, control=control)
+    if options is not None:
+        built = with_target_engine(built, options, shown)
     return replace(built, resume=resume)
 
 

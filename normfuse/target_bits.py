@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from normfuse.graph import Graph, ops, query
+from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights
 from normfuse.precision.assignment import PlacementOf, wanted_weight
 from normfuse.quant.bits import FLOAT, MOST, Bits
@@ -37,10 +37,5 @@ def members_of_target(
     if recipe.target is not Target.TRT:
         return list(members)
     wanted = placement_of(FEW)
-    has_blocks = {}
-    for node in requested_weights(graph):
-        group = wanted_weight(node, wanted).group
-        has_blocks[node.name] = (
-            node.target is ops.LINEAR and group is not None and group < query.shape(node.args[1])[-1]  # type: ignore[arg-type]
-        )
-    return [replace(each, has_few=all(has_blocks[name] for name in each.maps)) for each in members]
+    has_few = {node.name: wanted_weight(node, wanted).group is not None for node in requested_weights(graph)}
+    return [replace(each, has_few=all(has_few[name] for name in each.maps)) for each in members]

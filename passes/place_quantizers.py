@@ -16,7 +16,6 @@ from normfuse.graph.quantization import is_requested, request_quantization, requ
 from normfuse.graph.text import operator_name
 from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LOOKUP, UNPACK
 from normfuse.pipeline import Fact, Pass
-from normfuse.quant import dividing_group
 from normfuse.quant.float_type import CodeType
 from normfuse.quant.placement import Placement
 from normfuse.report import PassReport, Reason, Refusal
@@ -95,10 +94,9 @@ class PlaceQuantizers(Pass):
 
     def _group(self, node: fx.Node) -> int | None:
         """Return how many inputs share a scale: a power of two that divides them, so that no group is cut short."""
-        most = self.placement.weight_group
-        if most is None or node.target is not ops.LINEAR:
+        if node.target is not ops.LINEAR:
             return None
-        return dividing_group(query.shape(node.args[1])[-1], most)  # type: ignore[arg-type]
+        return self.placement.group_of(query.shape(node.args[1])[-1])  # type: ignore[arg-type]
 
     def _type(self, source: fx.Node, is_multiplied: bool) -> CodeType | None:
         """Return the codes that a tensor gets in place of those of activations."""

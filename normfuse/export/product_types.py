@@ -28,8 +28,12 @@ NAMES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ProductType:
-    """The types of what a product reads: ``left x right``; the right one has ``block`` neighbours per scale, if any."""
+    """The types of what a product, a node of that name, reads: ``left x right``.
 
+    The right one has ``block`` neighbours per scale, if any.
+    """
+
+    node: str
     layer: str
     operator: str
     left: str
@@ -64,6 +68,7 @@ def _read(node: ir.Node) -> ProductType:
     is_dequantized = made is not None and made.op_type == "DequantizeLinear"
     held = made.inputs[0] if is_dequantized and made is not None else right
     return ProductType(
+        node=node.name or "",
         layer=node.metadata_props.get("normfuse.layer") or node.name or "",
         operator=node.op_type,
         left=_type(left),

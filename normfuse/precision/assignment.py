@@ -18,7 +18,6 @@ from normfuse.graph.quantization import (
     withdraw,
     withdraw_weight,
 )
-from normfuse.quant import dividing_group
 from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.placement import Placement
 
@@ -72,7 +71,7 @@ def _narrow(edit: Editor, request: QuantizationRequest, chosen: list[Bits], plac
 def wanted_weight(node: fx.Node, wanted: Placement) -> WeightRequest:
     """Return what a target asks of the weight of a linear map."""
     group = None
-    if wanted.weight_group is not None and node.target is ops.LINEAR:
-        group = dividing_group(query.shape(node.args[1])[-1], wanted.weight_group)  # type: ignore[arg-type]
+    if node.target is ops.LINEAR:
+        group = wanted.group_of(query.shape(node.args[1])[-1])  # type: ignore[arg-type]
     is_symmetric = wanted.weight_is_symmetric or (group is None and wanted.activation is None)
     return WeightRequest(wanted.weight, group, is_symmetric)

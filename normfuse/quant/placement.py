@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from normfuse.quant.float_type import CodeType
+from normfuse.quant.granularity import dividing_group
 from normfuse.quant.integer_type import INT8_NARROW, IntegerType
 
 __all__ = ["Placement"]
@@ -28,6 +29,7 @@ class Placement:
         weight_is_symmetric: whether their zero points are 0. They always are where nothing but a scale per channel
             stands behind float activations.
         weight_group: the most inputs of a linear map that share a scale; None: all of them.
+        several_groups: whether one group alone is none: the target has kernels for two and more.
         biases_stay_float: whether biases are added as floats, behind products of codes.
         table: codes of embedding and position tables: 8 bits, a scale per channel or row, or fewer in groups; None
             leaves them float.
@@ -55,6 +57,7 @@ class Placement:
     written: CodeType | None = None
     weight_is_symmetric: bool = True
     weight_group: int | None = None
+    several_groups: bool = False
     biases_stay_float: bool = False
     table: IntegerType | None = INT8_NARROW
     attention_operands: bool = False
@@ -66,3 +69,10 @@ class Placement:
     standard_operators: bool = False
     session_config: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+
+    def group_of(self, inputs: int) -> int | None:
+        """Return how many of a linear map's inputs share a scale: a power of two that divides them; None: all."""
+        if self.weight_group is None:
+            return None
+        most = min(self.weight_group, inputs // 2) if self.several_groups else self.weight_group
+        return dividing_group(inputs, most)

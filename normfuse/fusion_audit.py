@@ -1,0 +1,117 @@
+"""Holds the kernels of an engine against the file that it was built from: what was asked for, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from normfuse.export.product_types import ProductType, product_types
+from normfuse.runtime.engine_layers import EngineLayer
+
+__all__ = ["FusionAudit", "audit"]
+
+TYPES: Final = {
+    **{"int8": "Int8", "int4": "Int4", "fp8": "FP8"},
+    **{"fp32": "Float", "fp16": "Half", "bf16": "BF16"},
+}
+"""What TensorRT's list of kernels calls the types of products."""
+
+NORMS: Final = frozenset({"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"})
+
+MOVES: Final = frozenset({"Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+"""What a kernel may do beside a quantizer and still be nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionAudit:
+    """What became of a file's nodes.
+
+    Attributes:
+        kernels: how many the engine has.
+        products: with the types of the kernel's operands; None where no kernel names the product.
+        norms: how many the file has.
+        joined_norms: how many share their kernel with a sum in front of them or the quantizer behind them.
+        alone: quantizers and dequantizers, by name, whose kernel does nothing else.
+    """
+
+    kernels: int
+    products: tuple[tuple[ProductType, tuple[str, ...] | None], ...]
+    norms: int
+    joined_norms: int
+    alone: tuple[str, ...]
+
+    @property
+    def mismatched(self) -> list[tuple[ProductType, tuple[str, ...] | None]]:
+        """The products whose kernel has other types than the file asks for, or that no kernel names."""
+        return [(product, found) for product, found in self.products if not _is_kept(product, found)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the audit for JSON."""
+        asked = dict[str, dict[str, int]]()
+        for product, found in self.products:
+            row = asked.setdefault(product.spelled, {"asked": 0, "got": 0})
+            row["asked"] += 1
+            row["got"] += _is_kept(product, found)
+        return {
+            "kernels": self.kernels,
+            "products": asked,
+            "mismatched": [
+                {"layer": product.layer, "asked": product.spelled, "got": None if found is None else list(found)}
+                for product, found in self.mismatched
+            ],
+            "norms": self.norms,
+            "joined_norms": self.joined_norms,
+            "alone": list(self.alone),
+        }
+
+
+def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
+    """Return what became of a typed file's products, norms and quantizers (ours).
+
+    Args:
+        model: the ONNX file that the engine was built from.
+        layers: the engine's kernels, whose sources are names of its nodes.
+    """
+    read = ir.load(model)
+    kinds = {node.name: node.op_type for node in read.graph if node.name}
+    by_source = dict[str, list[EngineLayer]]()
+    for layer in layers:
+        for source in layer.sources:
+            by_source.setdefault(source, []).append(layer)
+    products = tuple((product, _types(by_source.get(product.node), kinds)) for product in product_types(model))
+    norms = [name for name, kind in kinds.items() if kind in NORMS]
+    joined = [name for name in norms if any(_joins(layer, kinds) for layer in by_source.get(name, ()))]
+    alone = {name: None for layer in layers if (names := _only_quantizes(layer, kinds)) for name in names}
+    return FusionAudit(
+        kernels=len(layers), products=products, norms=len(norms), joined_norms=len(joined), alone=tuple(alone)
+    )
+
+
+def _types(layers: Sequence[EngineLayer] | None, kinds: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the types of what the kernel of a product reads, constants last, and of what it casts that to."""
+    if not layers:
+        return None
+    casts = any(kinds.get(source) == "Cast" for source in layers[0].sources)
+    return (*layers[0].inputs, *layers[0].constants, *(layers[0].outputs if casts else ()))
+
+
+def _is_kept(product: ProductType, found: Collection[str] | None) -> bool:
+    return found is not None and {TYPES.get(product.left), TYPES.get(product.right)} <= set(found)
+
+
+def _joins(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:
+    beside = {kinds.get(source) for source in layer.sources}
+    return bool(beside & {"Add", "QuantizeLinear"}) or bool({"Int8", "FP8"} & set(layer.outputs))
+
+
+def _only_quantizes(layer: EngineLayer, kinds: Mapping[str, str]) -> list[str]:
+    """Return the quantizers of a kernel that does nothing but quantize or dequantize what is computed."""
+    found = [source for source in layer.sources if kinds.get(source) in ("QuantizeLinear", "DequantizeLinear")]
+    is_alone = all(source in found or kinds.get(source) in MOVES for source in layer.sources)
+    # Codes alone are moved, not computed; and of constants nothing is left when the engine runs.
+    changes = bool(layer.inputs) and set(layer.inputs) != set(layer.outputs)
+    return found if found and is_alone and changes else []

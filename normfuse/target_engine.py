@@ -1,0 +1,126 @@
+"""The builder's part of a compile: the file that ships is linted, built and audited; what fails is told, not lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from normfuse.built import Built
+from normfuse.errors import NormfuseError
+from normfuse.export.lint import TENSORRT_RULES, lint
+from normfuse.fusion_audit import audit
+from normfuse.graph import Graph
+from normfuse.progress import Progress
+from normfuse.recipe import Recipe
+from normfuse.runtime.engine_layers import read_layers
+from normfuse.runtime.equivalent_commands import (
+    polygraphy_comparison,
+    polygraphy_rtx_build,
+    trtexec_build,
+    trtexec_timing,
+)
+from normfuse.runtime.shapes import default_shapes, parse_shapes
+from normfuse.runtime.tensorrt_build import TENSORRT, BuildOptions, build_engine, installed_backend
+from normfuse.strict_json import strict_json
+
+__all__ = ["build_options", "with_target_engine"]
+
+ENGINE: Final = "model.engine"
+LAYERS: Final = "engine_layers.json"
+
+VERSION: Final = "11.4.0.106"
+"""The version of TensorRT that commands are written for where none is installed."""
+
+TOLERANCE: Final = 1e-2
+VALUES: Final = (-2.0, 2.0)
+"""With which polygraphy compares the engine with onnxruntime: random inputs within."""
+
+
+def build_options(recipe: Recipe, original: Graph) -> BuildOptions:
+    """Return how the engine of a model is built.
+
+    Raises:
+        UsageError: a shape fits no input, or an axis other than the batch is free and has no shape.
+    """
+    given = parse_shapes(recipe.shapes) if recipe.shapes else None
+    return BuildOptions(
+        shapes=default_shapes(original.input_specs, recipe.batch, given),
+        capabilities=(f"SM{recipe.capability.replace('.', '')}",) if recipe.capability else (),
+        workspace_bytes=recipe.workspace << 20,
+        level=recipe.builder_level,
+        seconds=recipe.builder_seconds,
+        timing_cache=Path(recipe.timing_cache) if recipe.timing_cache else None,
+        version_compatible=recipe.version_compatible,
+    )
+
+
+def with_target_engine(built: Built, options: BuildOptions, progress: Progress) -> Built:
+    """Return a finished compile with the engine of what ships, and what linter, builder and audit say in its report.
+
+    Where there is no builder, or it fails, the error stands beside what was made: nothing is lost.
+    """
+    model = built.engine.path
+    findings = lint(model, TENSORRT_RULES)
+    facts: dict[str, Any] = {
+        "lint": [finding.as_dict() for finding in findings],
+        "products": [product.as_dict() for product in built.engine.products],
+        "body": None if built.engine.body is None else built.engine.body.as_dict(),
+        "commands": _commands(options, VERSION),
+        "engine": None,
+    }
+    made, failure = Made(), None
+    if built.recipe.build:
+        try:
+            with progress.task("building the engine"):
+                made = _build(model, built.folder.model(ENGINE).with_name(ENGINE), options)
+            facts |= made.facts
+        except NormfuseError as error:
+            failure = error
+            facts["failure"] = {"what": error.what, "at": error.where, "try": error.hint}
+    return replace(built, report={**built.report, "tensorrt": facts}, files=made.files, failure=failure)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """Files of an engine by the names that they get in the artifact, and what is told of it."""
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _build(model: Path, engine: Path, options: BuildOptions) -> Made:
+    backend = installed_backend()
+    found = build_engine(model, engine, backend, options)
+    layers = read_layers(found.layers)
+    listed = engine.with_name(LAYERS)
+    listed.write_text(strict_json([asdict(layer) for layer in layers]), encoding="utf-8")
+    sidecar = engine.with_name(f"{ENGINE}.json")
+    facts = {
+        "commands": _commands(options, found.version if backend is TENSORRT else VERSION),
+        "engine": {
+            "flavour": backend.module,
+            "version": found.version,
+            "capabilities": list(found.sidecar.capabilities),
+            "bytes": engine.stat().st_size,
+            "messages": list(found.messages),
+            # Of a builder that lists no kernels nothing is known.
+            "audit": audit(model, layers).as_dict() if layers else None,
+        },
+    }
+    return Made(files={ENGINE: engine, sidecar.name: sidecar, LAYERS: listed}, facts=facts)
+
+
+def _commands(options: BuildOptions, version: str) -> dict[str, str]:
+    """Return the commands that build, time and compare the same engine, from inside the artifact's folder."""
+    model, engine = Path("model.onnx"), Path(ENGINE)
+    usual = {name: shapes[1] for name, shapes in options.shapes.items()}
+    return {
+        "build": trtexec_build(model, engine, options, version=version),
+        "build_rtx": polygraphy_rtx_build(model, engine, options),
+        "time": trtexec_timing(engine, usual),
+        "compare": polygraphy_comparison(
+            model, options, version=version, atol=TOLERANCE, rtol=TOLERANCE, value_range=VALUES
+        ),
+    }
