@@ -20,8 +20,10 @@ def products(found: Mapping[str, Any]) -> Shown | None:
     layers = dict[str, list[str]]()
     for product in found["products"]:
         layers.setdefault(product["type"], []).append(product["layer"] or product["operator"])
-    rows = [(kind, len(names), _some(list(dict.fromkeys(names)))) for kind, names in layers.items()]
-    return "products", ("types", "how many", "layers"), rows
+    rows: list[tuple[object, ...]] = [
+        (kind, len(names), _some(list(dict.fromkeys(names)))) for kind, names in layers.items()
+    ]
+    return Shown("products", ("types", "how many", "layers"), rows)
 
 
 def target(found: Mapping[str, Any]) -> Iterator[str]:

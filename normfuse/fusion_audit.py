@@ -16,7 +16,7 @@ __all__ = ["FusionAudit", "audit"]
 
 TYPES: Final = {
     **{"int8": "Int8", "int4": "Int4", "fp8": "FP8"},
-    **{"fp32": "Float", "fp16": "Half", "bf16": "BF16"},
+    **{"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"},
 }
 """What TensorRT's list of kernels calls the types of products."""
 
@@ -82,7 +82,7 @@ def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
     for layer in layers:
         for source in layer.sources:
             by_source.setdefault(source, []).append(layer)
-    products = tuple((product, _types(by_source.get(product.node), kinds)) for product in product_types(model))
+    products = tuple((each, _types(each, by_source.get(each.node, []))) for each in product_types(model))
     norms = [name for name, kind in kinds.items() if kind in NORMS]
     joined = [name for name in norms if any(_joins(layer, kinds) for layer in by_source.get(name, ()))]
     alone = {name: None for layer in layers if (names := _only_quantizes(layer, kinds)) for name in names}
@@ -91,12 +91,13 @@ def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
     )
 
 
-def _types(layers: Sequence[EngineLayer] | None, kinds: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Return the types of what the kernel of a product reads, constants last, and of what it casts that to."""
-    if not layers:
-        return None
-    casts = any(kinds.get(source) == "Cast" for source in layers[0].sources)
-    return (*layers[0].inputs, *layers[0].constants, *(layers[0].outputs if casts else ()))
+def _types(product: ProductType, layers: Sequence[EngineLayer]) -> tuple[str, ...] | None:
+    """Return the types of what a product's kernel reads, constants last.
+
+    A kernel that only prepares its input may name it too, so one of the types asked for is it.
+    """
+    read = [(*layer.inputs, *layer.constants) for layer in layers]
+    return next((types for types in read if _is_kept(product, types)), read[0] if read else None)
 
 
 def _is_kept(product: ProductType, found: Collection[str] | None) -> bool:

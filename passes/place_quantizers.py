@@ -36,6 +36,7 @@ class PlaceQuantizers(Pass):
     2. Where the target says so, also what such convolutions write (behind their ReLU), and the sums of two such
        outputs, so that a residual CNN never leaves its codes. What no product reads of them has ``placement.written``.
     3. Where the target says so, both operands of every product of two activations (attention's).
+       Or only what is added to a convolution's output, where the target makes one kernel of the two.
     4. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
     5. Operators that normfuse does not know stay float and are named.
     6. Where scales of activations are dynamic, only the inputs of linear maps whose weights have groups are requested.
@@ -63,6 +64,7 @@ class PlaceQuantizers(Pass):
             wishes += _operands(graph) if self.placement.attention_operands else []
             multiplied = {wish.source for wish in wishes}
             wishes += _outputs(graph, refused) if self.placement.convolution_outputs else []
+            wishes += _skips(graph, refused) if self.placement.convolution_skips else []
             self._request_static(graph, wishes, multiplied)
         return PassReport(
             name=self.name, applied=PassReport.count(wish.rule for wish in wishes), refused=tuple(refused.values())
@@ -167,6 +169,19 @@ def _outputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
         written.add(value)
         if new := tuple(reader for reader in readers if not is_requested(reader)):
             wishes.append(_Wish("sum" if is_sum else "convolution-output", value, new))
+    return wishes
+
+
+def _skips(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
+    """Return what is added to the output of a convolution (2); of two convolutions' outputs, the second."""
+    wishes = []
+    for node in graph.nodes:
+        if not query.is_call(node, ops.ADD):
+            continue
+        made = [query.is_call(value, *ops.CONVOLUTIONS) and value not in refused for value in node.args[:2]]
+        skip = node.args[1] if made[0] else node.args[0] if any(made) else None
+        if isinstance(skip, fx.Node) and not query.is_constant(skip) and query.dtype(skip) is torch.float32:
+            wishes.append(_Wish("skip", skip, (node,)))
     return wishes
 
 

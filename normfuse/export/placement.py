@@ -58,6 +58,8 @@ TENSORRT: Final = Placement(
     # between float16 are wrong by hundreds of codes (1.31.1), so it shall compute what the file says.
     session_config={"session.disable_quant_qdq": "1"},
     smallest_inner=16,
+    convolution_outputs=False,
+    convolution_skips=True,
     reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",
 )
 
@@ -67,7 +69,7 @@ TENSORRT_FLOAT8: Final = replace(
     activation=FLOAT8,
     weight=FLOAT8,
     attention_operands=True,
-    convolution_outputs=False,
+    convolution_skips=False,
     quantized_convolutions=False,
     reason="products of 8-bit floats, those of attention too; TensorRT makes no convolutions of them",
 )

@@ -39,6 +39,7 @@ class Placement:
         logarithmic_softmax: whether what softmax makes may have codes on a logarithmic scale. For simulation: no
             runtime that normfuse writes for multiplies them.
         convolution_outputs: whether convolutions and the sums behind them write codes, not floats.
+        convolution_skips: whether what is added to a convolution's output has codes, the output none.
         quantized_convolutions: whether convolutions compute with codes, as linear maps do.
         smallest_inner: linear maps with fewer inputs per output stay float. Measured with onnxruntime 1.31 on x86
             with VNNI, one thread, 1000 rows to 64 outputs, quantizer included: 1 to 4 inputs run at 0.91 to 0.96 of
@@ -64,6 +65,7 @@ class Placement:
     head_scales: bool = False
     logarithmic_softmax: bool = False
     convolution_outputs: bool = True
+    convolution_skips: bool = False
     quantized_convolutions: bool = True
     smallest_inner: int = 8
     standard_operators: bool = False
@@ -74,5 +76,5 @@ class Placement:
         """Return how many of a linear map's inputs share a scale: a power of two that divides them; None: all."""
         if self.weight_group is None:
             return None
-        most = min(self.weight_group, inputs // 2) if self.several_groups else self.weight_group
-        return dividing_group(inputs, most)
+        found = dividing_group(inputs, self.weight_group)
+        return dividing_group(inputs, inputs // 2) if self.several_groups and found == inputs else found

@@ -1,0 +1,61 @@
+"""Networks of real shapes, some layers deep, with random weights: what engines are built of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.random_weights import randomized_norms
+
+__all__ = ["NETWORKS", "network"]
+
+CLASSES: Final = 1000
+TOKENS: Final = 128
+WORDS: Final = 2000
+
+
+class Logits(nn.Module):
+    """transformers' classifier with one tensor in and one tensor out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for images, or indices of words."""
+        logits: Tensor = self.model(x).logits
+        return logits
+
+
+def _encoder(prefix: str, **sizes: Any) -> nn.Module:
+    config = getattr(transformers, f"{prefix}Config")
+    kind = "SequenceClassification" if prefix == "Bert" else "ImageClassification"
+    model: nn.Module = getattr(transformers, f"{prefix}For{kind}")(config(**{"num_labels": CLASSES, **sizes}))
+    return model
+
+
+def _attending(prefix: str, width: int, **sizes: Any) -> nn.Module:
+    heads = {"num_hidden_layers": 2, "num_attention_heads": width // 64}
+    return _encoder(prefix, hidden_size=width, intermediate_size=4 * width, **heads, **sizes)
+
+
+NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
+    "vit": lambda: _attending("ViT", 384),
+    "deit": lambda: _attending("DeiT", 192),
+    "swin": lambda: _encoder("Swin", embed_dim=96, depths=[1, 2], num_heads=[3, 6]),
+    "bert": lambda: _attending("Bert", 384, vocab_size=WORDS),
+    "resnet": lambda: _encoder("ResNet", embedding_size=64, hidden_sizes=[64, 128], depths=[1, 2], layer_type="basic"),
+    "mobilenet": lambda: _encoder("MobileNetV2", depth_multiplier=1.0, image_size=224),
+}
+
+
+def network(name: str, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """Return a network in eval mode, its norms random, and two samples of its input."""
+    torch.manual_seed(seed)
+    model = randomized_norms(Logits(NETWORKS[name]()), seed=seed)
+    samples = torch.randint(0, WORDS, (2, TOKENS)) if name == "bert" else torch.randn(2, 3, 224, 224)
+    return model, samples
