@@ -57,7 +57,6 @@ TENSORRT: Final = Placement(
     # Onnxruntime checks the file. It fails where it tries to make products of 8-bit floats, and convolutions of codes
     # between float16 are wrong by hundreds of codes (1.31.1), so it shall compute what the file says.
     session_config={"session.disable_quant_qdq": "1"},
-    smallest_inner=16,
     convolution_outputs=False,
     convolution_skips=True,
     reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",
