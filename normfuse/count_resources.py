@@ -14,6 +14,7 @@ from normfuse.build import write_quantized
 from normfuse.built import Workspace
 from normfuse.data import Sample, Samples
 from normfuse.errors import UsageError
+from normfuse.export.body import write_body
 from normfuse.feeding import fixed_batch
 from normfuse.graph.quantization import requests
 from normfuse.latency_table import LatencyTable
@@ -29,6 +30,7 @@ from normfuse.progress import Progress
 from normfuse.quant.allocation import allocate
 from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.budget import Resource
+from normfuse.quant.target import BodyType
 from normfuse.recipe import Recipe
 from normfuse.rewrite.linear_map import read_linear_map
 from normfuse.sensitivity.choosing import rounded
@@ -58,6 +60,7 @@ def count_resources(
     found = Resources(
         parameters=sum(member.parameters for member in members),
         macs=sum(member.macs for member in members),
+        float_bits=FLOAT if recipe.chosen_body is BodyType.FP32 else FLOAT // 2,
         float_bytes=file_bytes(floating.path),
     )
     if Resource.BYTES in limited:
@@ -141,7 +144,7 @@ def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
         linear = read_linear_map(subject.graph, node)
         assert linear is not None
         inputs = linear.weight[0].numel()
-        for each in (UNTOUCHED, *bits_of_target(recipe), Bits(subject.weight_widths[0], min(recipe.widths[1]))):
+        for each in (UNTOUCHED, *bits_of_target(recipe)):
             bits = members[node.name].allowed(each)
             group = None if bits.is_float else wanted_weight(node, subject.placement_of(bits)).group
             per_output = 0 if bits.is_float else 1 if group is None else -(-inputs // group)
@@ -152,7 +155,7 @@ def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
 def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Workspace) -> int:
     """Return what of a quantized file is no weight, read off a file with the fewest bits everywhere."""
     subject, members = ready.subject, ready.members
-    fewest = Bits(subject.weight_widths[0], min(recipe.widths[1]))
+    fewest = bits_of_target(recipe)[0]
     bits = {member.name: member.allowed(fewest) for member in members}
     graph, decided = rounded(subject, bits_by_map(members, bits))
     ranges = subject.ranges_of(graph)
@@ -160,5 +163,9 @@ def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Wo
     plan = Plan(decided=whole, passes=ready.placed.passes, ranges=ranges, blocks=())
     path = folder.model("probe")
     write_quantized(plan, path, placement=subject.placement_of(recipe.precision))
+    if recipe.chosen_body is not BodyType.FP32:
+        typed = folder.model("typed-probe")
+        write_body(path, typed, recipe.chosen_body, {})
+        path = typed
     weights = sum(counted.use(member, bits[member.name])[Resource.BYTES.value] for member in members)
     return file_bytes(path) - int(weights)

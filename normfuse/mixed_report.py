@@ -8,7 +8,7 @@ from typing import Any
 
 from normfuse.graph import Graph
 from normfuse.graph.quantization import requested_weights, requests
-from normfuse.quant.bits import FLOAT, MOST
+from normfuse.quant.bits import MOST
 from normfuse.quant.budget import Resource
 from normfuse.sensitivity.choosing import Choice
 from normfuse.sensitivity.resources import Resources
@@ -51,6 +51,7 @@ def mixed_report(
     use, limits = resources.told(best.allocation.use), resources.told(bounds)
     return {
         "gap": best.allocation.gap,
+        "float_bits": resources.float_bits,
         "score": best.method,
         "facts": dict(score.facts),
         "candidates": [{"score": each.method, "loss": each.loss} for each in found],
@@ -77,7 +78,7 @@ def realised(report: Mapping[str, Any], graph: Graph) -> dict[str, Any]:
         return dict(report)
     put_back = [{**now, "chosen": before["bits"]} for now, before in zip(layers, report["layers"], strict=True)]
     total = sum(each["parameters"] for each in put_back)
-    bits = sum(each["parameters"] * _weight_bits(each["bits"]) for each in put_back)
+    bits = sum(each["parameters"] * _weight_bits(each["bits"], report["float_bits"]) for each in put_back)
     return {
         **report,
         "used": {},
@@ -104,8 +105,8 @@ def _spelled(graph: Graph) -> dict[str, str]:
     return found
 
 
-def _weight_bits(spelled: str) -> int:
-    return FLOAT if spelled == "float" else int(spelled[1 : spelled.index("a")])
+def _weight_bits(spelled: str, float_bits: int) -> int:
+    return float_bits if spelled == "float" else int(spelled[1 : spelled.index("a")])
 
 
 def _shares(members: Sequence[Member], score: Sensitivity) -> dict[str, float]:

@@ -208,6 +208,8 @@ class Recipe:
         for bits in [*widths, *(bits for _, bits in self.chosen_overrides.patterns)]:
             is_known = bits.is_float or bits in OF_TENSORRT
             _check(is_known, "bits", bits.spelled, "8, 4 (w4a16), fp8, fp16, bf16, 32 or mixed beside --target trt")
+        is_timed = any(limit.resource is Resource.LATENCY for limit in self.chosen_budget.limits)
+        _check(not is_timed, "budget", self.budget, "no latency beside --target trt, whose engines do not run here")
         if self.eight_bits is EightBits.FP8:
             _check(self.effort < 2, "effort", self.effort, "0 or 1 beside 8-bit floats: learned codes are integers")
         _check(0 <= self.builder_level <= 5, "builder_level", self.builder_level, "0 to 5")

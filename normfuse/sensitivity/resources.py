@@ -9,23 +9,22 @@ from typing import Final
 from normfuse.precision.workload import Step
 from normfuse.quant.bits import FLOAT, MOST, Bits
 from normfuse.quant.budget import Limit, Resource
-from normfuse.sensitivity.units import BOPS, WEIGHT_BITS, Member, use_of
+from normfuse.sensitivity.units import Member
 
 __all__ = ["Resources", "stored_bits"]
 
 BYTE = 8
-SCALE_BYTES = 4
 BYTES: Final = Resource.BYTES.value
 
 
-def stored_bits(width: int) -> int:
-    """Return the bits that a file has for a weight: onnxruntime's have four, eight or 32."""
-    return next(each for each in (4, MOST, FLOAT) if width <= each)
+def stored_bits(width: int, float_bits: int = FLOAT) -> int:
+    """Return the bits that a file has for a weight: four, eight, or those of floats."""
+    return next(each for each in (4, MOST, float_bits) if width <= each)
 
 
-def held_bits(width: int) -> int:
-    """Return the bits that an engine holds for an activation: onnxruntime's codes have eight, whatever their width."""
-    return MOST if width <= MOST else FLOAT
+def held_bits(width: int, float_bits: int = FLOAT) -> int:
+    """Return the bits that an engine holds for an activation: its codes have eight, whatever their width."""
+    return MOST if width <= MOST else float_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,7 @@ class Resources:
     Attributes:
         parameters: the weights of all members.
         macs: the multiplications of all members.
+        float_bits: of what computes in float: less than 32 where a target's body has fewer.
         float_bytes: of the file of the float model.
         other_bytes: of a quantized file, what is no weight of a member; 0 where files are not limited.
         scales: of every map at all bits, how many scales are stored; empty where files are not limited.
@@ -46,6 +46,7 @@ class Resources:
 
     parameters: int
     macs: int
+    float_bits: int = FLOAT
     float_bytes: int = 0
     other_bytes: int = 0
     scales: Mapping[str, Mapping[Bits, int]] = field(default_factory=dict)
@@ -56,15 +57,17 @@ class Resources:
 
     def use(self, member: Member, bits: Bits) -> dict[str, float]:
         """Return what a member takes of every resource."""
-        plain = use_of(member, bits)
+        weight, activation = (min(each, self.float_bits) for each in (bits.weight, bits.activation))
+        stored = stored_bits(weight, self.float_bits)
+        scales = sum(self.scales[name][bits] for name in member.maps if self.scales)
         found = {
-            Resource.AVERAGE_BITS.value: plain[WEIGHT_BITS] / self.parameters,
-            Resource.BOPS.value: plain[BOPS],
-            Resource.BYTES.value: member.parameters * stored_bits(bits.weight) / BYTE
-            + sum(self.scales[name][bits] * SCALE_BYTES for name in member.maps if self.scales),
+            Resource.AVERAGE_BITS.value: member.parameters * weight / self.parameters,
+            Resource.BOPS.value: float(member.macs * weight * activation),
+            Resource.BYTES.value: (member.parameters * stored_bits(weight, self.float_bits) + scales * self.float_bits)
+            / BYTE,
         }
         for number, step in enumerate(self.steps):
-            found[_step(number)] = step.codes.get(member.reads, 0) * held_bits(bits.activation) / BYTE
+            found[_step(number)] = step.codes.get(member.reads, 0) * held_bits(bits.activation, self.float_bits) / BYTE
         if self.seconds:
             found[Resource.LATENCY.value] = sum(self.seconds[name][bits] for name in member.maps)
         return found
@@ -76,7 +79,7 @@ class Resources:
         found = dict.fromkeys(names, 0.0) | {Resource.BYTES.value: float(self.other_bytes)}
         for number, step in enumerate(self.steps):
             known = {name: count for name, count in step.codes.items() if name in self.fixed_bits}
-            fixed = (held_bits(self.fixed_bits[name]) * count for name, count in known.items())
+            fixed = (held_bits(self.fixed_bits[name], self.float_bits) * count for name, count in known.items())
             found[_step(number)] = step.floats + sum(fixed) / BYTE
         if self.seconds:
             in_maps = sum(row[Bits(FLOAT, FLOAT)] for row in self.seconds.values())

@@ -1,32 +1,37 @@
-"""What normfuse writes with TensorRT's placement keeps every rule, and becomes the kernels that were asked for."""
+"""What is compiled for TensorRT keeps every rule, and becomes the kernels that were asked for."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.deit import deit_small, images
 from examples.zoo.data import make
 from examples.zoo.train import WEIGHTS
-from normfuse.build import FOLDING, write_quantized
-from normfuse.capturing import capture_model
-from normfuse.export.lint import TENSORRT_RULES, lint
-from normfuse.export.placement import TENSORRT as PLACEMENT
-from normfuse.graph.quantization import requested_weights
-from normfuse.loading import load_model
-from normfuse.planning import Plan, plan_quantization
-from normfuse.progress import Silent
+from normfuse.compiler import Built
+from normfuse.compiler import compile as compile_model
 from normfuse.recipe import Recipe
-from normfuse.runtime.engine_layers import EngineLayer, read_layers
-from normfuse.runtime.tensorrt_build import TENSORRT_RTX, BuildOptions, build_engine
+from normfuse.runtime.engine_layers import read_layers
+from tests.export.engine_networks import NETWORKS, network
 
-SAMPLES = 8
-MODELS = {"glyphs_vit_un": 0, "glyphs_vit_ln": 11, "glyphs_swin_prepbn": 0, "glyphs_resnet_bn": 0}
-"""With the number of norms that take statistics of the current input."""
+CONVOLUTIONAL = ("resnet", "mobilenet")
 
-PRODUCTS = ("gemm", "correlation")
-"""What TensorRT-RTX calls products and convolutions."""
+BUDGETS = {name: "avg-bits=9" if name in CONVOLUTIONAL else "avg-bits=7" for name in NETWORKS}
+"""Of mixed bits: between the fewest that a network can have and eight, or above where it has few linear maps."""
+
+KINDS = ("fp16", "8", "fp8", "4", "mixed")
+
+TYPES = {
+    "fp16": {"fp16"},
+    "8": {"int8", "fp16"},
+    "fp8": {"fp8", "fp16"},
+    "4": {"int4", "int8", "fp16"},
+    "mixed": {"int4", "int8", "fp16"},
+}
+"""The types that products may have: floats are those of attention and, of 8-bit floats, convolutions."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,49 +42,78 @@ pytestmark = [
 ]
 
 
-def planned(name: str) -> Plan:
-    graph = capture_model(load_model(WEIGHTS / f"{name}.pt2"))
-    FOLDING.run(graph)
-    images, _ = make("glyphs", "calib", SAMPLES, 0)
-    return plan_quantization(
-        graph,
-        lambda: ([image[None]] for image in images),
-        recipe=Recipe(effort=0),
-        placement=PLACEMENT,
-        total=SAMPLES,
-        progress=Silent(),
-    )
+@functools.lru_cache(maxsize=1)
+def given(name: str) -> tuple[Any, Any]:
+    return network(name)
 
 
-def kernels(model: Path, folder: Path) -> list[EngineLayer]:
-    shapes = {"image": ((1, 1, 48, 48), (4, 1, 48, 48), (8, 1, 48, 48))}
-    options = BuildOptions(shapes=shapes, capabilities=("SM89",), seconds=300)
-    built = build_engine(model, folder / "model.engine", TENSORRT_RTX, options)
-    found = read_layers(built.layers)
-    assert len(found) == len(built.layers), "every line is a kernel"
-    return found
+def compiled(name: str, bits: str) -> Built:
+    model, samples = given(name)
+    mixed = {"budget": BUDGETS[name], "score": "sqnr"} if bits == "mixed" else {}
+    recipe = Recipe(target="trt", bits=bits, effort=0, max_drop=100, capability="8.9", **mixed)
+    return compile_model(model, (samples,), calibration={"x": samples.numpy()}, recipe=recipe)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_eight_bits(name: str, tmp_path: Path) -> None:
-    """All products with weights are products of codes; no kernel only makes floats of codes; folded norms are gone."""
-    plan, model = planned(name), tmp_path / "model.onnx"
-    write_quantized(plan, model, placement=PLACEMENT)
-    assert lint(model, TENSORRT_RULES) == []
-    found = kernels(model, tmp_path)
-    products = [each for each in found if each.kind in PRODUCTS]
-    coded = [each for each in products if each.inputs == ("Int8",) and each.constants[:1] == ("Int8",)]
-    maps = {source for each in coded for source in each.sources if "Gemm" in source or "Conv" in source}
-    assert len(maps) == len(requested_weights(plan.graph))
-    floats = [each for each in products if each not in coded]
-    assert all("MatMul" in source for each in floats for source in each.sources), "products of two activations"
-    for each in found:
-        only_dequantizes = bool(each.sources) and all("DequantizeLinear" in source for source in each.sources)
-        assert not only_dequantizes, each
-    norms = {source for each in found for source in each.sources if "Normalization" in source}
-    assert len(norms) == MODELS[name]
-    makers = [{source for source in each.sources if source in norms} for each in found if "Int8" in each.outputs]
-    assert set().union(*makers) == norms, "a norm and the quantizer behind it are one kernel"
+def facts(built: Built) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a report says of the file, and of the engine's kernels."""
+    assert built.failure is None, str(built.failure)
+    assert built.report["verdict"]["verdict"] == "kept", built.report["verdict"]
+    told = built.report["tensorrt"]
+    return told, told["engine"]["audit"]
+
+
+@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_products_have_the_types_that_were_asked_for(name: str, bits: str) -> None:
+    told, audit = facts(compiled(name, bits))
+    assert told["lint"] == []
+    assert audit["mismatched"] == []
+    asked = {kind.split(" ")[0]: row["asked"] for kind, row in audit["products"].items()}
+    assert asked.keys() <= TYPES[bits]
+    weighted = [each for each in told["products"] if each["has_weight"]]
+    if bits in ("8", "4"):
+        assert all(each["type"] != "fp16" for each in weighted), "every product with a weight has codes"
+    if bits == "fp8":
+        assert all(each["type"] == "fp8" for each in told["products"] if each["operator"] != "Conv")
+    if bits == "4":
+        linear = [each for each in weighted if each["operator"] != "Conv"]
+        assert all(each["type"].startswith("int4") for each in linear)
+    if bits == "mixed":
+        assert len({each["type"].split(" ")[0] for each in weighted}) > 1
+    assert not [each for each in audit["alone"] if "Dequantize" in each], "no kernel only makes floats of codes"
+    if bits in ("8", "fp8"):
+        assert audit["joined_norms"] >= audit["norms"] - 1, "a norm shares its kernel with its quantizer, but the last"
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_fewer_bits_make_smaller_engines(name: str) -> None:
+    """Of networks whose weights are most of the engine; kernels of the smaller ones are as large as their weights."""
+    sizes = {bits: facts(compiled(name, bits))[0]["engine"]["bytes"] for bits in ("32", "fp16", "8", "4")}
+    assert sizes["4"] < sizes["8"] < sizes["fp16"] < sizes["32"]
+    assert sizes["8"] <= 0.40 * sizes["32"]
+    assert sizes["4"] <= 0.30 * sizes["32"]
+
+
+def test_folded_norms_are_gone() -> None:
+    """A ViT whose norms were unified has fewer kernels than the same with layer norms, and none of them a norm."""
+    found = {}
+    for norm in ("LN", "UN"):
+        model = deit_small(norm, layers=2)
+        recipe = Recipe(target="trt", effort=0, max_drop=100, capability="8.9")
+        built = compile_model(model, (images(2),), calibration={"image": images(2).numpy()}, recipe=recipe)
+        found[norm] = facts(built)[1]
+    assert found["LN"]["norms"] == 5
+    assert found["UN"]["norms"] == 0
+    assert found["UN"]["kernels"] < found["LN"]["kernels"]
+
+
+@pytest.mark.parametrize("name", ["glyphs_vit_un", "glyphs_vit_ln", "glyphs_swin_prepbn", "glyphs_resnet_bn"])
+def test_trained_networks(name: str) -> None:
+    calibration, _ = make("glyphs", "calib", 8, 0)
+    recipe = Recipe(target="trt", effort=0, capability="8.9", max_drop=100)
+    told, audit = facts(compile_model(WEIGHTS / f"{name}.pt2", calibration=calibration, recipe=recipe))
+    assert told["lint"] == []
+    assert audit["mismatched"] == []
 
 
 def test_lines_of_another_form_are_no_kernels() -> None:
