@@ -63,8 +63,7 @@ class Resources:
         found = {
             Resource.AVERAGE_BITS.value: member.parameters * weight / self.parameters,
             Resource.BOPS.value: float(member.macs * weight * activation),
-            Resource.BYTES.value: (member.parameters * stored_bits(weight, self.float_bits) + scales * self.float_bits)
-            / BYTE,
+            Resource.BYTES.value: (member.parameters * stored + scales * self.float_bits) / BYTE,
         }
         for number, step in enumerate(self.steps):
             found[_step(number)] = step.codes.get(member.reads, 0) * held_bits(bits.activation, self.float_bits) / BYTE

@@ -74,7 +74,9 @@ def test_products_have_the_types_that_were_asked_for(name: str, bits: str) -> No
     if bits in ("8", "4"):
         assert all(each["type"] != "fp16" for each in weighted), "every product with a weight has codes"
     if bits == "fp8":
-        assert all(each["type"] == "fp8" for each in told["products"] if each["operator"] != "Conv")
+        floats = [each for each in told["products"] if each["type"] != "fp8" and each["operator"] != "Conv"]
+        assert not any(each["has_weight"] for each in floats)
+        assert name == "swin" or not floats, "attention, but where a mask of floats is computed for every window"
     if bits == "4":
         linear = [each for each in weighted if each["operator"] != "Conv"]
         assert all(each["type"].startswith("int4") for each in linear)
