@@ -63,6 +63,8 @@ def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {found['kernels']} kernels; products: {kept}"
     if found["norms"]:
         yield f"  norms: {found['joined_norms']} of {found['norms']} share a kernel with a sum or a quantizer"
+    if found["attentions"]:
+        yield f"  attention: {found['joined_attentions']} of {found['attentions']} are one kernel"
     if found["alone"]:
         yield f"  quantizers with a kernel of their own: {_some(found['alone'])}"
     for each in found["mismatched"][:MOST]:

@@ -34,6 +34,8 @@ class FusionAudit:
         kernels: how many the engine has.
         products: with the types of the kernel's operands; None where no kernel names the product.
         norms: how many the file has.
+        attentions: how many softmaxes the file has.
+        joined_attentions: how many share their kernel with the product in front and the product behind.
         joined_norms: how many share their kernel with a sum in front of them or the quantizer behind them.
         alone: quantizers and dequantizers, by name, whose kernel does nothing else.
     """
@@ -42,6 +44,8 @@ class FusionAudit:
     products: tuple[tuple[ProductType, tuple[str, ...] | None], ...]
     norms: int
     joined_norms: int
+    attentions: int
+    joined_attentions: int
     alone: tuple[str, ...]
 
     @property
@@ -65,6 +69,8 @@ class FusionAudit:
             ],
             "norms": self.norms,
             "joined_norms": self.joined_norms,
+            "attentions": self.attentions,
+            "joined_attentions": self.joined_attentions,
             "alone": list(self.alone),
         }
 
@@ -85,9 +91,17 @@ def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
     products = tuple((each, _types(each, by_source.get(each.node, []))) for each in product_types(model))
     norms = [name for name, kind in kinds.items() if kind in NORMS]
     joined = [name for name in norms if any(_joins(layer, kinds) for layer in by_source.get(name, ()))]
+    softmaxes = [name for name, kind in kinds.items() if kind == "Softmax"]
+    attending = [name for name in softmaxes if any(_attends(layer, kinds) for layer in by_source.get(name, ()))]
     alone = {name: None for layer in layers if (names := _only_quantizes(layer, kinds)) for name in names}
     return FusionAudit(
-        kernels=len(layers), products=products, norms=len(norms), joined_norms=len(joined), alone=tuple(alone)
+        kernels=len(layers),
+        products=products,
+        norms=len(norms),
+        joined_norms=len(joined),
+        attentions=len(softmaxes),
+        joined_attentions=len(attending),
+        alone=tuple(alone),
     )
 
 
@@ -107,6 +121,10 @@ def _is_kept(product: ProductType, found: Collection[str] | None) -> bool:
 def _joins(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:
     beside = {kinds.get(source) for source in layer.sources}
     return bool(beside & {"Add", "QuantizeLinear"}) or bool({"Int8", "FP8"} & set(layer.outputs))
+
+
+def _attends(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:
+    return sum(kinds.get(source) == "MatMul" for source in set(layer.sources)) > 1
 
 
 def _only_quantizes(layer: EngineLayer, kinds: Mapping[str, str]) -> list[str]:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.deit import deit_small, images
+from benchmarks.engine_networks import NETWORKS, network
 from examples.zoo.data import make
 from examples.zoo.train import WEIGHTS
 from normfuse.compiler import Built
 from normfuse.compiler import compile as compile_model
 from normfuse.recipe import Recipe
 from normfuse.runtime.engine_layers import read_layers
-from tests.export.engine_networks import NETWORKS, network
 
 CONVOLUTIONAL = ("resnet", "mobilenet")
 
@@ -84,6 +84,7 @@ def test_products_have_the_types_that_were_asked_for(name: str, bits: str) -> No
         assert len({each["type"].split(" ")[0] for each in weighted}) > 1
     assert not [each for each in audit["alone"] if "Dequantize" in each], "no kernel only makes floats of codes"
     if bits in ("8", "fp8"):
+        assert audit["joined_attentions"] == audit["attentions"]
         assert audit["joined_norms"] >= audit["norms"] - 1, "a norm shares its kernel with its quantizer, but the last"
 
 
@@ -109,13 +110,18 @@ def test_folded_norms_are_gone() -> None:
     assert found["UN"]["kernels"] < found["LN"]["kernels"]
 
 
-@pytest.mark.parametrize("name", ["glyphs_vit_un", "glyphs_vit_ln", "glyphs_swin_prepbn", "glyphs_resnet_bn"])
-def test_trained_networks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [("glyphs_vit_un", 0), ("glyphs_vit_ln", 11), ("glyphs_swin_prepbn", 0), ("glyphs_resnet_bn", 0)],
+)
+def test_trained_networks(name: str, norms: int) -> None:
     calibration, _ = make("glyphs", "calib", 8, 0)
     recipe = Recipe(target="trt", effort=0, capability="8.9", max_drop=100)
     told, audit = facts(compile_model(WEIGHTS / f"{name}.pt2", calibration=calibration, recipe=recipe))
     assert told["lint"] == []
     assert audit["mismatched"] == []
+    assert audit["norms"] == norms
+    assert audit["joined_attentions"] == audit["attentions"]
 
 
 def test_lines_of_another_form_are_no_kernels() -> None:

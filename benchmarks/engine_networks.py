@@ -1,4 +1,4 @@
-"""Networks of real shapes, some layers deep, with random weights: what engines are built of."""
+"""Networks of real shapes with random weights, whole or some layers deep: what engines are built of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.random_weights import randomized_norms
 
-__all__ = ["NETWORKS", "network"]
+__all__ = ["NETWORKS", "WHOLE", "network"]
 
 CLASSES: Final = 1000
 TOKENS: Final = 128
@@ -39,8 +39,8 @@ def _encoder(prefix: str, **sizes: Any) -> nn.Module:
 
 
 def _attending(prefix: str, width: int, **sizes: Any) -> nn.Module:
-    heads = {"num_hidden_layers": 2, "num_attention_heads": width // 64}
-    return _encoder(prefix, hidden_size=width, intermediate_size=4 * width, **heads, **sizes)
+    usual = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+    return _encoder(prefix, **{**usual, "num_hidden_layers": 2, **sizes})
 
 
 NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
@@ -53,9 +53,17 @@ NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
 }
 
 
+WHOLE: Final[dict[str, Callable[[], nn.Module]]] = {
+    "vit-s": lambda: _attending("ViT", 384, num_hidden_layers=12),
+    "resnet-50": lambda: _encoder("ResNet"),
+    "mobilenet-v2": NETWORKS["mobilenet"],
+}
+"""As deep as they are published."""
+
+
 def network(name: str, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """Return a network in eval mode, its norms random, and two samples of its input."""
     torch.manual_seed(seed)
-    model = randomized_norms(Logits(NETWORKS[name]()), seed=seed)
+    model = randomized_norms(Logits({**NETWORKS, **WHOLE}[name]()), seed=seed)
     samples = torch.randint(0, WORDS, (2, TOKENS)) if name == "bert" else torch.randn(2, 3, 224, 224)
     return model, samples
