@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL := examples/zoo/weights/glyphs_vit_un.pt2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-gpu bench-fold bench-accuracy bench-mixed bench-integers bench-scoring bench-minilm bench-peers bench-calibration fold-table clean
+.PHONY: help install test demo check format lint types layers zoo bench-cpu bench-engines bench-gpu bench-fold bench-accuracy bench-mixed bench-integers bench-scoring bench-minilm bench-peers bench-calibration fold-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -49,6 +49,9 @@ zoo: install  ## train the zoo again, from seeds (under two hours on two cores)
 
 bench-cpu: install  ## DeiT-S on this CPU: PyTorch, onnxruntime, onnxruntime's own int8, normfuse
 	$(BIN)/python -m benchmarks.cpu
+
+bench-engines: install  ## sizes and kernels of TensorRT engines, built by what is installed
+	$(BIN)/python -m benchmarks.engines
 
 bench-gpu: install  ## a ViT on this GPU by PyTorch alone: eager, compiled, float8, int8, each with and without norms
 	$(BIN)/python -m benchmarks.gpu

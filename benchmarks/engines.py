@@ -1,7 +1,7 @@
 """Sizes and kernels of TensorRT engines: ``python -m benchmarks.engines [--network vit-s] [--bits 8] [-o FILE.json]``.
 
-Builds with what is installed, for one compute capability; with TensorRT-RTX no GPU is needed. Nothing is run and nothing
-is timed. Weights are random, and codes rounded to nearest: sizes and kernels do not follow from their values.
+Builds with what is installed, for one compute capability; with TensorRT-RTX no GPU is needed. Nothing is run or
+timed. Weights are random, and codes rounded to nearest: sizes and kernels do not follow from their values.
 """
 
 from __future__ import annotations
