@@ -64,7 +64,7 @@ class Engine:
 
     def spec(self, label: str) -> EngineSpec:
         """Return how to open it, under the name that reports call it."""
-        return EngineSpec(label, "onnxruntime", self.runs or self.path, self.session_config)
+        return EngineSpec(label, "onnxruntime", self.runs or self.path, self.session_config, ships=self.path)
 
 
 def write_float(original: Graph, path: Path) -> tuple[Graph, list[PassReport]]:

@@ -88,13 +88,12 @@ def test_products_have_the_types_that_were_asked_for(name: str, bits: str) -> No
         assert audit["joined_norms"] >= audit["norms"] - 1, "a norm shares its kernel with its quantizer, but the last"
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
-def test_fewer_bits_make_smaller_engines(name: str) -> None:
-    """Of networks whose weights are most of the engine; kernels of the smaller ones are as large as their weights."""
-    sizes = {bits: facts(compiled(name, bits))[0]["engine"]["bytes"] for bits in ("32", "fp16", "8", "4")}
+def test_fewer_bits_make_smaller_engines() -> None:
+    """Of a network whose weights are most of the engine; of smaller ones kernels are."""
+    sizes = {bits: facts(compiled("vit-s", bits))[0]["engine"]["bytes"] for bits in ("32", "fp16", "8", "4")}
     assert sizes["4"] < sizes["8"] < sizes["fp16"] < sizes["32"]
     assert sizes["8"] <= 0.40 * sizes["32"]
-    assert sizes["4"] <= 0.30 * sizes["32"]
+    assert sizes["4"] <= 0.27 * sizes["32"]
 
 
 def test_folded_norms_are_gone() -> None:
