@@ -132,6 +132,8 @@ def _saved(model: ir.Model, path: Path, found: TypedBody) -> TypedBody:
     data = path.with_name(f"{path.name}.data")
     constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     is_large = constants > 1_800_000_000
+    if not is_large:
+        ir.external_data.load_to_model(model)
     ir.save(model, path, external_data=data.name if is_large else None)
     onnx.checker.check_model(str(path), full_check=not is_large)
     return found
@@ -148,6 +150,8 @@ class _Typing:
         self._casts = dict[tuple[ir.Value, ir.DataType], ir.Value]()
         self._values = dict[tuple[ir.Node, ir.DataType], ir.Value]()
         self._captured = {value for node in self._graph for value in _captured(node)}
+        self._names = {value.name for value in _values(self._graph)}
+        self._constants = dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
     def run(self) -> TypedBody:
         computing = [node for node in self._graph if self._computes_floats(node)]
@@ -173,7 +177,7 @@ class _Typing:
         """Return why a node computes in float32; empty where its operator always does, None where it does not."""
         if node.op_type in WIDE:
             return ""
-        if node.domain or _captured(node) or any(value in self._captured for value in node.outputs):
+        if node.domain or _branches(node) or any(value in self._captured for value in node.outputs):
             return "it is no standard operator outside of branches"
         limit = self._body.largest / HEADROOM
         for value in (*node.inputs, *node.outputs):
@@ -181,11 +185,17 @@ class _Typing:
                 continue
             if value.const_value is None and (seen := self._largest.get(value.name or "", 0.0)) > limit:
                 return f"values up to {seen:.3g}"
-            if value.const_value is not None and (told := self._unfit(value.const_value.numpy())):
-                return told
-        return next((told for value in node.inputs if (told := self._unfit_scale(value))), None)
+        return next((told for value in node.inputs if value is not None and (told := self._unfit(value))), None)
 
-    def _unfit(self, constant: Any) -> str:
+    def _unfit(self, value: ir.Value) -> str:
+        """Return what the type does not hold of a constant or of the scale of codes, moved or not; empty: nothing."""
+        source = _unmoved(value)
+        if source.const_value is not None:
+            return self._unfit_constant(source.const_value.numpy()) if _is_float(source) else ""
+        made = source.producer()
+        return self._unfit_scale(made) if made is not None and made.op_type == "DequantizeLinear" else ""
+
+    def _unfit_constant(self, constant: Any) -> str:
         """Return what of a constant the type does not hold: a finite number, or anything but zeros."""
         sizes = np.abs(constant[np.isfinite(constant)].astype(np.float64))
         if sizes.size and sizes.max() > self._body.largest:
@@ -194,10 +204,7 @@ class _Typing:
             return f"a constant of {sizes.max():.3g}"
         return ""
 
-    def _unfit_scale(self, value: ir.Value | None) -> str:
-        node = None if value is None else _maker(value)
-        if node is None or node.op_type != "DequantizeLinear":
-            return ""
+    def _unfit_scale(self, node: ir.Node) -> str:
         scale = node.inputs[1]
         assert scale is not None
         assert scale.const_value is not None
@@ -209,6 +216,7 @@ class _Typing:
 
     def _retype(self, node: ir.Node) -> None:
         if node.op_type == "DequantizeLinear":  # written anew in the type of each reader
+            self._retype_shown(node)
             return
         if node.op_type == "QuantizeLinear":
             self._retype_quantizer(node)
@@ -227,13 +235,19 @@ class _Typing:
             if value.dtype is ir.DataType.FLOAT and self._allows(node, index, wanted, of_outputs=True):
                 value.type = ir.TensorType(wanted)
 
+    def _retype_shown(self, node: ir.Node) -> None:
+        """Let values of codes that stay, being an output or read in branches, be of the scale that the codes have."""
+        value, scale = node.outputs[0], node.inputs[1]
+        assert scale is not None
+        if value in self._captured or value.is_graph_output():
+            node.replace_input_with(1, self._scale(scale, ir.DataType.FLOAT))
+            self._values[node, ir.DataType.FLOAT] = value
+
     def _type(self, node: ir.Node, floats: list[int]) -> ir.DataType:
         """Return what a node computes in."""
-        if node in self._reasons or _captured(node):
+        if node in self._reasons or any(value in self._captured for value in node.outputs):
             return ir.DataType.FLOAT
-        if any(value in self._captured for value in node.outputs):
-            return ir.DataType.FLOAT
-        if node.op_type == "ConstantOfShape":
+        if node.op_type in ("Constant", "ConstantOfShape") or "dtype" in node.attributes:  # the file says their type
             return ir.DataType.FLOAT
         if (node.op_type not in MOVES and not _ends_floats(node)) or floats[:1] != [0]:
             return self._body.onnx
@@ -242,18 +256,25 @@ class _Typing:
         if source.const_value is None and not _is_dequantized(source):
             assert source.dtype is not None
             return source.dtype
-        read_wide = any(reader in self._reasons for value in node.outputs for reader in value.consumers())
-        return ir.DataType.FLOAT if read_wide else self._body.onnx
+        is_wide = self._unfit(source) or self._is_read_wide(node)
+        return ir.DataType.FLOAT if is_wide else self._body.onnx
+
+    def _is_read_wide(self, node: ir.Node) -> bool:
+        """Return whether a wide node reads what a node makes, at once or moved."""
+        readers = [reader for value in node.outputs for reader in value.consumers()]
+        return any(each in self._reasons or (each.op_type in MOVES and self._is_read_wide(each)) for each in readers)
 
     def _retype_quantizer(self, node: ir.Node) -> None:
         """Let a quantizer's scale have the type of what it reads, and a value that the body's type has (3)."""
         source, scale = node.inputs[:2]
         assert source is not None
         assert scale is not None
-        if source.const_value is not None or _is_dequantized(source):
-            self._read(node, 0, self._body.onnx)
-            source = node.inputs[0]
-            assert source is not None
+        if self._unfit_scale(node):
+            self._read(node, 0, ir.DataType.FLOAT)
+        elif source.const_value is not None or _is_dequantized(source):
+            self._read(node, 0, ir.DataType.FLOAT if self._unfit(source) else self._body.onnx)
+        source = node.inputs[0]
+        assert source is not None
         assert source.dtype is not None
         node.replace_input_with(1, self._scale(scale, source.dtype))
 
@@ -288,7 +309,7 @@ class _Typing:
         if key not in self._casts:
             cast = _node("Cast", [value], {"to": ir.AttrInt64("to", int(dtype))}, like=made)
             self._place(cast, behind=made)
-            self._casts[key] = _named(cast, f"{value.name}_{_short(dtype)}", dtype)
+            self._casts[key] = _named(cast, self._name(value, dtype), dtype)
         return self._casts[key]
 
     def _dequantized(self, node: ir.Node, dtype: ir.DataType) -> ir.Value:
@@ -299,17 +320,26 @@ class _Typing:
             again = _node("DequantizeLinear", [codes, self._scale(scale, dtype), *zero], node.attributes, like=node)
             again.name = f"{node.name}_{_short(dtype)}"
             self._place(again, behind=node)
-            self._values[key] = _named(again, f"{node.outputs[0].name}_{_short(dtype)}", dtype)
+            self._values[key] = _named(again, self._name(node.outputs[0], dtype), dtype)
         return self._values[key]
 
     def _constant(self, like: ir.Value, numbers: Any, dtype: ir.DataType) -> ir.Value:
-        name = f"{like.name}_{_short(dtype)}"
-        known = self._graph.initializers
-        if name not in known:
+        key = (like, dtype)
+        if key not in self._constants:
+            name = self._name(like, dtype)
             const = ir.tensor(numbers, dtype=dtype, name=name)
             value = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(dtype), const_value=const)
             self._graph.register_initializer(value)
-        return known[name]
+            self._constants[key] = value
+        return self._constants[key]
+
+    def _name(self, like: ir.Value, dtype: ir.DataType) -> str:
+        """Return a name that no tensor has yet."""
+        name = f"{like.name}_{_short(dtype)}"
+        while name in self._names:
+            name = f"{name}_"
+        self._names.add(name)
+        return name
 
     def _place(self, node: ir.Node, *, behind: ir.Node | None) -> None:
         if behind is None:
@@ -324,6 +354,7 @@ class _Typing:
             return
         name, dtype = output.name, output.dtype
         assert dtype is not None
+        narrow = self._name(output, dtype)
         cast = _node("Cast", [output], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT))}, like=made)
         self._place(cast, behind=made)
         kept = cast.outputs[0]
@@ -331,7 +362,7 @@ class _Typing:
         for index, each in enumerate(self._graph.outputs):
             if each is output:
                 self._graph.outputs[index] = kept
-        output.name, kept.name = f"{name}_{_short(dtype)}", name
+        output.name, kept.name, cast.name = narrow, name, f"{name}/Cast"
 
     def _allows(self, node: ir.Node, index: int, dtype: ir.DataType, *, of_outputs: bool) -> bool:
         """Return whether ONNX allows an input or output of a node in a type (4)."""
@@ -352,7 +383,17 @@ class _Typing:
             if not value.uses() and not value.is_graph_output():
                 del self._graph.initializers[name]
         for value in self._graph.initializers.values():
-            value.type = value.shape = None  # the tensor says them
+            if not value.is_graph_output():
+                value.type = value.shape = None  # the tensor says them
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield all tensors of a graph, those in its branches too."""
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in graph.all_nodes():
+        yield from node.outputs
+        for branch in _branches(node):
+            yield from (*branch.inputs, *branch.initializers.values())
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -371,19 +412,22 @@ def _is_dequantized(value: ir.Value) -> bool:
     return made is not None and made.op_type == "DequantizeLinear"
 
 
-def _maker(value: ir.Value) -> ir.Node | None:
-    """Return the node that makes a tensor, before it was moved."""
-    made = value.producer()
-    while made is not None and made.op_type in MOVES and made.inputs[0] is not None:
-        made = made.inputs[0].producer()
-    return made
+def _unmoved(value: ir.Value) -> ir.Value:
+    """Return a tensor before it was moved."""
+    while (made := value.producer()) is not None and made.op_type in MOVES and made.inputs[0] is not None:
+        value = made.inputs[0]
+    return value
 
 
 def _captured(node: ir.Node) -> list[ir.Value]:
     """Return the tensors from outside that the branches of a node read."""
-    inner = [each for attribute in node.attributes.values() for each in _graphs(attribute)]
+    inner = _branches(node)
     read = [value for graph in inner for each in graph.all_nodes() for value in each.inputs if value is not None]
     return [value for value in read if value.graph is node.graph]
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    return [each for attribute in node.attributes.values() for each in _graphs(attribute)]
 
 
 def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
