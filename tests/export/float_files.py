@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["AS_WRITTEN", "outcome", "sample", "types_of", "written"]
+__all__ = ["AS_WRITTEN", "LAYER", "outcome", "sample", "types_of", "written"]
 
 AS_WRITTEN: Final = {"session.disable_quant_qdq": "1"}
 """Of quantizers onnxruntime shall compute what the file says."""

@@ -11,43 +11,13 @@ import onnx
 import pytest
 from float_files import outcome, sample, types_of, written
 from onnx import TensorProto as T
+from typed_files import BODIES, KINDS, TINIEST, UNIT, typed
 
-from normfuse.export.body import TypedBody, write_body
-from normfuse.export.largest_values import largest_values
+from normfuse.export.body import TypedBody
 from normfuse.export.widened import write_widened
 from normfuse.quant.target import BodyType
 
 FLOAT, HALF, BRAIN = T.FLOAT, T.FLOAT16, T.BFLOAT16
-KINDS = {BodyType.FP16: HALF, BodyType.BF16: BRAIN}
-UNIT = {BodyType.FP16: 2.0**-11, BodyType.BF16: 2.0**-8}
-"""What rounding to nearest changes at most, relative to the number."""
-TINIEST = 2.0**-25
-"""What rounding to float16 changes at most of numbers near zero; bfloat16 has more exponents."""
-
-BODIES = pytest.mark.parametrize("body", list(KINDS), ids=lambda body: body.value)
-
-
-def typed(
-    source: Path, body: BodyType = BodyType.FP16, largest: dict[str, float] | None = None
-) -> tuple[TypedBody, Path]:
-    """Write the body, and hold what holds for every file: valid, of the same ports, with the layers' names."""
-    path = source.with_name("typed") / source.name
-    path.parent.mkdir(exist_ok=True)
-    found = write_body(source, path, body, largest or {})
-    onnx.checker.check_model(str(path), full_check=True)
-    types_of(path)
-    before, after = onnx.load(source), onnx.load(path)
-    assert list(after.graph.input) == list(before.graph.input)
-    assert list(after.graph.output) == list(before.graph.output)
-    layers = {node.name: node.metadata_props[0].value for node in before.graph.node}
-    names = [node.name for node in after.graph.node]
-    assert all(names), "builders report by name"
-    assert len(set(names)) == len(names)
-    kept = {node.name: node.metadata_props[0].value for node in after.graph.node if node.name in layers}
-    assert all(layers[name] == layer for name, layer in kept.items())
-    gone = {node.name for node in before.graph.node if node.op_type not in ("Constant", "DequantizeLinear")} - {*names}
-    assert not gone
-    return found, path
 
 
 def read_types(path: Path) -> dict[str, list[int]]:
@@ -544,88 +514,6 @@ def test_convolutions_and_pools_are_bfloat16(operator: str, tmp_path: Path) -> N
     # Eighteen products of numbers up to 1 and the weights; the sum's slope behind tanh is 1 at most.
     most = 4 * UNIT[BodyType.BF16] * (1 + np.abs(held["w"]).sum(axis=(1, 2, 3)).max() if held else 1)
     assert np.abs(after - before).max() <= most
-
-
-class Drawn:
-    """A random graph as text, with what it computes in float64 and how far rounding every result may lead."""
-
-    def __init__(self, seed: int, unit: float) -> None:
-        self._random, self._unit, self.text = np.random.default_rng(seed), unit, ""
-        self.constants = dict[str, Any]()
-        self.inputs = {"x": sample(4, 6, seed=seed), "u": sample(4, 6, seed=seed + 1)}
-        # By name: values and their errors, so far.
-        self.tensors = {name: (each.astype(np.float64), self._rounding(each)) for name, each in self.inputs.items()}
-        for step in range(9):
-            self._grow(f"t{step}")
-        made = [f"t{step}" for step in range(9)]
-        self.outputs = [name for name in made if f"{name}," not in self.text and f"{name})" not in self.text]
-        self.outputs += [name for name in self._random.choice(made, 2, replace=False) if name not in self.outputs]
-        sizes = {name: ",".join(map(str, self.tensors[name][0].shape)) for name in self.outputs}
-        ports = ", ".join(f"float[{sizes[name]}] {name}" for name in self.outputs)
-        self.text = f"g (float[4,6] x, float[4,6] u) => ({ports}) {{ {self.text} }}"
-
-    def _rounding(self, values: Any) -> Any:
-        """Return what two roundings change: one to compute in the type, and one of a result computed in another."""
-        return 2 * self._unit * np.abs(values) + 2 * TINIEST
-
-    def _add(self, name: str, call: str, values: Any, error: Any) -> None:
-        self.text += f"{name} = {call}\n"
-        self.tensors[name] = (values, error + self._rounding(np.abs(values) + error))
-
-    def _grow(self, name: str) -> None:
-        a = str(self._random.choice(list(self.tensors)))
-        x, e = self.tensors[a]
-        match self._random.integers(8):
-            case 0:
-                b = str(self._random.choice(list(self.tensors)))
-                y, f = self.tensors[b]
-                if y.shape == x.shape:
-                    self._add(name, f"Add ({a}, {b})", x + y, e + f)
-                else:
-                    self._add(name, f"Tanh ({a})", np.tanh(x), e)
-            case 1:
-                s = self.constants[f"{name}s"] = sample(x.shape[1], seed=int(self._random.integers(99)))
-                error = e * np.abs(s) + (np.abs(x) + e) * self._rounding(s)
-                self._add(name, f"Mul ({a}, {name}s)", x * s, error)
-            case 2:
-                inner = x.shape[1]
-                w = self.constants[f"{name}w"] = sample(inner, 6, seed=int(self._random.integers(99))) / 3
-                magnitude = (np.abs(x) + e) @ (np.abs(w) * (inner + 2) * self._unit + TINIEST)
-                self._add(name, f"MatMul ({a}, {name}w)", x @ w.astype(np.float64), e @ np.abs(w) + magnitude)
-            case 3:
-                self._add(name, f"Relu ({a})", np.maximum(x, 0), e)
-            case 4:
-                self._add(name, f"Transpose ({a})", x.T, e.T)
-            case 5:
-                powers = np.exp(x - x.max(1, keepdims=True))
-                values = powers / powers.sum(1, keepdims=True)
-                self._add(name, f"Softmax ({a})", values, values * np.expm1(2 * e.max(1, keepdims=True)))
-            case 6:
-                axis = self.constants[f"{name}axis"] = np.array([1])
-                mean = np.broadcast_to(x.mean(axis[0], keepdims=True), x.shape)
-                error = np.broadcast_to(e.mean(1, keepdims=True), x.shape)
-                self.constants[f"{name}size"] = np.array(x.shape)
-                self.text += f"{name}m = ReduceMean <keepdims=1> ({a}, {name}axis)\n"
-                self._add(name, f"Expand ({name}m, {name}size)", mean, error)
-            case _:
-                self._add(name, f"Sigmoid ({a})", 1 / (1 + np.exp(-x)), e / 4 + 2 * self._unit)
-
-
-@BODIES
-@pytest.mark.parametrize("seed", range(20))
-def test_random_graphs_are_off_by_their_roundings(seed: int, body: BodyType, tmp_path: Path) -> None:
-    drawn = Drawn(seed, UNIT[body])
-    source = written(tmp_path / "m.onnx", drawn.text, **drawn.constants)
-    largest = largest_values(source, [drawn.inputs])
-    assert {largest[name] for name in ("x", "u")} == {float(np.abs(each).max()) for each in drawn.inputs.values()}
-    _, path = typed(source, body, largest)
-    if body is BodyType.BF16:
-        write_widened(path, path := path.with_name("widened.onnx"))
-    found = outcome(path, **drawn.inputs)
-    for name in drawn.outputs:
-        values, error = drawn.tensors[name]
-        assert (np.abs(found[name] - values) <= error).all(), name
-        assert (error <= 0.5 * max(1.0, np.abs(values).max())).all(), "a bound that says nothing"
 
 
 def test_what_is_told_of_a_body() -> None:
