@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
+from normfuse.export.narrow_numbers import NUMBERS
 from normfuse.quant.target import BodyType
 
 __all__ = ["TypedBody", "write_body"]
@@ -47,39 +47,6 @@ FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.B
 
 BFLOAT16_OPSET: Final = 22
 """The first in which convolutions and pools have bfloat16; they compute what they do in 21."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """A type of floats in ONNX and in numpy."""
-
-    onnx: ir.DataType
-    numpy: np.dtype[Any]
-
-    @property
-    def _limits(self) -> Any:
-        return ml_dtypes.finfo(self.numpy)  # type: ignore[no-untyped-call]
-
-    @property
-    def largest(self) -> float:
-        """The largest finite number."""
-        return float(self._limits.max)
-
-    @property
-    def smallest(self) -> float:
-        """The smallest normal number."""
-        return float(self._limits.smallest_normal)
-
-    @property
-    def smallest_scale(self) -> float:
-        """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
-        return max(float(self._limits.smallest_subnormal) * 512, 2.0**-126)
-
-
-NUMBERS: Final = {
-    BodyType.FP16: _Numbers(ir.DataType.FLOAT16, np.dtype(np.float16)),
-    BodyType.BF16: _Numbers(ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,28 +158,10 @@ class _Typing:
         """Return what the type does not hold of a constant or of the scale of codes, moved or not; empty: nothing."""
         source = _unmoved(value)
         if source.const_value is not None:
-            return self._unfit_constant(source.const_value.numpy()) if _is_float(source) else ""
+            return self._body.unfit(source.const_value.numpy()) if _is_float(source) else ""
         made = source.producer()
-        return self._unfit_scale(made) if made is not None and made.op_type == "DequantizeLinear" else ""
-
-    def _unfit_constant(self, constant: Any) -> str:
-        """Return what of a constant the type does not hold: a finite number, or anything but zeros."""
-        sizes = np.abs(constant[np.isfinite(constant)].astype(np.float64))
-        if sizes.size and sizes.max() > self._body.largest:
-            return f"a constant of {sizes.max():.3g}"
-        if sizes.any() and sizes.max() < self._body.smallest:
-            return f"a constant of {sizes.max():.3g}"
-        return ""
-
-    def _unfit_scale(self, node: ir.Node) -> str:
-        scale = node.inputs[1]
-        assert scale is not None
-        assert scale.const_value is not None
-        found = scale.const_value.numpy()
-        unfit = [
-            each for each in (found.min(), found.max()) if not self._body.smallest_scale <= each <= self._body.largest
-        ]
-        return f"a scale of {unfit[0]:.3g}" if unfit else ""
+        is_dequantized = made is not None and made.op_type == "DequantizeLinear"
+        return self._body.unfit_scale(_scale(made)) if is_dequantized and made is not None else ""
 
     def _retype(self, node: ir.Node) -> None:
         if node.op_type == "DequantizeLinear":  # written anew in the type of each reader
@@ -269,7 +218,7 @@ class _Typing:
         source, scale = node.inputs[:2]
         assert source is not None
         assert scale is not None
-        if self._unfit_scale(node):
+        if self._body.unfit_scale(_scale(node)):
             self._read(node, 0, ir.DataType.FLOAT)
         elif source.const_value is not None or _is_dequantized(source):
             self._read(node, 0, ir.DataType.FLOAT if self._unfit(source) else self._body.onnx)
@@ -282,8 +231,7 @@ class _Typing:
         """Return a scale in a type, its value rounded to the body's where that holds it."""
         assert scale.const_value is not None
         exact = scale.const_value.numpy()
-        holds = exact.min() >= self._body.smallest_scale and exact.max() <= self._body.largest
-        rounded = exact.astype(self._body.numpy) if holds else exact
+        rounded = exact if self._body.unfit_scale(exact) else exact.astype(self._body.numpy)
         kind = self._body.numpy if dtype is self._body.onnx else np.dtype(np.float32)
         return self._constant(scale, rounded.astype(kind), dtype)
 
@@ -410,6 +358,14 @@ def _ends_floats(node: ir.Node) -> bool:
 def _is_dequantized(value: ir.Value) -> bool:
     made = value.producer()
     return made is not None and made.op_type == "DequantizeLinear"
+
+
+def _scale(quantizer: ir.Node) -> Any:
+    """Return the numbers of a quantizer's scale."""
+    scale = quantizer.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    return scale.const_value.numpy()
 
 
 def _unmoved(value: ir.Value) -> ir.Value:
