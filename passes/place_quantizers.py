@@ -173,14 +173,16 @@ def _outputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
 
 
 def _skips(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
-    """Return what is added to the output of a convolution (2); of two convolutions' outputs, the second."""
+    """Return what is added to a convolution's output (3) and not requested yet; of two such outputs, the second."""
     wishes = []
     for node in graph.nodes:
         if not query.is_call(node, ops.ADD):
             continue
         made = [query.is_call(value, *ops.CONVOLUTIONS) and value not in refused for value in node.args[:2]]
         skip = node.args[1] if made[0] else node.args[0] if any(made) else None
-        if isinstance(skip, fx.Node) and not query.is_constant(skip) and query.dtype(skip) is torch.float32:
+        if not isinstance(skip, fx.Node) or query.is_constant(skip) or is_requested(skip):
+            continue
+        if query.dtype(skip) is torch.float32:
             wishes.append(_Wish("skip", skip, (node,)))
     return wishes
 

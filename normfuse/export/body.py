@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
+from normfuse.export.narrow_numbers import NUMBERS
 from normfuse.quant.target import BodyType
 
 __all__ = ["TypedBody", "write_body"]
@@ -47,39 +47,6 @@ FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.B
 
 BFLOAT16_OPSET: Final = 22
 """The first in which convolutions and pools have bfloat16; they compute what they do in 21."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """A type of floats in ONNX and in numpy."""
-
-    onnx: ir.DataType
-    numpy: np.dtype[Any]
-
-    @property
-    def _limits(self) -> Any:
-        return ml_dtypes.finfo(self.numpy)  # type: ignore[no-untyped-call]
-
-    @property
-    def largest(self) -> float:
-        """The largest finite number."""
-        return float(self._limits.max)
-
-    @property
-    def smallest(self) -> float:
-        """The smallest normal number."""
-        return float(self._limits.smallest_normal)
-
-    @property
-    def smallest_scale(self) -> float:
-        """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
-        return max(float(self._limits.smallest_subnormal) * 512, 2.0**-126)
-
-
-NUMBERS: Final = {
-    BodyType.FP16: _Numbers(ir.DataType.FLOAT16, np.dtype(np.float16)),
-    BodyType.BF16: _Numbers(ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +99,8 @@ def _saved(model: ir.Model, path: Path, found: TypedBody) -> TypedBody:
     data = path.with_name(f"{path.name}.data")
     constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     is_large = constants > 1_800_000_000
+    if not is_large:
+        ir.external_data.load_to_model(model)
     ir.save(model, path, external_data=data.name if is_large else None)
     onnx.checker.check_model(str(path), full_check=not is_large)
     return found
@@ -148,6 +117,8 @@ class _Typing:
         self._casts = dict[tuple[ir.Value, ir.DataType], ir.Value]()
         self._values = dict[tuple[ir.Node, ir.DataType], ir.Value]()
         self._captured = {value for node in self._graph for value in _captured(node)}
+        self._names = {value.name for value in _values(self._graph)}
+        self._constants = dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
     def run(self) -> TypedBody:
         computing = [node for node in self._graph if self._computes_floats(node)]
@@ -173,7 +144,7 @@ class _Typing:
         """Return why a node computes in float32; empty where its operator always does, None where it does not."""
         if node.op_type in WIDE:
             return ""
-        if node.domain or _captured(node) or any(value in self._captured for value in node.outputs):
+        if node.domain or _branches(node) or any(value in self._captured for value in node.outputs):
             return "it is no standard operator outside of branches"
         limit = self._body.largest / HEADROOM
         for value in (*node.inputs, *node.outputs):
@@ -181,34 +152,20 @@ class _Typing:
                 continue
             if value.const_value is None and (seen := self._largest.get(value.name or "", 0.0)) > limit:
                 return f"values up to {seen:.3g}"
-            if value.const_value is not None and (told := self._unfit(value.const_value.numpy())):
-                return told
-        return next((told for value in node.inputs if (told := self._unfit_scale(value))), None)
+        return next((told for value in node.inputs if value is not None and (told := self._unfit(value))), None)
 
-    def _unfit(self, constant: Any) -> str:
-        """Return what of a constant the type does not hold: a finite number, or anything but zeros."""
-        sizes = np.abs(constant[np.isfinite(constant)].astype(np.float64))
-        if sizes.size and sizes.max() > self._body.largest:
-            return f"a constant of {sizes.max():.3g}"
-        if sizes.any() and sizes.max() < self._body.smallest:
-            return f"a constant of {sizes.max():.3g}"
-        return ""
-
-    def _unfit_scale(self, value: ir.Value | None) -> str:
-        node = None if value is None else _maker(value)
-        if node is None or node.op_type != "DequantizeLinear":
-            return ""
-        scale = node.inputs[1]
-        assert scale is not None
-        assert scale.const_value is not None
-        found = scale.const_value.numpy()
-        unfit = [
-            each for each in (found.min(), found.max()) if not self._body.smallest_scale <= each <= self._body.largest
-        ]
-        return f"a scale of {unfit[0]:.3g}" if unfit else ""
+    def _unfit(self, value: ir.Value) -> str:
+        """Return what the type does not hold of a constant or of the scale of codes, moved or not; empty: nothing."""
+        source = _unmoved(value)
+        if source.const_value is not None:
+            return self._body.unfit(source.const_value.numpy()) if _is_float(source) else ""
+        made = source.producer()
+        is_dequantized = made is not None and made.op_type == "DequantizeLinear"
+        return self._body.unfit_scale(_scale(made)) if is_dequantized and made is not None else ""
 
     def _retype(self, node: ir.Node) -> None:
         if node.op_type == "DequantizeLinear":  # written anew in the type of each reader
+            self._retype_shown(node)
             return
         if node.op_type == "QuantizeLinear":
             self._retype_quantizer(node)
@@ -227,13 +184,19 @@ class _Typing:
             if value.dtype is ir.DataType.FLOAT and self._allows(node, index, wanted, of_outputs=True):
                 value.type = ir.TensorType(wanted)
 
+    def _retype_shown(self, node: ir.Node) -> None:
+        """Let values of codes that stay, being an output or read in branches, be of the scale that the codes have."""
+        value, scale = node.outputs[0], node.inputs[1]
+        assert scale is not None
+        if value in self._captured or value.is_graph_output():
+            node.replace_input_with(1, self._scale(scale, ir.DataType.FLOAT))
+            self._values[node, ir.DataType.FLOAT] = value
+
     def _type(self, node: ir.Node, floats: list[int]) -> ir.DataType:
         """Return what a node computes in."""
-        if node in self._reasons or _captured(node):
+        if node in self._reasons or any(value in self._captured for value in node.outputs):
             return ir.DataType.FLOAT
-        if any(value in self._captured for value in node.outputs):
-            return ir.DataType.FLOAT
-        if node.op_type == "ConstantOfShape":
+        if node.op_type in ("Constant", "ConstantOfShape") or "dtype" in node.attributes:  # the file says their type
             return ir.DataType.FLOAT
         if (node.op_type not in MOVES and not _ends_floats(node)) or floats[:1] != [0]:
             return self._body.onnx
@@ -242,18 +205,25 @@ class _Typing:
         if source.const_value is None and not _is_dequantized(source):
             assert source.dtype is not None
             return source.dtype
-        read_wide = any(reader in self._reasons for value in node.outputs for reader in value.consumers())
-        return ir.DataType.FLOAT if read_wide else self._body.onnx
+        is_wide = self._unfit(source) or self._is_read_wide(node)
+        return ir.DataType.FLOAT if is_wide else self._body.onnx
+
+    def _is_read_wide(self, node: ir.Node) -> bool:
+        """Return whether a wide node reads what a node makes, at once or moved."""
+        readers = [reader for value in node.outputs for reader in value.consumers()]
+        return any(each in self._reasons or (each.op_type in MOVES and self._is_read_wide(each)) for each in readers)
 
     def _retype_quantizer(self, node: ir.Node) -> None:
         """Let a quantizer's scale have the type of what it reads, and a value that the body's type has (3)."""
         source, scale = node.inputs[:2]
         assert source is not None
         assert scale is not None
-        if source.const_value is not None or _is_dequantized(source):
-            self._read(node, 0, self._body.onnx)
-            source = node.inputs[0]
-            assert source is not None
+        if self._body.unfit_scale(_scale(node)):
+            self._read(node, 0, ir.DataType.FLOAT)
+        elif source.const_value is not None or _is_dequantized(source):
+            self._read(node, 0, ir.DataType.FLOAT if self._unfit(source) else self._body.onnx)
+        source = node.inputs[0]
+        assert source is not None
         assert source.dtype is not None
         node.replace_input_with(1, self._scale(scale, source.dtype))
 
@@ -261,8 +231,7 @@ class _Typing:
         """Return a scale in a type, its value rounded to the body's where that holds it."""
         assert scale.const_value is not None
         exact = scale.const_value.numpy()
-        holds = exact.min() >= self._body.smallest_scale and exact.max() <= self._body.largest
-        rounded = exact.astype(self._body.numpy) if holds else exact
+        rounded = exact if self._body.unfit_scale(exact) else exact.astype(self._body.numpy)
         kind = self._body.numpy if dtype is self._body.onnx else np.dtype(np.float32)
         return self._constant(scale, rounded.astype(kind), dtype)
 
@@ -288,7 +257,7 @@ class _Typing:
         if key not in self._casts:
             cast = _node("Cast", [value], {"to": ir.AttrInt64("to", int(dtype))}, like=made)
             self._place(cast, behind=made)
-            self._casts[key] = _named(cast, f"{value.name}_{_short(dtype)}", dtype)
+            self._casts[key] = _named(cast, self._name(value, dtype), dtype)
         return self._casts[key]
 
     def _dequantized(self, node: ir.Node, dtype: ir.DataType) -> ir.Value:
@@ -299,17 +268,26 @@ class _Typing:
             again = _node("DequantizeLinear", [codes, self._scale(scale, dtype), *zero], node.attributes, like=node)
             again.name = f"{node.name}_{_short(dtype)}"
             self._place(again, behind=node)
-            self._values[key] = _named(again, f"{node.outputs[0].name}_{_short(dtype)}", dtype)
+            self._values[key] = _named(again, self._name(node.outputs[0], dtype), dtype)
         return self._values[key]
 
     def _constant(self, like: ir.Value, numbers: Any, dtype: ir.DataType) -> ir.Value:
-        name = f"{like.name}_{_short(dtype)}"
-        known = self._graph.initializers
-        if name not in known:
+        key = (like, dtype)
+        if key not in self._constants:
+            name = self._name(like, dtype)
             const = ir.tensor(numbers, dtype=dtype, name=name)
             value = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(dtype), const_value=const)
             self._graph.register_initializer(value)
-        return known[name]
+            self._constants[key] = value
+        return self._constants[key]
+
+    def _name(self, like: ir.Value, dtype: ir.DataType) -> str:
+        """Return a name that no tensor has yet."""
+        name = f"{like.name}_{_short(dtype)}"
+        while name in self._names:
+            name = f"{name}_"
+        self._names.add(name)
+        return name
 
     def _place(self, node: ir.Node, *, behind: ir.Node | None) -> None:
         if behind is None:
@@ -324,6 +302,7 @@ class _Typing:
             return
         name, dtype = output.name, output.dtype
         assert dtype is not None
+        narrow = self._name(output, dtype)
         cast = _node("Cast", [output], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT))}, like=made)
         self._place(cast, behind=made)
         kept = cast.outputs[0]
@@ -331,7 +310,7 @@ class _Typing:
         for index, each in enumerate(self._graph.outputs):
             if each is output:
                 self._graph.outputs[index] = kept
-        output.name, kept.name = f"{name}_{_short(dtype)}", name
+        output.name, kept.name, cast.name = narrow, name, f"{name}/Cast"
 
     def _allows(self, node: ir.Node, index: int, dtype: ir.DataType, *, of_outputs: bool) -> bool:
         """Return whether ONNX allows an input or output of a node in a type (4)."""
@@ -352,7 +331,17 @@ class _Typing:
             if not value.uses() and not value.is_graph_output():
                 del self._graph.initializers[name]
         for value in self._graph.initializers.values():
-            value.type = value.shape = None  # the tensor says them
+            if not value.is_graph_output():
+                value.type = value.shape = None  # the tensor says them
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield all tensors of a graph, those in its branches too."""
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in graph.all_nodes():
+        yield from node.outputs
+        for branch in _branches(node):
+            yield from (*branch.inputs, *branch.initializers.values())
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -371,19 +360,30 @@ def _is_dequantized(value: ir.Value) -> bool:
     return made is not None and made.op_type == "DequantizeLinear"
 
 
-def _maker(value: ir.Value) -> ir.Node | None:
-    """Return the node that makes a tensor, before it was moved."""
-    made = value.producer()
-    while made is not None and made.op_type in MOVES and made.inputs[0] is not None:
-        made = made.inputs[0].producer()
-    return made
+def _scale(quantizer: ir.Node) -> Any:
+    """Return the numbers of a quantizer's scale."""
+    scale = quantizer.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    return scale.const_value.numpy()
+
+
+def _unmoved(value: ir.Value) -> ir.Value:
+    """Return a tensor before it was moved."""
+    while (made := value.producer()) is not None and made.op_type in MOVES and made.inputs[0] is not None:
+        value = made.inputs[0]
+    return value
 
 
 def _captured(node: ir.Node) -> list[ir.Value]:
     """Return the tensors from outside that the branches of a node read."""
-    inner = [each for attribute in node.attributes.values() for each in _graphs(attribute)]
+    inner = _branches(node)
     read = [value for graph in inner for each in graph.all_nodes() for value in each.inputs if value is not None]
     return [value for value in read if value.graph is node.graph]
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    return [each for attribute in node.attributes.values() for each in _graphs(attribute)]
 
 
 def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:

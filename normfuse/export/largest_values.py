@@ -17,11 +17,15 @@ __all__ = ["largest_values"]
 
 PREFIX: Final = "normfuse_largest_"
 
+MOST: Final = float(np.finfo(np.float32).max)
+
 
 def largest_values(path: Path, samples: Iterable[Mapping[str, Any]], *, threads: int = 1) -> dict[str, float]:
-    """Return the largest magnitude of every float32 tensor that an ONNX file computes, by the tensor's name (ours).
+    """Return the largest finite magnitude of every float32 tensor of an ONNX file, by the tensor's name (ours).
 
-    Each tensor gets the maximum of its magnitudes as an output more, so nothing but single numbers is kept.
+    Each tensor gets the maximum of its magnitudes as an output more, so nothing but single numbers is kept. Infinities
+    (of masks) and what is not a number have none, since every type of floats holds them, and hide no other; a tensor
+    without elements, or of no sample, has 0. Constants are not watched.
 
     Args:
         path: the file.
@@ -31,10 +35,11 @@ def largest_values(path: Path, samples: Iterable[Mapping[str, Any]], *, threads:
     model = ir.load(path)
     ShapeInferencePass(data_prop=False)(model)
     watched = dict[str, str]()
+    bounds = [_constant(model.graph, f"{PREFIX}{name}", size) for name, size in (("zero", 0.0), ("most", MOST))]
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if value.dtype is ir.DataType.FLOAT and value.name:
             watched[f"{PREFIX}{len(watched)}"] = value.name
-            _watch(model.graph, value, list(watched)[-1])
+            _watch(model.graph, value, list(watched)[-1], *bounds)
     found = dict.fromkeys(watched.values(), 0.0)
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         opened = Path(folder) / "watched.onnx"
@@ -48,10 +53,21 @@ def largest_values(path: Path, samples: Iterable[Mapping[str, Any]], *, threads:
     return found
 
 
-def _watch(graph: ir.Graph, value: ir.Value, name: str) -> None:
+def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    const = ir.tensor(np.float32(number), name=name)
+    value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT), const_value=const)
+    graph.register_initializer(value)
+    return value
+
+
+def _watch(graph: ir.Graph, value: ir.Value, name: str, zero: ir.Value, most: ir.Value) -> None:
     size = ir.node("Abs", [value])
-    most = ir.node("ReduceMax", [size.outputs[0]], attributes={"keepdims": 0})
-    size.outputs[0].name, most.outputs[0].name = f"{name}_of", name
-    most.outputs[0].type, most.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-    graph.extend([size, most])
-    graph.outputs.append(most.outputs[0])
+    is_finite = ir.node("LessOrEqual", [size.outputs[0], most])
+    finite = ir.node("Where", [is_finite.outputs[0], size.outputs[0], zero])
+    largest = ir.node("ReduceMax", [finite.outputs[0]], attributes={"keepdims": 0})
+    for node, role in ((size, "size"), (is_finite, "is_finite"), (finite, "finite")):
+        node.outputs[0].name = f"{name}_{role}"
+    made = largest.outputs[0]
+    made.name, made.type, made.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+    graph.extend([size, is_finite, finite, largest])
+    graph.outputs.append(made)

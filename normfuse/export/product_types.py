@@ -9,7 +9,7 @@ from typing import Any, Final
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-from normfuse.export.lint.reading import block_size, code_type, constant, maker
+from normfuse.export.lint.reading import block_size, code_type, constant, is_of_weights, unmoved
 
 __all__ = ["ProductType", "product_types"]
 
@@ -64,24 +64,29 @@ def _read(node: ir.Node) -> ProductType:
     left, right = node.inputs[0], node.inputs[1]
     assert left is not None
     assert right is not None
-    made = maker(right)
-    is_dequantized = made is not None and made.op_type == "DequantizeLinear"
-    held = made.inputs[0] if is_dequantized and made is not None else right
+    made = _dequantizer(right)
     return ProductType(
         node=node.name or "",
         layer=node.metadata_props.get("normfuse.layer") or node.name or "",
         operator=node.op_type,
         left=_type(left),
         right=_type(right),
-        has_weight=constant(held) is not None,
-        block=block_size(made) if is_dequantized and made is not None else 0,
+        has_weight=constant(unmoved(right)) is not None if made is None else is_of_weights(made),
+        block=0 if made is None else block_size(made),
     )
+
+
+def _dequantizer(value: ir.Value) -> ir.Node | None:
+    """Return what makes the values of codes, before they were moved."""
+    source = unmoved(value)
+    made = None if source is None else source.producer()
+    return made if made is not None and made.op_type == "DequantizeLinear" else None
 
 
 def _type(value: ir.Value) -> str:
     """Return the type of a tensor, or of the codes that it stands for."""
-    made = maker(value)
-    found = code_type(made) if made is not None and made.op_type == "DequantizeLinear" else value.dtype
+    made = _dequantizer(value)
+    found = value.dtype if made is None else code_type(made)
     if found is None and value.const_value is not None:
         found = value.const_value.dtype
     return NAMES.get(found, str(found).lower()) if found is not None else "unknown"

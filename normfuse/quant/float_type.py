@@ -40,7 +40,7 @@ def code_type(text: str) -> CodeType:
     """
     if text == str(FLOAT8):
         return FLOAT8
-    found = re.fullmatch(r"(u?)int(\d+)(-narrow)?", text)
+    found = re.fullmatch(r"(u?)int([0-9]+)(-narrow)?", text)
     if found is None:
         raise InternalError(f"{text} is no type of codes", where="code_type")
     unsigned, bits, narrow = found.groups()

@@ -33,6 +33,9 @@ __all__ = [
     "to_values",
 ]
 
+SUBNORMAL_EXPONENT: Final = -9
+"""The step between the smallest 8-bit floats is 2 to that; between others of an octave it is an eighth of its start."""
+
 EXACT_IN_FLOAT32: Final = 1 << 24
 """Integers up to here are exact in float32, so shorter code ranges saturate without widening."""
 
@@ -112,7 +115,12 @@ def to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, minimum: int, maximum
 
 def to_float8(x: Tensor, scale: Tensor) -> Tensor:
     """Return 8-bit floats for ``x`` by scales of its type that broadcast to its shape; NaN stays NaN."""
-    return (x / scale).clamp(FLOAT8.minimum, FLOAT8.maximum).to(FLOAT8.torch_dtype)
+    quotient = (x / scale).clamp(FLOAT8.minimum, FLOAT8.maximum)
+    if quotient.dtype is torch.float64:  # torch goes by way of float32, which would round twice
+        _, exponent = torch.frexp(quotient)
+        step = torch.ldexp(torch.ones_like(quotient), (exponent - 4).clamp(min=SUBNORMAL_EXPONENT))
+        quotient = torch.round(quotient / step) * step
+    return quotient.to(FLOAT8.torch_dtype)
 
 
 def to_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ __all__ = ["Agreement", "ProductAgreement", "TensorAgreement", "compare_codes", 
 
 QUANTIZERS: Final = (QUANTIZE, QUANTIZE_FLOAT8)
 
+FARTHEST: Final = 2 * 0x7E
+"""How many 8-bit floats there are from the smallest to the largest, counted as differences."""
+
 SHOWN: Final = "_shown"
 """Behind the name of 8-bit floats: the same as floats."""
 
@@ -228,11 +231,13 @@ class _Forcing:
 def _steps_between(found: Tensor, expected: Tensor) -> Tensor:
     """Return how many codes 8-bit floats are apart; near zero, where codes are dense, in steps of an int8 (ours).
 
-    What rounds sums of large numbers moves small results by many of their own steps, and nothing by that.
+    What rounds sums of large numbers moves small results by many of their own steps, and nothing by that. Where only
+    one of the two is a number they are as far apart as any.
     """
     codes = (_order(found) - _order(expected)).abs()
     steps = (found.float() - expected.float()).abs() * (INT8_NARROW.maximum / FLOAT8.maximum)
-    return torch.minimum(codes, steps.ceil().int())
+    near = torch.minimum(codes, steps.nan_to_num().ceil().int())
+    return torch.where(found.isnan() == expected.isnan(), near, FARTHEST)
 
 
 def _order(floats: Tensor) -> Tensor:

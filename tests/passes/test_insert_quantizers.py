@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from normfuse.export.placement import X86_VNNI
+from normfuse.export.placement import X86_VNNI, tensorrt_placement
 from normfuse.graph import Graph, capture, ops, query, verify
 from normfuse.graph.quantization import requests
-from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, UNPACK
+from normfuse.kernels.ops import DEQUANTIZE, GROUPED_LINEAR, QUANTIZE, QUANTIZE_FLOAT8, UNPACK
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.insert_quantizers import InsertQuantizers
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.precision import round_all_to_nearest
 from normfuse.quant import IntegerType, QuantParams, Range, WeightClip, asymmetric, quantize_dequantize, weight_params
+from normfuse.quant.bits import Bits
+from normfuse.quant.float_type import FLOAT8
+from normfuse.quant.target import EightBits
 from normfuse.report import Reason
 from normfuse.testing import (
     Golden,
@@ -202,3 +205,36 @@ def test_a_scale_per_group_behind_float_activations() -> None:
         for name, node in zip("abc", ("linear", "linear_1", "linear_2"), strict=True):
             getattr(model, name).weight.copy_(step.weights[node].values)
     assert distance(grouped.run(x), [model(x)]) < 1e-6
+
+
+@pytest.mark.parametrize("eight", list(EightBits))
+@pytest.mark.parametrize("shape", [(4, 9), (3, 5, 9)])
+def test_on_tensorrt_codes_are_symmetric_and_biases_are_added_as_floats(
+    shape: tuple[int, ...], eight: EightBits
+) -> None:
+    x = sample(*shape)
+    layer = nn.Linear(9, 4)
+    model = randomized(Small(lambda m, x: m.layer(x), layer=layer))
+    graph = capture(model, (x,))
+    PlaceQuantizers(placement=tensorrt_placement(Bits(8, 8), eight)).run(graph)
+    found = round_all_to_nearest(graph, observed_ranges(graph, x))
+    step = InsertQuantizers(activations=found.activations, weights=found.weights, biases_stay_float=True)
+    assert check_pass_contract(step, graph, (x,)).applied == {"activation": 1, "weight": 1}
+    tolerance = fold_tolerance(graph, x)
+    step.run(graph)
+    verify(graph)
+    (product,) = (node for node in graph.nodes if query.is_call(node, ops.LINEAR))
+    assert all(query.is_call(node, DEQUANTIZE) for node in product.args[:2])
+    assert query.constant(graph, product.args[2]).dtype is torch.float32  # type: ignore[arg-type]
+    operator = QUANTIZE_FLOAT8 if eight is EightBits.FP8 else QUANTIZE
+    (quantizer,) = (node for node in graph.nodes if query.is_call(node, operator))
+    kind = FLOAT8.torch_dtype if eight is EightBits.FP8 else torch.int8
+    held = [query.constant(graph, node) for node in (quantizer.args[2], product.args[1].args[0])]  # type: ignore[arg-type, union-attr]
+    assert [each.dtype for each in held] == [kind, kind]
+    assert not held[0].float().any(), "zero stands at 0"
+    (params,) = found.activations.values()
+    assert isinstance(params, QuantParams)
+    (weight,) = found.weights.values()
+    expected = F.linear(quantize_dequantize(x, params), weight.values, layer.bias.detach())
+    assert float((graph.run(x)[0] - expected).abs().max()) <= tolerance
+    assert distance(graph.run(x), [model(x)]) < (0.1 if eight is EightBits.FP8 else 0.05), "8 bits"

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normfuse.export.placement import X86_VNNI
+from normfuse.export.placement import X86_VNNI, tensorrt_placement
 from normfuse.graph import Graph, capture, ops, query
 from normfuse.graph.quantization import is_requested, requests
 from normfuse.passes.canonicalize import Canonicalize
 from normfuse.passes.place_quantizers import PlaceQuantizers
 from normfuse.quant import IntegerType
+from normfuse.quant.bits import Bits
+from normfuse.quant.float_type import FLOAT8
+from normfuse.quant.target import EightBits
 from normfuse.report import PassReport, Reason
 from normfuse.testing import Golden, Small, check_pass_contract, picture, randomized, seeded
 
@@ -172,3 +175,80 @@ def test_what_no_product_reads_has_the_codes_of_what_is_written() -> None:
     for each in found:
         reads = any(query.is_call(reader, ops.LINEAR, *ops.CONVOLUTIONS) for reader in each.readers)
         assert each.type == (narrow if reads else wide)
+
+
+ON_TENSORRT = PlaceQuantizers(placement=tensorrt_placement(Bits(8, 8)))
+FLOATS_ON_TENSORRT = PlaceQuantizers(placement=tensorrt_placement(Bits(8, 8), EightBits.FP8))
+
+SKIPS = [
+    pytest.param(lambda m, x: (m.a(x) + x).relu(), ["x"], id="the input"),
+    pytest.param(lambda m, x: (x.tanh() + m.a(x)).relu(), ["tanh"], id="on the left"),
+    pytest.param(lambda m, x: (m.a(x) + m.b(x)).relu(), ["conv1d_1"], id="of two, the second"),
+    pytest.param(lambda m, x: (m.a(x) + x.tanh()) + x, ["tanh"], id="a sum is no convolution"),
+    pytest.param(lambda m, x: m.a(x).relu() + x, [], id="what is behind a ReLU is none"),
+    pytest.param(lambda m, x: m.a(x) + m.w, [], id="a constant"),
+    pytest.param(lambda m, x: m.a(x) + 1.0, [], id="a number"),
+    pytest.param(lambda m, x: m.narrow(x) + x, [], id="a convolution that stays float"),
+    pytest.param(lambda m, x: x.tanh() + x, [], id="no convolution"),
+    pytest.param(lambda m, x: m.a(x) - x, [], id="a difference"),
+]
+
+
+@pytest.mark.parametrize(("function", "skips"), SKIPS)
+def test_what_is_added_to_a_convolution_has_codes(function: Any, skips: list[str]) -> None:
+    parts: dict[str, Any] = {name: nn.Conv1d(8, 8, 1) for name in "ab"}
+    parts |= {"narrow": nn.Conv1d(8, 8, 3, padding=1, groups=8), "w": sample(8, 5)}
+    x = sample(2, 8, 5)
+    graph = ready(randomized(Small(function, **parts)), x)
+    expected = graph.run(x)
+    assert check_pass_contract(ON_TENSORRT, graph, (x,))
+    report = ON_TENSORRT.run(graph)
+    assert torch.equal(graph.run(x)[0], expected[0])
+    found = [each.source.name for each in requests(graph) if any(r.target is ops.ADD for r in each.readers)]
+    assert found == skips
+    assert report.applied.get("skip", 0) == len(skips)
+    for node in of(graph, ops.CONV1D):
+        behind = [reader for reader in query.readers(node) if is_requested(reader)]
+        assert bool(behind) == (node.name in skips), "a convolution writes floats"
+
+
+def test_the_second_of_two_convolutions_codes_are_read_in_the_sum_alone() -> None:
+    parts: dict[str, Any] = {name: nn.Conv1d(8, 8, 1) for name in "ab"}
+    graph, _ = placed(lambda m, x: (m.a(x) + m.b(x)).relu(), sample(2, 8, 5), step=ON_TENSORRT, **parts)
+    (total,) = of(graph, ops.ADD)
+    assert [is_requested(operand) for operand in total.args[:2]] == [False, True]
+
+
+def test_a_skip_shares_its_codes_with_the_convolution_that_reads_it() -> None:
+    graph, _ = placed(lambda m, x: (m.a(x) + x).relu(), sample(2, 8, 5), step=ON_TENSORRT, a=nn.Conv1d(8, 8, 1))
+    (request,) = requests(graph)
+    assert {reader.target for reader in request.readers} == {ops.CONV1D, ops.ADD}
+    assert (request.type, request.is_symmetric) == (IntegerType(8, signed=True), True)
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_DOUBLE)
+def test_skips_of_other_types_stay(dtype: torch.dtype) -> None:
+    x = sample(2, 8, 5).to(dtype)
+    graph = ready(Small(lambda m, x: m.a(x) + x, a=nn.Conv1d(8, 8, 1)).to(dtype), x)
+    ON_TENSORRT.run(graph)
+    assert not requests(graph)
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    scores: Tensor = m.q(x) @ m.k(x).transpose(-1, -2)
+    mixed: Tensor = scores.softmax(-1) @ m.v(x)
+    return mixed
+
+
+def test_of_8_bit_floats_are_linear_maps_and_products_of_attention_but_no_convolutions() -> None:
+    parts: dict[str, Any] = {name: nn.Linear(8, 9) for name in "qkv"}
+    graph, report = placed(
+        lambda m, x: attention(m, m.c(x)), sample(2, 5, 8), step=FLOATS_ON_TENSORRT, c=nn.Conv1d(5, 6, 1), **parts
+    )
+    assert report.applied == {"linear": 3, "operand": 4}
+    assert [(each.reason, each.detail) for each in report.refused] == [
+        (Reason.NO_KERNEL, "a convolution of 8-bit floats")
+    ]
+    assert {each.type for each in requests(graph)} == {FLOAT8}
+    assert all(is_requested(operand) for node in of(graph, ops.MATMUL) for operand in node.args[:2])
+    assert not any(is_requested(node.args[0]) for node in of(graph, ops.CONV1D))

@@ -27,6 +27,7 @@ from normfuse.quant import (
     quantize,
     symmetric,
 )
+from normfuse.quant.float_type import FLOAT8
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 TYPES = st.sampled_from([INT4, UINT4, INT8, INT8_NARROW, UINT8, IntegerType(2, signed=True)])
@@ -128,3 +129,47 @@ def test_impossible_magnitudes_are_refused(magnitude: float | Tensor) -> None:
 def test_unsigned_cannot_be_symmetric() -> None:
     with pytest.raises(UsageError, match="signed"):
         symmetric(1.0, UINT8)
+
+
+@pytest.mark.parametrize("magnitude", [448.0, 1.0, 3.7e5, 1e30, 448 * 2.0**-14])
+def test_the_largest_8_bit_float_stands_for_the_magnitude(magnitude: float) -> None:
+    params = symmetric(magnitude, FLOAT8)
+    assert params.scale.item() == pytest.approx(magnitude / 448, rel=2.0**-23)
+    assert params.zero_point.item() == 0
+    assert params.largest.item() == -params.smallest.item() == pytest.approx(magnitude, rel=2.0**-23)
+    assert params.stored_zero_point.dtype is torch.float8_e4m3fn
+    assert dequantize(quantize(torch.tensor([magnitude]), params), params).item() == pytest.approx(magnitude, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "raised"),
+    [
+        pytest.param(2.0**-14, 2.0**-14, id="float16 holds it"),
+        pytest.param(2.0**-15, 2.0**-14, id="one octave below"),
+        pytest.param(0.7 * 2.0**-14, 2.0**-14, id="part of one"),
+        pytest.param(2.0**-18, 2.0**-14, id="four"),
+        pytest.param(2.0**-19, 2.0**-15, id="five: as far as it may"),
+        pytest.param(2.0**-40, 2.0**-36, id="many"),
+    ],
+)
+def test_small_scales_of_8_bit_floats_are_raised_four_octaves_at_most(scale: float, raised: float) -> None:
+    magnitude = 448 * scale
+    params = symmetric(magnitude, FLOAT8)
+    assert params.scale.item() == raised
+    assert params.largest.item() >= magnitude
+    # The largest keep their four digits of mantissa.
+    x = torch.linspace(1 / 64, 1, 67) * magnitude
+    error = (dequantize(quantize(x, params), params) - x).abs()
+    subnormal = raised * 2.0**-10
+    assert bool((error <= torch.maximum(x * 2.0**-4, torch.tensor(subnormal))).all())
+
+
+def test_each_channel_is_raised_by_itself_and_dead_ones_are_as_their_neighbours() -> None:
+    magnitudes = torch.tensor([448.0, 448 * 2.0**-16, 0.0, 448 * 2.0**-30])
+    params = symmetric(magnitudes, FLOAT8, PerChannel(0))
+    assert params.scale.tolist() == [1.0, 2.0**-14, 1.0, 2.0**-26]
+    assert symmetric(0.0, FLOAT8).scale.item() == 1.0
+
+
+def test_integers_are_not_raised() -> None:
+    assert symmetric(127 * 2.0**-20, INT8).scale.item() == 2.0**-20

@@ -23,6 +23,7 @@ from normfuse.quant import (
     candidates,
     quantize_dequantize,
 )
+from normfuse.quant.float_type import FLOAT8
 from normfuse.quant.range_losses import entropy_loss, squared_error_loss
 
 COUNT = 20_000
@@ -221,3 +222,21 @@ def test_a_tensor_never_observed_has_no_range() -> None:
 def test_impossible_ranges_cannot_be_built(low: float, high: float) -> None:
     with pytest.raises(UsageError):
         Range(low, high)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_8_bit_floats_have_the_whole_range_alone(name: str, is_symmetric: bool) -> None:
+    values = _sample(name, outlier=-77.0)
+    found = candidates(_observed(values), FLOAT8, is_symmetric=is_symmetric)
+    largest = float(values.abs().max())
+    assert found == {"min-max": Range(-largest, largest)}
+    assert candidates(_observed(values), FLOAT8, methods=[RangeMethod.MSE]) == found
+    params = found["min-max"].quantizer(FLOAT8, is_symmetric=is_symmetric)
+    assert params.largest.item() == -params.smallest.item() == pytest.approx(largest, rel=1e-6)
+
+
+def test_a_lopsided_range_of_8_bit_floats_is_as_wide_as_its_larger_side() -> None:
+    assert Range(-3.0, 448.0).quantizer(FLOAT8).scale.item() == 1.0
+    assert Range(-896.0, 1.0).quantizer(FLOAT8, is_symmetric=False).scale.item() == 2.0
+    assert Range(-896.0, 1.0).quantizer(FLOAT8).zero_point.item() == 0

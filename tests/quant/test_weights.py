@@ -20,6 +20,8 @@ from normfuse.quant import (
     symmetric,
     weight_params,
 )
+from normfuse.quant.float_type import FLOAT8
+from normfuse.quant.weights import round_to_nearest
 
 
 def _weight(*shape: int) -> Tensor:
@@ -133,3 +135,36 @@ def test_what_does_not_fit_is_refused(axis: int, kind: IntegerType) -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(UsageError, match="finite"):
         weight_params(torch.tensor([[1.0, float("nan")]]), 0, INT8)
+
+
+@pytest.mark.parametrize("clip", list(WeightClip))
+@pytest.mark.parametrize(("shape", "axis"), [((5, 7), 0), ((5, 7), 1), ((3, 4, 2, 6), 0)])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_8_bit_floats_reach_the_largest_weight_of_a_channel(
+    shape: tuple[int, ...], axis: int, clip: WeightClip, is_symmetric: bool
+) -> None:
+    weight = _weight(*shape)
+    params = weight_params(weight, axis, FLOAT8, clip=clip, is_symmetric=is_symmetric)
+    rows = weight.movedim(axis, 0).flatten(1)
+    assert params.granularity == PerChannel(axis)
+    assert params.scale.tolist() == pytest.approx((rows.abs().amax(dim=1) / 448).tolist(), rel=1e-6)
+    assert not params.zero_point.any()
+    codes = quantize(weight, params).movedim(axis, 0).flatten(1).float()
+    assert codes.abs().amax(dim=1).tolist() == [448.0] * shape[axis]
+
+
+def test_a_large_8_bit_float_costs_the_small_ones_nothing() -> None:
+    weight = _weight(4, 33) + 1
+    weight[:, 5] = 300.0
+    rounded = round_to_nearest(weight, torch.ones(4), FLOAT8, input_scale=None)
+    assert rounded.codes.dtype is torch.float8_e4m3fn
+    normal = weight.abs() >= rounded.params.scale[:, None] * 2.0**-6
+    assert bool(((rounded.values - weight).abs() <= weight.abs() * 2.0**-4)[normal].all())
+
+
+def test_groups_of_8_bit_floats_have_their_own_scales() -> None:
+    weight = _weight(3, 8)
+    params = weight_params(weight, 0, FLOAT8, group=4, clip=WeightClip.MSE)
+    largest = weight.reshape(3, 2, 4).abs().amax(dim=2) / 448
+    assert params.granularity == PerGroup(1, 4)
+    assert torch.allclose(params.scale, largest, rtol=1e-6, atol=0)

@@ -20,6 +20,7 @@ __all__ = [
     "nodes",
     "quantizers",
     "scales",
+    "unmoved",
 ]
 
 STANDARD: Final = ("", "ai.onnx")
@@ -53,15 +54,15 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 def maker(value: ir.Value | None) -> ir.Node | None:
     """Return the node that makes a tensor, before it was moved."""
-    moved = _moved(value)
-    return None if moved is None else moved.producer()
+    source = unmoved(value)
+    return None if source is None else source.producer()
 
 
 def is_of_weights(node: ir.Node) -> bool:
     """Return whether a quantizer or dequantizer stands on constants."""
-    source = _moved(node.inputs[0])
+    source = unmoved(node.inputs[0])
     while source is not None and (made := source.producer()) is not None and made.op_type == "QuantizeLinear":
-        source = _moved(made.inputs[0])
+        source = unmoved(made.inputs[0])
     return constant(source) is not None
 
 
@@ -89,7 +90,8 @@ def code_type(node: ir.Node) -> ir.DataType | None:
     return ir.DataType(named.as_int()) if named is not None and named.as_int() else None
 
 
-def _moved(value: ir.Value | None) -> ir.Value | None:
+def unmoved(value: ir.Value | None) -> ir.Value | None:
+    """Return a tensor before it was moved."""
     while value is not None and (made := value.producer()) is not None and made.op_type in MOVES:
         value = made.inputs[0]
     return value
