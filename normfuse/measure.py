@@ -70,7 +70,7 @@ def compare_engines(
                     label=engine.label,
                     timing=timings.get(engine.label),
                     peak_bytes=peaks.get(engine.label),
-                    file_bytes=file_bytes(engine.path),
+                    file_bytes=file_bytes(engine.ships or engine.path),
                     score=found,
                     closeness=near,
                 )

@@ -30,12 +30,14 @@ class EngineSpec:
     """An engine to measure.
 
     ``kind`` is ``onnxruntime``, ``torch`` (a torch.export archive, run eagerly) or ``torch.compile`` (one, compiled).
+    ``ships`` is the file whose size counts, where another one runs in its place.
     """
 
     label: str
     kind: str
     path: Path
     session_config: Mapping[str, str] = field(default_factory=dict)
+    ships: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
