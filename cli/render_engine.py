@@ -34,7 +34,7 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
         for each in body["float32"]:
             yield f"  {each['layer']} ({each['operator']}) stays in float32: {each['reason']}"
     levels = Counter(finding["level"] for finding in found["lint"])
-    told = ", ".join(f"{count} {level}s" for level, count in levels.items()) or "no findings"
+    told = ", ".join(f"{count} {level}{'s' * (count > 1)}" for level, count in levels.items()) or "no findings"
     yield f"lint: {told}"
     for finding in found["lint"][:MOST]:
         yield f"  {finding['rule']} at {finding['layer']}: {finding['says']}; {finding['mend']}"

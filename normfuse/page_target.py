@@ -38,7 +38,10 @@ def target_parts(found: Mapping[str, Any]) -> Iterator[Part]:
 
 def _products(products: Sequence[Mapping[str, Any]], audit: Mapping[str, Any]) -> Part:
     counts = Counter(each["type"] for each in products)
-    layers = {kind: dict.fromkeys(each["layer"] for each in products if each["type"] == kind) for kind in counts}
+    layers = {
+        kind: dict.fromkeys(each["layer"] or each["operator"] for each in products if each["type"] == kind)
+        for kind in counts
+    }
     kept = {kind: row["got"] for kind, row in audit.get("products", {}).items()}
     columns = ("types", "asked for", "in the engine", "layers")
     rows: list[Row] = [(kind, count, kept.get(kind), ", ".join(layers[kind])) for kind, count in counts.items()]
@@ -55,7 +58,8 @@ def _body(body: Mapping[str, Any]) -> Iterator[Part]:
 def _lint(findings: Sequence[Mapping[str, Any]]) -> Part:
     names = ("level", "rule", "layer", "says", "mend")
     rows: list[Row] = [[each.get(name) for name in names] for each in findings]
-    return Part(heading=f"Linter: {len(findings)} findings", columns=("", "rule", "where", "says", "try"), rows=rows)
+    told = f"{len(rows)} finding{'s' * (len(rows) > 1)}" if rows else "no findings"
+    return Part(heading=f"Linter: {told}", columns=("", "rule", "where", "says", "try"), rows=rows)
 
 
 def _engine(found: Mapping[str, Any]) -> Iterator[Part]:
