@@ -60,7 +60,7 @@ def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
         yield "  the builder listed no kernels: nothing is known of what it fused"
         return
     kept = ", ".join(f"{row['got']} of {row['asked']} in {kind}" for kind, row in found["products"].items())
-    yield f"  {found['kernels']} kernels; products: {kept}"
+    yield f"  {found['kernels']} kernel{'s' * (found['kernels'] != 1)}; products: {kept}"
     if found["norms"]:
         yield f"  norms: {found['joined_norms']} of {found['norms']} share a kernel with a sum or a quantizer"
     if found["alone"]:
