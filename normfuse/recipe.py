@@ -330,6 +330,11 @@ class Recipe:
         return 0.0 if self.integer_only or self.target is Target.TRT else self.min_speedup
 
     @property
+    def measures_speed(self) -> bool:
+        """``benchmark``, where the machine that measures is the one that runs the engine."""
+        return self.benchmark and self.target is Target.ONNX
+
+    @property
     def is_mixed(self) -> bool:
         """Whether every layer gets its own bits."""
         return self.bits == MIXED
