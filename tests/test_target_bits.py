@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from normfuse.quant.bits import FLOAT, Bits
 from normfuse.quant.placement import Placement
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.units import Member, members_of
-from normfuse.target_bits import FEW, bits_of_target, members_of_target
+from normfuse.target_bits import FEW, bits_of_target, fewest_of_target, members_of_target
 from normfuse.testing import Small, randomized, seeded
 
 EIGHT, WHOLE = Bits(8, 8), Bits(FLOAT, FLOAT)
@@ -37,6 +38,12 @@ def test_what_is_multiplied_with_what() -> None:
 def forward(m: Any, image: Tensor) -> Tensor:
     x = m.conv(image).relu().flatten(2).transpose(1, 2)  # [batch, 6, 64]
     return m.head(m.narrow(m.wide(x).relu()).relu().mean(dim=1))  # type: ignore[no-any-return]
+
+
+def test_fewest_bits_are_some_that_there_are() -> None:
+    assert fewest_of_target(mixed("trt"), 4) == FEW
+    assert fewest_of_target(mixed("trt", weight_widths="8,16"), 8) == EIGHT
+    assert fewest_of_target(mixed("onnx", weight_widths="3,8", activation_widths="4,8"), 2) == Bits(2, 4)
 
 
 def members(recipe: Recipe) -> dict[str, Member]:
@@ -65,6 +72,15 @@ def test_few_bits_are_for_linear_maps_of_several_blocks() -> None:
         "narrow": FEW,
         "head": EIGHT,
     }
+
+
+def test_few_bits_meet_floats_where_the_input_would_have_codes() -> None:
+    conv = members(mixed("trt"))["conv"]
+    assert (conv.source, conv.fixed, conv.may_read_floats) == ("", 8, True)
+    linear = replace(conv, has_few=True)
+    assert [linear.allowed(bits) for bits in (FEW, EIGHT, WHOLE)] == [FEW, EIGHT, WHOLE]
+    elsewhere = replace(linear, may_read_floats=False)
+    assert [elsewhere.allowed(bits) for bits in (FEW, EIGHT, WHOLE)] == [Bits(4, 8), EIGHT, WHOLE]
 
 
 def test_onnxruntime_has_few_bits_for_all() -> None:

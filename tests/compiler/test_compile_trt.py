@@ -132,6 +132,38 @@ def test_mixed_bits_are_those_that_have_kernels() -> None:
 
 
 @pytest.mark.slow
+def test_a_front_without_labels_ends_with_the_body_alone() -> None:
+    built = compiled(bits="mixed", pareto=True, score="random", benchmark=True)
+    points = built.report["pareto"]["points"]
+    assert points[-1]["ships"]
+    assert all(point["p50_ms"] is None for point in points), "this machine's time says nothing"
+    assert points[0]["file_bytes"] < points[-1]["file_bytes"]
+    assert set(types(built).values()) == {"fp16"}
+    assert (built.report["verdict"]["ships"], built.holds) == ("mixed", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"bits": 4}, UP),
+        ({"bits": 4, "overrides": "0=8"}, "int8"),
+        ({"bits": "mixed", "budget": "avg-bits=5", "score": "random"}, UP),
+        ({"bits": "mixed", "budget": "bytes=0.25x", "score": "random", "weight_widths": "4,8"}, UP),
+    ],
+    ids=["few", "by name", "mixed", "bytes"],
+)
+def test_few_bits_read_what_enters_the_model_as_floats(options: dict[str, Any], first: str) -> None:
+    model, samples = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)), tokens()[:, 0]
+    recipe = Recipe().with_options(**{**QUICKLY, "build": False, **options})
+    built = normfuse.compile(randomized(model), calibration=samples, recipe=recipe)
+    assert types(built)["0"] == first
+    assert set(types(built).values()) <= {UP, "int8"}
+    assert built.holds
+    assert built.report["tensorrt"]["lint"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
