@@ -34,7 +34,7 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
         for each in body["float32"]:
             yield f"  {each['layer']} ({each['operator']}) stays in float32: {each['reason']}"
     levels = Counter(finding["level"] for finding in found["lint"])
-    told = ", ".join(f"{count} {level}s" for level, count in levels.items()) or "no findings"
+    told = ", ".join(f"{count} {level}{'s' * (count > 1)}" for level, count in levels.items()) or "no findings"
     yield f"lint: {told}"
     for finding in found["lint"][:MOST]:
         yield f"  {finding['rule']} at {finding['layer']}: {finding['says']}; {finding['mend']}"
@@ -60,7 +60,7 @@ def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
         yield "  the builder listed no kernels: nothing is known of what it fused"
         return
     kept = ", ".join(f"{row['got']} of {row['asked']} in {kind}" for kind, row in found["products"].items())
-    yield f"  {found['kernels']} kernels; products: {kept}"
+    yield f"  {found['kernels']} kernel{'s' * (found['kernels'] != 1)}; products: {kept}"
     if found["norms"]:
         yield f"  norms: {found['joined_norms']} of {found['norms']} share a kernel with a sum or a quantizer"
     if found["attentions"]:

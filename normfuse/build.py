@@ -15,7 +15,6 @@ from normfuse.calibration import Ranges
 from normfuse.checks import Check, check_codes, check_export, check_fold, require
 from normfuse.export.body import TypedBody
 from normfuse.export.onnx import export_onnx
-from normfuse.export.product_types import ProductType
 from normfuse.feeding import Stream
 from normfuse.graph import Graph
 from normfuse.graph.edit import converted
@@ -40,9 +39,8 @@ class Engine:
     """A graph, the ONNX file made of it, what each pass did on the way, and the checks that it went through.
 
     Where floats have another type than float32 in the file, ``body`` says which nodes have, ``exact`` is the file in
-    float32, and ``runs`` the one that onnxruntime runs, if it has no kernels for the type; ``products`` are the types
-    of the file's products, where its target has a builder. ``mixed`` says how layers got bits of their own, ``front``
-    which engines it was chosen from, both for the report.
+    float32, and ``runs`` the one that onnxruntime runs, if it has no kernels for the type. ``mixed`` says how layers
+    got bits of their own, ``front`` which engines it was chosen from, both for the report.
     """
 
     graph: Graph
@@ -58,7 +56,6 @@ class Engine:
     body: TypedBody | None = None
     exact: Path | None = None
     runs: Path | None = None
-    products: tuple[ProductType, ...] = ()
     mixed: Mapping[str, Any] = field(default_factory=dict)
     front: tuple[Mapping[str, Any], ...] = ()
 

@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from normfuse.artifact import ArtifactWriter, read_intact
 from normfuse.bench.environment import default_threads
 from normfuse.build import Engine
 from normfuse.checkpoint import remove_checkpoint
-from normfuse.errors import NormfuseError
+from normfuse.errors import BadInput, NormfuseError
+from normfuse.export.widened import is_bfloat16, write_widened
 from normfuse.page import render_page
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -96,8 +98,19 @@ class Built:
 def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:
     """Open an artifact as a callable session: ``session(image=array)["output"]``.
 
+    Of one in bfloat16, which onnxruntime may have no kernels for, a copy is opened that computes in float32.
+
     Raises:
         BadInput: the folder is no artifact, its model is not the one that was written, or it cannot be opened.
     """
     artifact = read_intact(folder)
-    return open_onnx(artifact.model, threads=default_threads(threads), session_config=artifact.session_config)
+    open_model = partial(open_onnx, threads=default_threads(threads), session_config=artifact.session_config)
+    try:
+        return open_model(artifact.model)
+    except BadInput:
+        if not is_bfloat16(artifact.model):
+            raise
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as place:
+        widened = Path(place) / artifact.model.name
+        write_widened(artifact.model, widened)
+        return open_model(widened)

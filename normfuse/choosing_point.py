@@ -99,7 +99,7 @@ class ChoosingPoint:
             replace(self.what, engines=[self.what.engines[0], *specs]),
             batch=self.recipe.batch,
             threads=self.threads,
-            speed=self.recipe.benchmark,
+            speed=self.recipe.measures_speed,
             progress=self.mixing.progress,
         )
         rows = [

@@ -106,7 +106,7 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         ),
         batch=recipe.batch,
         threads=threads,
-        speed=recipe.benchmark and recipe.target is Target.ONNX,  # of another machine's engine it would say nothing
+        speed=recipe.measures_speed,
         progress=shown,
         min_speedup=recipe.wanted_speedup,
     )

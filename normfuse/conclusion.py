@@ -67,7 +67,9 @@ def conclude(  # noqa: PLR0913 - all that a report tells; a bundle of them would
 
 
 def _judge(engine: Engine, comparison: Comparison, recipe: Recipe, control: Control | None) -> Judgement:
-    if not (engine.quantized_weights or recipe.integer_only or recipe.precision.is_float):  # integers need no weights
+    # Integers need no weights, and mixed bits may all be those of a typed body.
+    is_asked = recipe.integer_only or recipe.precision.is_float or (recipe.is_mixed and engine.body is not None)
+    if not (engine.quantized_weights or is_asked):
         return Judgement(Verdict.FELL_BACK, ("nothing in the model can be quantized",))
     judgement = judge(
         comparison,

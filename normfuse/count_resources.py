@@ -37,7 +37,7 @@ from normfuse.sensitivity.choosing import rounded
 from normfuse.sensitivity.resources import Resources
 from normfuse.sensitivity.sensitivity import Sensitivity
 from normfuse.sensitivity.units import UNTOUCHED, Member, bits_by_map, units
-from normfuse.target_bits import bits_of_target
+from normfuse.target_bits import bits_of_target, fewest_of_target
 
 __all__ = ["count_resources", "refuse_impossible"]
 
@@ -144,7 +144,7 @@ def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
         linear = read_linear_map(subject.graph, node)
         assert linear is not None
         inputs = linear.weight[0].numel()
-        for each in (UNTOUCHED, *bits_of_target(recipe)):
+        for each in (UNTOUCHED, *bits_of_target(recipe), fewest_of_target(recipe, subject.weight_widths[0])):
             bits = members[node.name].allowed(each)
             group = None if bits.is_float else wanted_weight(node, subject.placement_of(bits)).group
             per_output = 0 if bits.is_float else 1 if group is None else -(-inputs // group)
@@ -155,7 +155,7 @@ def _scales(ready: Prepared, recipe: Recipe) -> dict[str, dict[Bits, int]]:
 def _other_bytes(ready: Prepared, counted: Resources, recipe: Recipe, folder: Workspace) -> int:
     """Return what of a quantized file is no weight, read off a file with the fewest bits everywhere."""
     subject, members = ready.subject, ready.members
-    fewest = bits_of_target(recipe)[0]
+    fewest = fewest_of_target(recipe, subject.weight_widths[0])
     bits = {member.name: member.allowed(fewest) for member in members}
     graph, decided = rounded(subject, bits_by_map(members, bits))
     ranges = subject.ranges_of(graph)

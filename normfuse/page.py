@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, Final
 
 from normfuse.page_charts import CHART_STYLE, finite, front_chart, share_chart, shortened
+from normfuse.page_target import target_parts
 
 __all__ = ["render_page"]
 
@@ -66,6 +67,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             ``overridden`` each).
             ``sensitivity``: ``method``, ``facts``, ``samples``, and ``layers`` in the network's order (``layer``,
             ``kind``, ``node``, ``damage`` by width, ``share`` each).
+            ``tensorrt``: ``products``, ``body``, ``lint``, ``engine`` (with its ``audit``), ``failure``, ``commands``.
             ``verdict``: ``verdict``, ``reasons`` and what ``ships``.
     """
     sections: dict[str, Callable[[Any], str]] = {
@@ -78,6 +80,9 @@ def render_page(report: Mapping[str, Any]) -> str:
         "passes": _passes,
         "quantization": _quantization,
         "mixed": _mixed,
+        "tensorrt": lambda found: "".join(
+            _heading(part.heading) + _table(part.columns, part.rows) for part in target_parts(found)
+        ),
         "sensitivity": _sensitivity,
         "model": lambda facts: _heading("Model") + _facts(facts),
         "recipe": _recipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -23,6 +24,7 @@ from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
 from normfuse.quant.target import BodyType, EightBits, Target
 from normfuse.quant.widths import parse_widths
+from normfuse.runtime.shapes import parse_shapes
 
 __all__ = [
     "MIXED",
@@ -53,6 +55,12 @@ OF_BUILDERS: Final = frozenset(
 
 OF_TENSORRT: Final = (Bits(8, 8), Bits(4, FLOAT))
 """Codes that TensorRT multiplies: both of eight bits, or blocks of four behind floats."""
+
+FEW_OF_TENSORRT: Final = str(Bits(4, FLOAT))
+"""What four bits are where TensorRT runs them."""
+
+FOUR: Final = re.compile(r"=0*4(?=[\s,]|$)")
+CAPABILITY: Final = re.compile(r"[1-9][0-9]?\.[0-9]")
 
 BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=0.5x, latency=0.8x or drop=0.5"
 
@@ -174,17 +182,20 @@ class Recipe:
         _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
 
     def _spell_out_bits(self) -> None:
-        """Let ``bits`` be widths, where they name a type."""
+        """Let ``bits`` be widths, where they name a type or what the target makes of four bits."""
         word = str(self.bits).strip().lower()
         bits, name = TYPES.get(word, (self.bits, ""))
         if name:
-            given, usual = getattr(self, name), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
-            is_same = str(getattr(given, "value", given)) in (word, usual.value)
-            _check(is_same, name, given, f"{word} beside --bits {word}")
+            given, usual = _shown(getattr(self, name)), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
+            _check(given in (word, usual.value), name, given, f"{word} beside --bits {word}")
             object.__setattr__(self, name, word)
-        if self.target in (Target.TRT, Target.TRT.value) and str(bits) == "4":
-            bits = "w4a16"
-        object.__setattr__(self, "bits", _written_bits(bits))
+        written = _written_bits(bits)
+        if self.target in (Target.TRT, Target.TRT.value):
+            is_plain = written == str(Bits(4, MOST)) and not word.startswith("w")
+            written = FEW_OF_TENSORRT if is_plain else written
+            if isinstance(self.overrides, str):
+                object.__setattr__(self, "overrides", FOUR.sub(f"={FEW_OF_TENSORRT}", self.overrides))
+        object.__setattr__(self, "bits", written)
 
     def _check_target(self) -> None:
         """Refuse what the target has no kernels for, and what is of another target."""
@@ -192,8 +203,7 @@ class Recipe:
             for field in fields(self):
                 if field.name in OF_BUILDERS:
                     value = getattr(self, field.name)
-                    shown = value.value if isinstance(value, Enum) else value
-                    _check(value == field.default, field.name, shown, "the default without --target trt")
+                    _check(value == field.default, field.name, _shown(value), "the default without --target trt")
             return
         plain = {
             "integer_only": not self.integer_only,
@@ -202,19 +212,48 @@ class Recipe:
             "table_bits": self.table_bits == MOST,
         }
         for name, holds in plain.items():
-            value = getattr(self, name)
-            _check(holds, name, value.value if isinstance(value, Enum) else value, "the default beside --target trt")
-        widths = [self.precision] if not self.is_mixed else []
-        for bits in [*widths, *(bits for _, bits in self.chosen_overrides.patterns)]:
+            _check(holds, name, _shown(getattr(self, name)), "the default beside --target trt")
+        if self.is_mixed:
+            self._check_widths_of_tensorrt()
+        else:
+            is_known = self.precision.is_float or self.precision in OF_TENSORRT
+            known = "8, 4 (w4a16), fp8, fp16, bf16, 32 or mixed beside --target trt"
+            _check(is_known, "bits", self.precision.spelled, known)
+        for pattern, bits in self.chosen_overrides.patterns:
             is_known = bits.is_float or bits in OF_TENSORRT
-            _check(is_known, "bits", bits.spelled, "8, 4 (w4a16), fp8, fp16, bf16, 32 or mixed beside --target trt")
-        is_timed = any(limit.resource is Resource.LATENCY for limit in self.chosen_budget.limits)
-        _check(not is_timed, "budget", self.budget, "no latency beside --target trt, whose engines do not run here")
+            _check(is_known, "overrides", f"{pattern}={bits}", "bits of 8, 4 (w4a16) or 32 beside --target trt")
         if self.eight_bits is EightBits.FP8:
             _check(self.effort < 2, "effort", self.effort, "0 or 1 beside 8-bit floats: learned codes are integers")
+            is_learned = self.chosen_levers.reconstruction or self.chosen_levers.affine_tuning
+            _check(
+                not is_learned, "levers", self.levers, "none that learn beside 8-bit floats: such codes are integers"
+            )
+        self._check_builder()
+
+    def _check_widths_of_tensorrt(self) -> None:
+        """Refuse widths that TensorRT has no kernels for, and some that are only there beside others."""
+        weights, activations = self.widths
+        of_weights = set(weights) <= {4, MOST, FLOAT}
+        _check(of_weights, "weight_widths", self.weight_widths, "some of 4, 8 and 16 beside --target trt")
+        needed = {FLOAT if width != MOST else MOST for width in weights}
+        holds = needed <= set(activations) <= {MOST, FLOAT}
+        reason = "8 for weights of 8 bits and 16 for others, beside --target trt"
+        _check(holds, "activation_widths", self.activation_widths or ACTIVATION_WIDTHS[Target.TRT], reason)
+        is_told = all(limit.resource is not Resource.LATENCY for limit in self.chosen_budget.limits)
+        _check(is_told, "budget", self.budget, "no latency beside --target trt, where nothing runs the engine")
+
+    def _check_builder(self) -> None:
+        """Refuse what no builder takes; whether a file is there is for the compile to see."""
         _check(0 <= self.builder_level <= 5, "builder_level", self.builder_level, "0 to 5")
         _check(self.workspace > 0, "workspace", self.workspace, "MiB, a positive number")
         _check(0 < self.builder_seconds < math.inf, "builder_seconds", self.builder_seconds, "seconds, more than 0")
+        for name in ("capability", "shapes", "timing_cache"):
+            value = getattr(self, name)
+            _check(isinstance(value, str), name, repr(value), "text, as the command line takes it")
+        is_capability = not self.capability or CAPABILITY.fullmatch(self.capability) is not None
+        _check(is_capability, "capability", repr(self.capability), "a compute capability, as 8.9 or 12.0")
+        if self.shapes:
+            parse_shapes(self.shapes)
 
     def _check_mixed(self) -> None:
         """Refuse mixed bits without a budget, and what is of mixed bits without them."""
@@ -283,14 +322,17 @@ class Recipe:
         }
         wanted = {"bits": "8, or w2a8 to w7a8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
         for name, holds in plain.items():
-            value = getattr(self, name)
-            shown = value.value if isinstance(value, Enum) else value
-            _check(holds, name, shown, f"{wanted.get(name, 'the default')} beside integer_only")
+            _check(holds, name, _shown(getattr(self, name)), f"{wanted.get(name, 'the default')} beside integer_only")
 
     @property
     def wanted_speedup(self) -> float:
         """``min_speedup``, or none where the engine is for other machines than the one that measures."""
         return 0.0 if self.integer_only or self.target is Target.TRT else self.min_speedup
+
+    @property
+    def measures_speed(self) -> bool:
+        """``benchmark``, where the machine that measures is the one that runs the engine."""
+        return self.benchmark and self.target is Target.ONNX
 
     @property
     def is_mixed(self) -> bool:
@@ -306,7 +348,8 @@ class Recipe:
             return MIXED
         if self.precision.is_float:
             return "float" if self.chosen_body is BodyType.FP32 else self.chosen_body.value
-        return "fp8" if self.eight_bits is EightBits.FP8 else self.precision.label
+        is_fp8 = self.eight_bits is EightBits.FP8 and self.precision.activation == MOST
+        return "fp8" if is_fp8 else self.precision.label
 
     @property
     def chosen_body(self) -> BodyType:
@@ -432,6 +475,10 @@ def _parse(kind: type[Any], name: str, value: Any) -> Any:
 
 def _written_bits(value: object) -> str:
     return MIXED if str(value).strip().lower() == MIXED else str(Bits.parse(value))
+
+
+def _shown(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:

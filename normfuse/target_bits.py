@@ -13,7 +13,7 @@ from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.units import Member, options
 
-__all__ = ["FEW", "bits_of_target", "members_of_target"]
+__all__ = ["FEW", "bits_of_target", "fewest_of_target", "members_of_target"]
 
 FEW = Bits(4, FLOAT)
 """Weights in blocks of four bits behind floats."""
@@ -30,12 +30,20 @@ def bits_of_target(recipe: Recipe) -> tuple[Bits, ...]:
     return tuple(each for each in found if each.is_float or each.is_weight_only == (each.weight < MOST))
 
 
+def fewest_of_target(recipe: Recipe, weight: int) -> Bits:
+    """Return the fewest bits of mixed ones, with weights of so many where codes meet weights of any width."""
+    return bits_of_target(recipe)[0] if recipe.target is Target.TRT else Bits(weight, min(recipe.widths[1]))
+
+
 def members_of_target(
     members: Sequence[Member], graph: Graph, recipe: Recipe, placement_of: PlacementOf
 ) -> list[Member]:
-    """Return the members with what they can have: TensorRT has few bits for linear maps of several whole blocks."""
+    """Return the members with what they can have: TensorRT has few bits for linear maps of several whole blocks.
+
+    They are multiplied with floats, even where what enters the model would have codes.
+    """
     if recipe.target is not Target.TRT:
         return list(members)
     wanted = placement_of(FEW)
     has_few = {node.name: wanted_weight(node, wanted).group is not None for node in requested_weights(graph)}
-    return [replace(each, has_few=all(has_few[name] for name in each.maps)) for each in members]
+    return [replace(each, has_few=all(has_few[name] for name in each.maps), may_read_floats=True) for each in members]

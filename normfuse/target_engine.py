@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from normfuse.built import Built
-from normfuse.errors import NormfuseError
+from normfuse.errors import NormfuseError, UsageError
 from normfuse.export.lint import TENSORRT_RULES, lint
+from normfuse.export.product_types import product_types
 from normfuse.fusion_audit import audit
 from normfuse.graph import Graph
 from normfuse.progress import Progress
@@ -42,8 +43,17 @@ def build_options(recipe: Recipe, original: Graph) -> BuildOptions:
     """Return how the engine of a model is built.
 
     Raises:
-        UsageError: a shape fits no input, or an axis other than the batch is free and has no shape.
+        UsageError: a shape fits no input, an axis other than the batch is free and has no shape, or the timing cache
+            cannot be a file.
     """
+    cache = Path(recipe.timing_cache) if recipe.timing_cache else None
+    if cache is not None and (cache.is_dir() or not cache.absolute().parent.is_dir()):
+        raise UsageError(
+            "the timing cache cannot be written",
+            where=str(cache),
+            expected="a file that a build has written, or a new one in a folder that is there",
+            hint="make its folder, or choose another --timing-cache",
+        )
     given = parse_shapes(recipe.shapes) if recipe.shapes else None
     return BuildOptions(
         shapes=default_shapes(original.input_specs, recipe.batch, given),
@@ -51,7 +61,7 @@ def build_options(recipe: Recipe, original: Graph) -> BuildOptions:
         workspace_bytes=recipe.workspace << 20,
         level=recipe.builder_level,
         seconds=recipe.builder_seconds,
-        timing_cache=Path(recipe.timing_cache) if recipe.timing_cache else None,
+        timing_cache=cache,
         version_compatible=recipe.version_compatible,
     )
 
@@ -65,7 +75,7 @@ def with_target_engine(built: Built, options: BuildOptions, progress: Progress) 
     findings = lint(model, TENSORRT_RULES)
     facts: dict[str, Any] = {
         "lint": [finding.as_dict() for finding in findings],
-        "products": [product.as_dict() for product in built.engine.products],
+        "products": [product.as_dict() for product in product_types(model)],
         "body": None if built.engine.body is None else built.engine.body.as_dict(),
         "commands": _commands(options, VERSION),
         "engine": None,

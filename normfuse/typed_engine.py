@@ -12,7 +12,6 @@ from normfuse.build import CHECKED_BATCHES, Engine
 from normfuse.checks import check_typed
 from normfuse.export.body import write_body
 from normfuse.export.largest_values import largest_values
-from normfuse.export.product_types import product_types
 from normfuse.export.widened import write_widened
 from normfuse.feeding import Stream
 from normfuse.quant.target import BodyType
@@ -33,14 +32,14 @@ def typed(engine: Engine, samples: Stream, body: BodyType, *, threads: int) -> E
         threads: onnxruntime's.
     """
     if body is BodyType.FP32:
-        return replace(engine, products=product_types(engine.path))
+        return engine
     path = _beside(engine.path, "typed")
     found = write_body(engine.path, path, body, largest_values(engine.path, _feeds(engine, samples), threads=threads))
     runs = path
     if body is BodyType.BF16:  # onnxruntime has no kernels for it
         runs = _beside(engine.path, "widened")
         write_widened(path, runs)
-    return replace(engine, path=path, exact=engine.path, runs=runs, body=found, products=product_types(path))
+    return replace(engine, path=path, exact=engine.path, runs=runs, body=found)
 
 
 def checked_typed(engine: Engine, samples: Stream, *, threads: int) -> Engine:

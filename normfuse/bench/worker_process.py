@@ -30,7 +30,7 @@ class EngineSpec:
     """An engine to measure.
 
     ``kind`` is ``onnxruntime``, ``torch`` (a torch.export archive, run eagerly) or ``torch.compile`` (one, compiled).
-    ``ships`` is the file whose size counts, where another one is run.
+    ``ships`` is the file whose size counts, where another one runs in its place.
     """
 
     label: str

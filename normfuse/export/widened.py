@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["write_widened"]
+__all__ = ["is_bfloat16", "write_widened"]
+
+
+def is_bfloat16(path: Path) -> bool:
+    """Return whether floats of a file are bfloat16."""
+    return any(value.dtype is ir.DataType.BFLOAT16 for value in ir.load(path).graph.initializers.values())
 
 
 def write_widened(typed: Path, path: Path) -> None:

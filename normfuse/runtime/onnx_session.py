@@ -37,6 +37,9 @@ SESSION_ENTRIES: Final = frozenset(
 )
 """The only entries accepted: they may come from a stranger's manifest, and others of onnxruntime's write files."""
 
+OTHER_VERSION: Final = "build the artifact again with this version of onnxruntime installed"
+NO_KERNELS: Final = "run its engine on its target: on processors onnxruntime has no kernels for some types, as bfloat16"
+
 TYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
@@ -141,7 +144,7 @@ def open_onnx(
             f"onnxruntime cannot open the model: {_first_line(error)}",
             where=str(path),
             expected=f"an ONNX model that onnxruntime {get_version_string()} can run",
-            hint="build the artifact again with this version of onnxruntime installed",
+            hint=NO_KERNELS if "NOT_IMPLEMENTED" in str(error) else OTHER_VERSION,
         ) from error
     return OnnxSession(session, file)
 

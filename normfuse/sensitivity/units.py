@@ -56,6 +56,7 @@ class Member:
         tie: members with the same tie read tensors that are added or concatenated: one width of activations.
         reads: the name of the tensor that it reads, if that has codes.
         has_few: whether the target gains from fewer than eight bits of its weights alone; else it gets eight of both.
+        may_read_floats: whether codes of a fixed width in front of it go where its weights alone have few bits.
         override: the bits that the user gave one of its maps: then it has these and no choice.
     """
 
@@ -67,6 +68,7 @@ class Member:
     override: Bits | None = None
     reads: str = ""
     has_few: bool = True
+    may_read_floats: bool = False
 
     @property
     def parameters(self) -> int:
@@ -83,7 +85,8 @@ class Member:
         bits = bits if self.override is None else self.override
         if bits.is_weight_only and not self.has_few:
             bits = Bits(MOST, MOST)
-        if self.source or bits.is_float or (self.override is not None and bits.activation == FLOAT):
+        may_read_floats = self.may_read_floats or self.override is not None
+        if self.source or bits.is_float or (may_read_floats and bits.activation == FLOAT):
             return bits
         return Bits(bits.weight, FLOAT if self.fixed is None else self.fixed)
 

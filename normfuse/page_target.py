@@ -1,0 +1,84 @@
+"""Tables about what a target with a builder was given and made of it, for the HTML page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Part", "target_parts"]
+
+Row = Sequence[object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A table under its heading."""
+
+    heading: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+
+
+def target_parts(found: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield the types of products, the linter's findings, the engine and its kernels, and the commands.
+
+    What was not found out is left out.
+    """
+    if products := found.get("products"):
+        yield _products(products, (found.get("engine") or {}).get("audit") or {})
+    yield from _body(found.get("body") or {})
+    if "lint" in found:
+        yield _lint(found["lint"])
+    yield from _engine(found)
+    if commands := found.get("commands"):
+        yield Part(heading="Commands", columns=("to", "command"), rows=list(commands.items()))
+
+
+def _products(products: Sequence[Mapping[str, Any]], audit: Mapping[str, Any]) -> Part:
+    counts = Counter(each["type"] for each in products)
+    layers = {
+        kind: dict.fromkeys(each["layer"] or each["operator"] for each in products if each["type"] == kind)
+        for kind in counts
+    }
+    kept = {kind: row["got"] for kind, row in audit.get("products", {}).items()}
+    columns = ("types", "asked for", "in the engine", "layers")
+    rows: list[Row] = [(kind, count, kept.get(kind), ", ".join(layers[kind])) for kind, count in counts.items()]
+    return Part(heading="Products", columns=columns, rows=rows)
+
+
+def _body(body: Mapping[str, Any]) -> Iterator[Part]:
+    if stay := body.get("float32"):
+        rows: list[Row] = [(each["layer"], each["operator"], each["reason"]) for each in stay]
+        heading = f"Float32 beside a body of {body['type']}"
+        yield Part(heading=heading, columns=("layer", "operator", "because"), rows=rows)
+
+
+def _lint(findings: Sequence[Mapping[str, Any]]) -> Part:
+    names = ("level", "rule", "layer", "says", "mend")
+    rows: list[Row] = [[each.get(name) for name in names] for each in findings]
+    told = f"{len(rows)} finding{'s' * (len(rows) > 1)}" if rows else "no findings"
+    return Part(heading=f"Linter: {told}", columns=("", "rule", "where", "says", "try"), rows=rows)
+
+
+def _engine(found: Mapping[str, Any]) -> Iterator[Part]:
+    if failure := found.get("failure"):
+        yield Part(heading="Engine: none", columns=("what", "at", "try"), rows=[list(failure.values())])
+    engine = found.get("engine")
+    if not engine:
+        return
+    facts = {name: engine.get(name) for name in ("flavour", "version", "capabilities", "bytes", "messages")}
+    audit = engine.get("audit")
+    if audit:
+        facts["kernels"] = audit["kernels"]
+        facts["norms that share a kernel"] = f"{audit['joined_norms']} of {audit['norms']}"
+        facts["quantizers with a kernel of their own"] = ", ".join(audit["alone"])
+    yield Part(heading="Engine", columns=("fact", "value"), rows=list(facts.items()))
+    if audit and audit["mismatched"]:
+        rows: list[Row] = [(each["layer"], each["asked"], _read(each["got"])) for each in audit["mismatched"]]
+        yield Part(heading="Other kernels than asked for", columns=("layer", "asked for", "kernel reads"), rows=rows)
+
+
+def _read(types: Sequence[str] | None) -> str:
+    return "no kernel names it" if types is None else ", ".join(types)
