@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from normfuse.runtime.onnx_session import open_onnx
 
-__all__ = ["AS_WRITTEN", "LAYER", "outcome", "sample", "types_of", "written"]
+__all__ = ["AS_WRITTEN", "LAYER", "floats", "outcome", "sample", "types_of", "written"]
 
 AS_WRITTEN: Final = {"session.disable_quant_qdq": "1"}
 """Of quantizers onnxruntime shall compute what the file says."""
@@ -24,6 +24,10 @@ LAYER: Final = "normfuse.layer"
 
 def sample(*shape: int, seed: int = 0, size: float = 1.0) -> Any:
     return (np.random.default_rng([seed, *shape]).standard_normal(shape) * size).astype(np.float32)
+
+
+def floats(values: Any) -> Any:
+    return np.asarray(values, dtype=np.float32)
 
 
 def written(path: Path, text: str, *, opset: int = 21, **constants: Any) -> Path:

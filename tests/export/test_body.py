@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from float_files import outcome, sample, types_of, written
+from float_files import floats, outcome, sample, types_of, written
 from onnx import TensorProto as T
 from typed_files import BODIES, KINDS, TINIEST, UNIT, typed
 
@@ -98,7 +98,7 @@ def test_norms_and_sums_stay_wide_between_narrow_products(
     body: BodyType, call: str, operator: str, tmp_path: Path
 ) -> None:
     text = f"g (float[2,3,5] a) => (float[m,3,n] z) {{ x = Mul (a, s)  y = {call}  z = Mul (y, t) }}"
-    held = {"s": sample(5), "t": sample(1), "c": sample(3), "v": np.abs(sample(3)) + 1}
+    held: dict[str, Any] = {"s": sample(5), "t": sample(1), "c": sample(3), "v": np.abs(sample(3)) + 1}
     held |= {"two": np.float32(2), "last": np.array([2]), "one": np.array(2)}
     words = set(re.findall(r"\w+", call)) | {"s", "t"}
     read = {name: values for name, values in held.items() if name in words}
@@ -164,7 +164,9 @@ def test_constants_that_do_not_fit_keep_their_reader_wide(values: Any, reason: s
 @pytest.mark.parametrize("value", [1e30, 1e-12])
 def test_constants_that_do_not_fit_are_no_narrower_once_moved(value: float, move: str, tmp_path: Path) -> None:
     text = f"g (float[n,2] x, int64[1] index) => (float[n,2] y) {{ m = {move}  k = Identity (m)  y = Mul (x, k) }}"
-    held = {"c": np.full(3, value, np.float32)} if "Gather" in move else {"c": np.full(1, value, np.float32)}
+    held: dict[str, Any] = (
+        {"c": np.full(3, value, np.float32)} if "Gather" in move else {"c": np.full(1, value, np.float32)}
+    )
     if "Expand" in move:
         held["sizes"] = np.array([2])
     found, path = typed(written(tmp_path / "m.onnx", text, **held))
@@ -185,7 +187,7 @@ ZERO = np.int8(0)
 @BODIES
 def test_codes_have_scales_of_the_floats_beside_them(body: BodyType, tmp_path: Path) -> None:
     text = f"g (float[n,7] a) => (float[n,3] y) {{ x = Tanh (a) {PAIR} y = Tanh (p) }}"
-    held = {"sx": np.float32(1 / 127), "sw": np.abs(sample(3)) / 100, "codes": CODES, "zero": ZERO}
+    held: dict[str, Any] = {"sx": np.float32(1 / 127), "sw": np.abs(sample(3)) / 100, "codes": CODES, "zero": ZERO}
     found, path = typed(written(tmp_path / "m.onnx", text, **held), body)
     assert not found.wide
     kinds = read_types(path)
@@ -196,7 +198,7 @@ def test_codes_have_scales_of_the_floats_beside_them(body: BodyType, tmp_path: P
 
 def test_an_input_is_quantized_as_it_is_by_the_scale_of_its_values(tmp_path: Path) -> None:
     text = f"g (float[n,7] x) => (float[n,3] p) {{ {PAIR} }}"
-    held = {"sx": np.float32(0.0123456), "sw": np.abs(sample(3)) / 100, "codes": CODES, "zero": ZERO}
+    held: dict[str, Any] = {"sx": np.float32(0.0123456), "sw": np.abs(sample(3)) / 100, "codes": CODES, "zero": ZERO}
     _, path = typed(written(tmp_path / "m.onnx", text, **held))
     assert read_types(path)["c/QuantizeLinear"] == [FLOAT, FLOAT, T.INT8]
     scales = quantizer_scales(path)
@@ -211,9 +213,9 @@ def test_an_input_is_quantized_as_it_is_by_the_scale_of_its_values(tmp_path: Pat
 @pytest.mark.parametrize(("which", "scale"), [("sx", 1e-7), ("sx", 1e5), ("sw", 1e-9), ("sw", 7e4)])
 def test_a_product_with_a_scale_that_does_not_fit_is_wide(which: str, scale: float, tmp_path: Path) -> None:
     text = f"g (float[n,7] a) => (float[n,3] y) {{ x = Mul (a, size) {PAIR} y = Tanh (p) }}"
-    held = {"sx": np.float32(0.01), "sw": np.float32([0.02, 0.01, 0.03]), "codes": CODES, "zero": ZERO}
-    held |= {"size": np.float32([0.5])}
-    held[which] = np.float32(scale) if which == "sx" else np.float32([0.02, scale, 0.03])
+    held: dict[str, Any] = {"sx": np.float32(0.01), "sw": floats([0.02, 0.01, 0.03]), "codes": CODES, "zero": ZERO}
+    held |= {"size": floats([0.5])}
+    held[which] = np.float32(scale) if which == "sx" else floats([0.02, scale, 0.03])
     source = written(tmp_path / "m.onnx", text, **held)
     found, path = typed(source)
     assert reasons(found) == {"layers.p": f"a scale of {scale:.3g}"}
@@ -226,8 +228,8 @@ def test_a_product_with_a_scale_that_does_not_fit_is_wide(which: str, scale: flo
 def test_codes_of_tiny_floats_are_what_they_were(tmp_path: Path) -> None:
     """A quantizer between narrow floats whose scale is below the type's numbers reads them widened."""
     text = f"g (float[n,7] a) => (float[n,3] p, int8[n,7] c) {{ b = Mul (a, size)  x = Mul (b, size) {PAIR} }}"
-    held = {"sx": np.float32(2e-7), "sw": np.float32([0.02, 0.01, 0.03]), "codes": CODES, "zero": ZERO}
-    source = written(tmp_path / "m.onnx", text, size=np.float32([0.003]), **held)
+    held: dict[str, Any] = {"sx": np.float32(2e-7), "sw": floats([0.02, 0.01, 0.03]), "codes": CODES, "zero": ZERO}
+    source = written(tmp_path / "m.onnx", text, size=floats([0.003]), **held)
     found, path = typed(source)
     assert list(reasons(found)) == ["layers.p"]
     assert makes(path)["x/Mul"] == HALF
@@ -250,7 +252,7 @@ def test_codes_of_tiny_floats_are_what_they_were(tmp_path: Path) -> None:
 def test_moved_codes_keep_a_scale_that_does_not_fit(chain: str, tmp_path: Path) -> None:
     text = f"""g (float[7,7] x) => (float[a,b] y) {{
     v = Tanh (x)  w = DequantizeLinear (codes, s)  {chain}  y = Mul (m, back) }}"""
-    held = {"codes": CODES.T.copy(), "s": np.float32(1e-9), "back": np.float32([1e9])}
+    held: dict[str, Any] = {"codes": CODES.T.copy(), "s": np.float32(1e-9), "back": floats([1e9])}
     if "shape" in chain:
         held["shape"] = np.array([7, 3])
     source = written(tmp_path / "m.onnx", text, **held)
@@ -295,7 +297,12 @@ def test_inputs_that_onnx_allows_in_float32_alone_stay_so(tmp_path: Path) -> Non
     text = """g (float[1,2,3,5] x, float[1] end1) => (float[1,2,a,b] y, float[m] z)
     { t = Tanh (x)  y = Resize (t, , factors)  end = Squeeze (end1)  e = Mul (end, half)
       r = Range (zero, e, one)  z = Mul (r, half) }"""
-    held = {"factors": np.float32([1, 1, 2, 3]), "zero": np.float32(0), "one": np.float32(1), "half": np.float32(0.5)}
+    held: dict[str, Any] = {
+        "factors": floats([1, 1, 2, 3]),
+        "zero": np.float32(0),
+        "one": np.float32(1),
+        "half": np.float32(0.5),
+    }
     source = written(tmp_path / "m.onnx", text, **held)
     found, path = typed(source)
     assert not found.wide
@@ -303,7 +310,7 @@ def test_inputs_that_onnx_allows_in_float32_alone_stay_so(tmp_path: Path) -> Non
     assert kinds["y/Resize"] == [HALF, FLOAT]
     assert kinds["r/Range"] == [FLOAT] * 3
     assert kinds["z/Mul"] == [HALF, HALF]
-    made = outcome(path, x=sample(1, 2, 3, 5), end1=np.float32([14]))
+    made = outcome(path, x=sample(1, 2, 3, 5), end1=floats([14]))
     assert made["y"].shape == (1, 2, 6, 15)
     np.testing.assert_array_equal(made["z"], np.arange(7) / 2)
 
@@ -318,7 +325,12 @@ def test_inputs_that_onnx_allows_in_float32_alone_stay_so(tmp_path: Path) -> Non
 @pytest.mark.parametrize("maker", ["Tanh (x)", "Softmax (x)"])
 def test_moves_have_the_type_of_what_they_read(maker: str, move: str, tmp_path: Path) -> None:
     text = f"g (float[2,3] x) => (float[] y) {{ t = {maker}  m = {move}  y = Sigmoid (m) }}"
-    held = {"flat": np.array([-1]), "first": np.array([0]), "last": np.array([1]), "twice": np.array([2, 3])}
+    held: dict[str, Any] = {
+        "flat": np.array([-1]),
+        "first": np.array([0]),
+        "last": np.array([1]),
+        "twice": np.array([2, 3]),
+    }
     held["twice"] = np.array([2, 1]) if "Tile" in move else np.array([2, 2, 3])
     read = {name: values for name, values in held.items() if name in move}
     found, path = typed(written(tmp_path / "m.onnx", text, **read))
@@ -348,7 +360,12 @@ def test_constants_among_what_is_joined_chosen_and_bounded(tmp_path: Path) -> No
     text = """g (float[n,3] x, bool[n,3] b) => (float[n,6] y)
     { a = Where (b, x, masked)  j = Concat <axis=1> (a, x)  k = Concat <axis=0> (j, row)
       c = Clip (k, low)  d = Clip (c, , high)  o = Constant <value_float=0.5> ()  y = Pad (d, sizes, o) }"""
-    held = {"masked": np.float32(-np.inf), "row": sample(1, 6), "low": np.float32(-2), "high": np.float32(1.5)}
+    held: dict[str, Any] = {
+        "masked": np.float32(-np.inf),
+        "row": sample(1, 6),
+        "low": np.float32(-2),
+        "high": np.float32(1.5),
+    }
     source = written(tmp_path / "m.onnx", text, **held, sizes=np.array([1, 0, 0, 0]))
     found, path = typed(source)
     assert (found.nodes, found.wide) == (6, ())
@@ -384,14 +401,14 @@ def test_outputs_that_are_inputs_or_constants_stay(tmp_path: Path) -> None:
     x = sample(4, 3)
     found = outcome(path, x=x)
     np.testing.assert_array_equal(found["s"], sample(3))
-    np.testing.assert_array_equal(found["o"], np.float32([0.1, 0.2]))
+    np.testing.assert_array_equal(found["o"], floats([0.1, 0.2]))
     np.testing.assert_array_equal(found["x"], x)
 
 
 def test_types_that_attributes_name_stay(tmp_path: Path) -> None:
     text = """g (float[n,3] x, int64[4] k) => (float[n,3] y)
     { e = EyeLike <dtype=1> (i)  f = ConstantOfShape <value=float[1] {0.5}> (k2)  a = MatMul (x, e)  y = Add (a, f) }"""
-    held = {"i": np.zeros((3, 3), np.int32), "k2": np.array([1, 3])}
+    held: dict[str, Any] = {"i": np.zeros((3, 3), np.int32), "k2": np.array([1, 3])}
     source = written(tmp_path / "m.onnx", text, **held)
     _, path = typed(source)
     x = sample(4, 3).astype(np.float16).astype(np.float32) / 2
@@ -416,7 +433,7 @@ def test_what_branches_read_is_wide(made: str, asked: bool, tmp_path: Path) -> N
     branches = BRANCHES.replace("CAPTURED", "t")
     text = f"""g (float[n,3] x, bool ask) => (float[n,3] y, float[n,3] z)
     {{ {more}  t = {made}  {branches}  y = Mul (chosen, s)  z = Mul (t, s) }}"""
-    held = {"s": sample(3)} | ({"sc": np.float32(0.0123456), "zero": ZERO} if "q" in made else {})
+    held: dict[str, Any] = {"s": sample(3)} | ({"sc": np.float32(0.0123456), "zero": ZERO} if "q" in made else {})
     source = written(tmp_path / "m.onnx", text, **held)
     found, path = typed(source)
     assert "layers.chosen" in reasons(found)
@@ -477,7 +494,7 @@ def test_a_constant_that_wide_and_narrow_nodes_read_is_held_twice(tmp_path: Path
 def test_names_that_are_taken_stay_theirs(taken: str, tmp_path: Path) -> None:
     text = f"g (float[n,3] x) => (float[n,3] y) {{ a = Mul (x, w)  {taken}p = Tanh (a)  y = Mul ({taken}p, {taken}) }}"
     w, other = sample(3), sample(3, seed=9)
-    held = {"w": w, taken: other}
+    held: dict[str, Any] = {"w": w, taken: other}
     source = written(tmp_path / "m.onnx", text, **held)
     _, path = typed(source)
     x = sample(4, 3)
@@ -488,7 +505,7 @@ def test_names_that_are_taken_stay_theirs(taken: str, tmp_path: Path) -> None:
 def test_constants_beside_the_file_are_taken_along(tmp_path: Path) -> None:
     text = f"g (float[n,7] x) => (float[n,3] y) {{ {PAIR} e = Exp (p)  y = Mul (e, f) }}"
     codes = np.random.default_rng(1).integers(-127, 128, (7, 3)).astype(np.int8)
-    held = {"sx": np.float32(0.02), "sw": np.float32([0.002, 0.001, 0.003]), "zero": ZERO, "f": sample(3)}
+    held: dict[str, Any] = {"sx": np.float32(0.02), "sw": floats([0.002, 0.001, 0.003]), "zero": ZERO, "f": sample(3)}
     source = written(tmp_path / "m.onnx", text, codes=codes, **held)
     before = outcome(source, x=sample(4, 7))["y"]
     model = onnx.load(source)
@@ -504,7 +521,7 @@ def test_constants_beside_the_file_are_taken_along(tmp_path: Path) -> None:
 def test_convolutions_and_pools_are_bfloat16(operator: str, tmp_path: Path) -> None:
     text = f"g (float[n,2,5,7] x) => (float[n,c,h,k] y) {{ t = Tanh (x)  p = {operator}  y = Tanh (p) }}"
     text = text.replace("(x, w)  y", "(t, w)  y").replace("(x)  y", "(t)  y")
-    held = {"w": sample(3, 2, 3, 3)} if "Conv" in operator else {}
+    held: dict[str, Any] = {"w": sample(3, 2, 3, 3)} if "Conv" in operator else {}
     found, path = typed(written(tmp_path / "m.onnx", text, **held), BodyType.BF16)
     assert not found.wide
     assert makes(path)[f"p/{operator.split(maxsplit=1)[0]}"] == BRAIN

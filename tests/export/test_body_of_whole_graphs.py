@@ -119,7 +119,8 @@ def block(m: Any, x: Tensor) -> Tensor:
     y = m.norm(x)
     q, k, v = (each.unflatten(-1, (3, 16)).transpose(1, 2) for each in (m.q(y), m.k(y), m.v(y)))
     x = x + m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return x + m.down(F.gelu(m.up(m.norm(x))))
+    made: Tensor = x + m.down(F.gelu(m.up(m.norm(x))))
+    return made
 
 
 def network() -> nn.Module:

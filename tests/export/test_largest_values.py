@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from float_files import sample, written
+from float_files import floats, sample, written
 
 from normfuse.export.largest_values import largest_values
 
@@ -45,7 +45,7 @@ def test_every_float_tensor_has_the_maximum_of_its_magnitudes(tmp_path: Path) ->
 def test_the_largest_may_be_negative_and_in_any_sample(tmp_path: Path) -> None:
     path = written(tmp_path / "m.onnx", "g (float[3] x) => (float[3] y) { y = Neg (x) }")
     for values in ([[1, -9, 2], [3, 4, 5]], [[3, 4, 5], [-9, 1, 1]], [[0, 0, 0], [0, 0, -9]]):
-        found = largest_values(path, [{"x": np.float32(each)} for each in values])
+        found = largest_values(path, [{"x": floats(each)} for each in values])
         assert found == {"x": 9.0, "y": 9.0}
 
 
@@ -65,17 +65,18 @@ def test_what_is_not_finite_hides_nothing_and_is_no_magnitude(
 
 def test_nothing_but_what_is_not_finite_has_no_magnitude(tmp_path: Path) -> None:
     path = written(tmp_path / "m.onnx", "g (float[n] x) => (float[n] y) { y = Neg (x) }")
-    assert largest_values(path, [{"x": np.float32([NAN, -INF, INF])}]) == {"x": 0.0, "y": 0.0}
-    assert largest_values(path, [{"x": np.float32([-0.0])}]) == {"x": 0.0, "y": 0.0}
-    assert largest_values(path, [{"x": np.float32([-3.4028235e38])}])["y"] == np.finfo(np.float32).max
+    assert largest_values(path, [{"x": floats([NAN, -INF, INF])}]) == {"x": 0.0, "y": 0.0}
+    assert largest_values(path, [{"x": floats([-0.0])}]) == {"x": 0.0, "y": 0.0}
+    assert largest_values(path, [{"x": floats([-3.4028235e38])}])["y"] == np.finfo(np.float32).max
 
 
 def test_tensors_without_elements_have_no_magnitude(tmp_path: Path) -> None:
     text = "g (float[n,3] x) => (float[m,3] y, float[n,3] z) { y = Slice (x, from, to)  z = Neg (x) }"
-    path = written(tmp_path / "m.onnx", text, **{"from": np.array([1]), "to": np.array([99])})
-    found = largest_values(path, [{"x": np.float32([[1, 2, 3]])}, {"x": np.zeros((0, 3), np.float32)}])
+    held: dict[str, Any] = {"from": np.array([1]), "to": np.array([99])}
+    path = written(tmp_path / "m.onnx", text, **held)
+    found = largest_values(path, [{"x": floats([[1, 2, 3]])}, {"x": np.zeros((0, 3), np.float32)}])
     assert found == {"x": 3.0, "y": 0.0, "z": 3.0}
-    assert largest_values(path, [{"x": np.float32([[1, 2, 3], [4, -5, 6]])}])["y"] == 6.0
+    assert largest_values(path, [{"x": floats([[1, 2, 3], [4, -5, 6]])}])["y"] == 6.0
 
 
 def test_no_samples_show_nothing(tmp_path: Path) -> None:
@@ -99,16 +100,16 @@ def test_values_of_codes_are_those_of_the_file(tmp_path: Path) -> None:
     text = """g (float[n,3] x) => (float[n,2] y)
     { c = QuantizeLinear (x, s, zero)  v = DequantizeLinear (c, s, zero)
       w = DequantizeLinear <axis=1> (codes, sw)  y = MatMul (v, w) }"""
-    codes = np.int8([[127, -3], [4, 100], [-6, 7]])
-    path = written(tmp_path / "m.onnx", text, s=np.float32(0.5), zero=np.int8(0), codes=codes, sw=np.float32([2, 3]))
-    x = np.float32([[1.2, -3.4, 99.0]])
+    codes = np.array([[127, -3], [4, 100], [-6, 7]], np.int8)
+    path = written(tmp_path / "m.onnx", text, s=np.float32(0.5), zero=np.int8(0), codes=codes, sw=floats([2, 3]))
+    x = floats([[1.2, -3.4, 99.0]])
     found = largest_values(path, [{"x": x}])
     values = np.clip(np.round(x * 2), -128, 127) / 2
     assert found == {
         "x": 99.0,
         "v": 63.5,
         "w": 300.0,
-        "y": pytest.approx(magnitudes(values @ (codes * np.float32([2, 3])))),
+        "y": pytest.approx(magnitudes(values @ (codes * floats([2, 3])))),
     }
 
 

@@ -36,7 +36,12 @@ def test_products_of_codes(kind: str, move: str, tmp_path: Path) -> None:
     right, shape = ("t", (3, 8)) if move else ("w", (8, 3))
     text = f"""g (float[n,8] x) => (float[n,3] y)
     {{ {EIGHT} w = DequantizeLinear <axis={1 - bool(move)}> (codes, sw)  {move}  y = MatMul (v, {right}) }}"""
-    held = {"codes": codes(kind, *shape), "s": np.float32(0.1), "zero": ZEROS[kind], "sw": np.abs(sample(3))}
+    held: dict[str, Any] = {
+        "codes": codes(kind, *shape),
+        "s": np.float32(0.1),
+        "zero": ZEROS[kind],
+        "sw": np.abs(sample(3)),
+    }
     found = only(written(tmp_path / "m.onnx", text, **held))
     assert (found.node, found.layer, found.operator) == ("y/MatMul", "layers.y", "MatMul")
     assert (found.left, found.right, found.spelled, found.has_weight, found.block) == (kind, kind, kind, True, 0)
@@ -75,7 +80,12 @@ def test_products_of_floats(body: str, move: bool, largest: float, tmp_path: Pat
 def test_codes_of_activations_behind_float_weights_and_the_reverse(tmp_path: Path) -> None:
     text = f"""g (float[n,8] x) => (float[n,3] y, float[n,3] z)
     {{ {EIGHT} w = DequantizeLinear <axis=1> (codes, sw)  y = MatMul (v, f)  z = MatMul (x, w) }}"""
-    held = {"codes": codes("int8", 8, 3), "s": np.float32(0.1), "zero": ZEROS["uint8"], "sw": np.abs(sample(3))}
+    held: dict[str, Any] = {
+        "codes": codes("int8", 8, 3),
+        "s": np.float32(0.1),
+        "zero": ZEROS["uint8"],
+        "sw": np.abs(sample(3)),
+    }
     found = product_types(written(tmp_path / "m.onnx", text, f=sample(8, 3), **held))
     assert [each.spelled for each in found] == ["fp32 x uint8", "int8 x fp32"]
     assert [each.has_weight for each in found] == [True, True]
@@ -97,7 +107,12 @@ def test_convolutions_and_products_of_rows(body: str, tmp_path: Path) -> None:
     text = f"""g (float[2,4,9] x, float[n,5] m) => (float[2,6,7] y, float[2,6,11] z, float[n,3] r)
     {{ {EIGHT} w = DequantizeLinear <axis=0> (codes, sw)  y = Conv (v, w, b)  z = ConvTranspose (x, f)
        r = Gemm <transB=1> (m, g, h)  u = Relu (y) }}"""
-    held = {"codes": codes("int8", 6, 4, 3), "s": np.float32(0.1), "zero": ZEROS["int8"], "sw": np.abs(sample(6))}
+    held: dict[str, Any] = {
+        "codes": codes("int8", 6, 4, 3),
+        "s": np.float32(0.1),
+        "zero": ZEROS["int8"],
+        "sw": np.abs(sample(6)),
+    }
     held |= {"b": sample(6), "f": sample(4, 6, 3), "g": sample(3, 5), "h": sample(3)}
     path = written(tmp_path / "m.onnx", text, **held)
     if body != "fp32":

@@ -52,7 +52,7 @@ def standard(path: Path) -> onnx.ModelProto:
     return model
 
 
-def the(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+def the(model: onnx.ModelProto, operator: str) -> Any:
     (node,) = [node for node in model.graph.node if node.op_type == operator]
     return node
 
@@ -61,7 +61,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
 
 
-def held(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+def held(model: onnx.ModelProto, name: str) -> Any:
     (tensor,) = [each for each in model.graph.initializer if each.name == name]
     return tensor
 
