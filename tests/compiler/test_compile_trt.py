@@ -317,7 +317,6 @@ def test_a_broken_artifact_in_bfloat16_is_still_refused(tmp_path: Path) -> None:
 
 
 ZOO: Final = {
-    "8": {"int8": 25, "fp16": 9},
     "4": {"int4": 25, "fp16": 9},
 }
 """Products of a ViT of four blocks: six linear maps each, and the patches'; two of attention each, and the pool's."""
