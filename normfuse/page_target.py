@@ -73,6 +73,7 @@ def _engine(found: Mapping[str, Any]) -> Iterator[Part]:
     if audit:
         facts["kernels"] = audit["kernels"]
         facts["norms that share a kernel"] = f"{audit['joined_norms']} of {audit['norms']}"
+        facts["attentions that are one kernel"] = f"{audit['joined_attentions']} of {audit['attentions']}"
         facts["quantizers with a kernel of their own"] = ", ".join(audit["alone"])
     yield Part(heading="Engine", columns=("fact", "value"), rows=list(facts.items()))
     if audit and audit["mismatched"]:

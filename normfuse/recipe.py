@@ -24,7 +24,7 @@ from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
 from normfuse.quant.target import BodyType, EightBits, Target
 from normfuse.quant.widths import parse_widths
-from normfuse.runtime.shapes import parse_shapes
+from normfuse.recipe_checks import check, check_target, shown
 
 __all__ = [
     "MIXED",
@@ -45,23 +45,10 @@ POINTS: Final = 8
 TYPES: Final = {"fp16": ("32", "body"), "bf16": ("32", "body"), "fp8": ("8", "eight_bits")}
 """Types that stand for bits, and the field that has them."""
 
-OF_BUILDERS: Final = frozenset(
-    {
-        *("body", "eight_bits", "build", "capability", "shapes", "workspace"),
-        *("builder_level", "builder_seconds", "timing_cache", "version_compatible"),
-    }
-)
-"""Fields that only a target with a builder has."""
-
-OF_TENSORRT: Final = (Bits(8, 8), Bits(4, FLOAT))
-"""Codes that TensorRT multiplies: both of eight bits, or blocks of four behind floats."""
-
 FEW_OF_TENSORRT: Final = str(Bits(4, FLOAT))
 """What four bits are where TensorRT runs them."""
 
 FOUR: Final = re.compile(r"=0*4(?=[\s,]|$)")
-CAPABILITY: Final = re.compile(r"[1-9][0-9]?\.[0-9]")
-
 BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=0.5x, latency=0.8x or drop=0.5"
 
 
@@ -157,37 +144,37 @@ class Recipe:
                 object.__setattr__(self, field.name, chosen)
         for name in ("budget", "score", "overrides", "weight_widths", "activation_widths", "levers"):
             value = getattr(self, name)
-            _check(isinstance(value, str), name, repr(value), "text, as the command line takes it")
+            check(isinstance(value, str), name, repr(value), "text, as the command line takes it")
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for refuses_what_is_none in ("chosen_overrides", "chosen_scores"):
             getattr(self, refuses_what_is_none)
-        self._check_target()
+        check_target(self)
         self._check_mixed()
         self._check_codes()
         self._check_integers()
-        _check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
-        _check(
+        check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
+        check(
             self.table_bits == MOST or not self.precision.is_float,
             "table_bits",
             self.table_bits,
             "8 (the default) beside --bits 32, which keeps tables in float",
         )
-        _check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
+        check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
         self.chosen_levers  # noqa: B018 - refuses words that are none
-        _check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
-        _check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
-        _check(self.batch > 0, "batch", self.batch, "a positive number")
+        check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
+        check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
+        check(self.batch > 0, "batch", self.batch, "a positive number")
         # TOML and JSON files with an infinity could not be read again.
-        _check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
-        _check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+        check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
+        check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
 
     def _spell_out_bits(self) -> None:
         """Let ``bits`` be widths, where they name a type or what the target makes of four bits."""
         word = str(self.bits).strip().lower()
         bits, name = TYPES.get(word, (self.bits, ""))
         if name:
-            given, usual = _shown(getattr(self, name)), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
-            _check(given in (word, usual.value), name, given, f"{word} beside --bits {word}")
+            given, usual = shown(getattr(self, name)), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
+            check(given in (word, usual.value), name, given, f"{word} beside --bits {word}")
             object.__setattr__(self, name, word)
         written = _written_bits(bits)
         if self.target in (Target.TRT, Target.TRT.value):
@@ -196,64 +183,6 @@ class Recipe:
             if isinstance(self.overrides, str):
                 object.__setattr__(self, "overrides", FOUR.sub(f"={FEW_OF_TENSORRT}", self.overrides))
         object.__setattr__(self, "bits", written)
-
-    def _check_target(self) -> None:
-        """Refuse what the target has no kernels for, and what is of another target."""
-        if self.target is Target.ONNX:
-            for field in fields(self):
-                if field.name in OF_BUILDERS:
-                    value = getattr(self, field.name)
-                    _check(value == field.default, field.name, _shown(value), "the default without --target trt")
-            return
-        plain = {
-            "integer_only": not self.integer_only,
-            "activations": self.activations is ActivationCodes.STATIC,
-            "weights": self.weights is WeightCodes.SYMMETRIC,
-            "table_bits": self.table_bits == MOST,
-        }
-        for name, holds in plain.items():
-            _check(holds, name, _shown(getattr(self, name)), "the default beside --target trt")
-        if self.is_mixed:
-            self._check_widths_of_tensorrt()
-        else:
-            is_known = self.precision.is_float or self.precision in OF_TENSORRT
-            known = "8, 4 (w4a16), fp8, fp16, bf16, 32 or mixed beside --target trt"
-            _check(is_known, "bits", self.precision.spelled, known)
-        for pattern, bits in self.chosen_overrides.patterns:
-            is_known = bits.is_float or bits in OF_TENSORRT
-            _check(is_known, "overrides", f"{pattern}={bits}", "bits of 8, 4 (w4a16) or 32 beside --target trt")
-        if self.eight_bits is EightBits.FP8:
-            _check(self.effort < 2, "effort", self.effort, "0 or 1 beside 8-bit floats: learned codes are integers")
-            is_learned = self.chosen_levers.reconstruction or self.chosen_levers.affine_tuning
-            _check(
-                not is_learned, "levers", self.levers, "none that learn beside 8-bit floats: such codes are integers"
-            )
-        self._check_builder()
-
-    def _check_widths_of_tensorrt(self) -> None:
-        """Refuse widths that TensorRT has no kernels for, and some that are only there beside others."""
-        weights, activations = self.widths
-        of_weights = set(weights) <= {4, MOST, FLOAT}
-        _check(of_weights, "weight_widths", self.weight_widths, "some of 4, 8 and 16 beside --target trt")
-        needed = {FLOAT if width != MOST else MOST for width in weights}
-        holds = needed <= set(activations) <= {MOST, FLOAT}
-        reason = "8 for weights of 8 bits and 16 for others, beside --target trt"
-        _check(holds, "activation_widths", self.activation_widths or ACTIVATION_WIDTHS[Target.TRT], reason)
-        is_told = all(limit.resource is not Resource.LATENCY for limit in self.chosen_budget.limits)
-        _check(is_told, "budget", self.budget, "no latency beside --target trt, where nothing runs the engine")
-
-    def _check_builder(self) -> None:
-        """Refuse what no builder takes; whether a file is there is for the compile to see."""
-        _check(0 <= self.builder_level <= 5, "builder_level", self.builder_level, "0 to 5")
-        _check(self.workspace > 0, "workspace", self.workspace, "MiB, a positive number")
-        _check(0 < self.builder_seconds < math.inf, "builder_seconds", self.builder_seconds, "seconds, more than 0")
-        for name in ("capability", "shapes", "timing_cache"):
-            value = getattr(self, name)
-            _check(isinstance(value, str), name, repr(value), "text, as the command line takes it")
-        is_capability = not self.capability or CAPABILITY.fullmatch(self.capability) is not None
-        _check(is_capability, "capability", repr(self.capability), "a compute capability, as 8.9 or 12.0")
-        if self.shapes:
-            parse_shapes(self.shapes)
 
     def _check_mixed(self) -> None:
         """Refuse mixed bits without a budget, and what is of mixed bits without them."""
@@ -270,17 +199,17 @@ class Recipe:
                     expected="static activations",
                     hint="--activations static, or one width, as --bits w4a8",
                 )
-            _check(self.refresh >= 0, "refresh", self.refresh, "rounds, 0 or more")
-            _check(0 <= self.point <= POINTS, "point", self.point, f"1 to {POINTS}, or 0 for the smallest that is kept")
-            _check(self.pareto or not self.point, "point", self.point, "0 unless the front is asked for (--pareto)")
+            check(self.refresh >= 0, "refresh", self.refresh, "rounds, 0 or more")
+            check(0 <= self.point <= POINTS, "point", self.point, f"1 to {POINTS}, or 0 for the smallest that is kept")
+            check(self.pareto or not self.point, "point", self.point, "0 unless the front is asked for (--pareto)")
             return
         for name in ("budget", "weight_widths", "activation_widths", "refresh", "pareto", "point"):
-            _check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
-        _check(self.outputs is OutputKind.AUTO, "outputs", self.outputs.value, "auto unless bits are mixed")
-        _check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
+            check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
+        check(self.outputs is OutputKind.AUTO, "outputs", self.outputs.value, "auto unless bits are mixed")
+        check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
         is_dynamic = self.activations is ActivationCodes.DYNAMIC
         none = "empty beside 32 bits and beside dynamic activations"
-        _check(not self.overrides or not (is_dynamic or self.precision.is_float), "overrides", self.overrides, none)
+        check(not self.overrides or not (is_dynamic or self.precision.is_float), "overrides", self.overrides, none)
 
     def _check_codes(self) -> None:
         """Refuse kinds of codes that onnxruntime, the only target so far, does not run."""
@@ -304,13 +233,13 @@ class Recipe:
     def _check_integers(self) -> None:
         """Refuse beside integers what they do not have, and without them what only they have."""
         if not self.integer_only:
-            _check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
+            check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
             for field in [each for each in fields(self) if each.name in ("norm", "softmax", "gelu")]:
                 form, usual = getattr(self, field.name), f"{field.default.value} (the default) without integer_only"
-                _check(form is field.default, field.name, form.value, usual)
+                check(form is field.default, field.name, form.value, usual)
             return
         is_by_tensor = self.norm is NormForm.PER_TENSOR or not self.allow_float_islands
-        _check(is_by_tensor, "norm", self.norm.value, "per-tensor (the default) beside allow_float_islands")
+        check(is_by_tensor, "norm", self.norm.value, "per-tensor (the default) beside allow_float_islands")
         plain = {
             "bits": self.precision.weight <= MOST and self.precision.activation == MOST and not self.is_mixed,
             "activations": self.activations is ActivationCodes.STATIC,
@@ -322,7 +251,7 @@ class Recipe:
         }
         wanted = {"bits": "8, or w2a8 to w7a8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
         for name, holds in plain.items():
-            _check(holds, name, _shown(getattr(self, name)), f"{wanted.get(name, 'the default')} beside integer_only")
+            check(holds, name, shown(getattr(self, name)), f"{wanted.get(name, 'the default')} beside integer_only")
 
     @property
     def wanted_speedup(self) -> float:
@@ -370,7 +299,7 @@ class Recipe:
         """The widths that weights and activations may have where bits are mixed, fewest first."""
         weights = parse_widths(self.weight_widths or WEIGHT_WIDTHS[self.target], name="weight_widths")
         activations = parse_widths(self.activation_widths or ACTIVATION_WIDTHS[self.target], name="activation_widths")
-        _check(weights != (FLOAT,), "weight_widths", self.weight_widths, "a width of codes among them")
+        check(weights != (FLOAT,), "weight_widths", self.weight_widths, "a width of codes among them")
         return weights, activations
 
     @property
@@ -475,12 +404,3 @@ def _parse(kind: type[Any], name: str, value: Any) -> Any:
 
 def _written_bits(value: object) -> str:
     return MIXED if str(value).strip().lower() == MIXED else str(Bits.parse(value))
-
-
-def _shown(value: object) -> object:
-    return value.value if isinstance(value, Enum) else value
-
-
-def _check(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} cannot be {value}", where="recipe", expected=expected)

@@ -76,6 +76,8 @@ def test_what_was_asked_for(model: Path) -> None:
         "mismatched": [],
         "norms": 1,
         "joined_norms": 1,
+        "attentions": 0,
+        "joined_attentions": 0,
         "alone": [],
     }
 
@@ -118,6 +120,36 @@ def test_a_kernel_that_prepares_the_input_names_the_product_too(model: Path, is_
 def test_norms_that_share_a_kernel(model: Path, layer: EngineLayer, joined: int) -> None:
     found = audit(model, [layer, CODED, FLOATS])
     assert (found.norms, found.joined_norms) == (1, joined)
+
+
+@pytest.mark.parametrize(
+    ("sources", "joined"),
+    [
+        ([("scores", "softmax", "mixed")], 1),
+        ([("scores",), ("softmax", "mixed")], 0),
+        ([("scores", "softmax"), ("softmax", "mixed")], 0),
+        ([("softmax", "scores", "scores"), ("mixed",)], 0),
+    ],
+)
+def test_attention_that_is_one_kernel(tmp_path: Path, sources: list[tuple[str, ...]], joined: int) -> None:
+    attention = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["q", "k"], ["s"], name="scores"),
+            onnx.helper.make_node("Softmax", ["s"], ["p"], name="softmax"),
+            onnx.helper.make_node("MatMul", ["p", "v"], ["y"], name="mixed"),
+        ],
+        "attention",
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in {"q": [3, 5], "k": [5, 7], "v": [7, 2]}.items()
+        ],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 2])],
+    )
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(attention, opset_imports=opset), tmp_path / "attention.onnx")
+    layers = [kernel(*each, inputs="Float Float", outputs="Float") for each in sources]
+    found = audit(tmp_path / "attention.onnx", layers)
+    assert (found.attentions, found.joined_attentions) == (1, joined)
 
 
 @pytest.mark.parametrize(

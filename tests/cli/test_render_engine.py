@@ -23,6 +23,8 @@ AUDIT: dict[str, Any] = {
     "mismatched": [{"layer": "up", "asked": "int8", "got": ["Half", "Half"]}],
     "norms": 9,
     "joined_norms": 8,
+    "attentions": 4,
+    "joined_attentions": 3,
     "alone": ["up/QuantizeLinear"],
 }
 ENGINE: dict[str, Any] = {
@@ -87,6 +89,7 @@ def test_everything_that_is_known_is_said() -> None:
         "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 for SM89",
         "  55 kernels; products: 2 of 3 in int8, 1 of 1 in fp16",
         "  norms: 8 of 9 share a kernel with a sum or a quantizer",
+        "  attention: 3 of 4 are one kernel",
         "  quantizers with a kernel of their own: up/QuantizeLinear",
         "  up: int8 was asked for, its kernel reads Half, Half",
         "  build   trtexec --onnx=model.onnx",

@@ -152,6 +152,7 @@ def test_what_is_of_builders_is_refused_without_one(options: dict[str, Any], sai
         ({"builder_seconds": math.nan}, "builder_seconds cannot be nan"),
         ({"capability": "8"}, "capability cannot be '8'"),
         ({"capability": "abc"}, "capability cannot be 'abc'"),
+        ({"capability": "8.6", "bits": "fp8"}, "capability cannot be 8.6"),
         ({"capability": "SM89"}, "capability cannot be 'SM89'"),
         ({"capability": "8.9 "}, "capability cannot be '8.9 '"),
         ({"capability": "8.9,9.0"}, "capability cannot be '8.9,9.0'"),
