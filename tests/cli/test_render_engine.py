@@ -128,7 +128,13 @@ def test_a_builder_that_lists_no_kernels() -> None:
 
 
 def test_a_product_that_no_kernel_names() -> None:
-    audit = {**AUDIT, "norms": 0, "alone": [], "mismatched": [{"layer": "up", "asked": "int8", "got": None}]}
+    audit = {
+        **AUDIT,
+        "norms": 0,
+        "attentions": 0,
+        "alone": [],
+        "mismatched": [{"layer": "up", "asked": "int8", "got": None}],
+    }
     lines = told(engine={**ENGINE, "audit": audit})
     assert lines[5:7] == [
         "  55 kernels; products: 2 of 3 in int8, 1 of 1 in fp16",

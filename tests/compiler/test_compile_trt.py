@@ -148,7 +148,7 @@ def test_a_front_without_labels_ends_with_the_body_alone() -> None:
     [
         ({"bits": 4}, UP),
         ({"bits": 4, "overrides": "0=8"}, "int8"),
-        ({"bits": "mixed", "budget": "avg-bits=5", "score": "random"}, UP),
+        ({"bits": "mixed", "budget": "avg-bits=4.5", "score": "random"}, UP),
         ({"bits": "mixed", "budget": "bytes=0.25x", "score": "random", "weight_widths": "4,8"}, UP),
     ],
     ids=["few", "by name", "mixed", "bytes"],
