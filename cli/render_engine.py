@@ -49,7 +49,8 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"  build   {found['commands']['build']}"
     yield f"  or      {found['commands']['build_rtx']}"
     yield f"  time    {found['commands']['time']}"
-    yield f"  compare {found['commands']['compare']}"
+    if compare := found["commands"].get("compare"):
+        yield f"  compare {compare}"
 
 
 def _engine(engine: Mapping[str, Any]) -> Iterator[str]:

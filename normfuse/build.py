@@ -39,8 +39,8 @@ class Engine:
     """A graph, the ONNX file made of it, what each pass did on the way, and the checks that it went through.
 
     Where floats have another type than float32 in the file, ``body`` says which nodes have, ``exact`` is the file in
-    float32, and ``runs`` the one that onnxruntime runs, if it has no kernels for the type. ``mixed`` says how layers
-    got bits of their own, ``front`` which engines it was chosen from, both for the report.
+    float32, and ``runs`` the one that shows in onnxruntime what the type rounds (``write_widened``). ``mixed`` says how
+    layers got bits of their own, ``front`` which engines it was chosen from, both for the report.
     """
 
     graph: Graph

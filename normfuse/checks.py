@@ -44,15 +44,15 @@ PRODUCT_FLOAT32: Final = 1e-5
 ONE_CODE: Final = 1
 """Kernels may round the last bit of a float differently, which moves a code by one at most."""
 
-TYPED_CODES: Final = 2
-"""The largest codes are 127 steps, of which float16's rounding (2^-12 of a number) is 0.03 and bfloat16's 0.25; a
-scale, a product and a sum are rounded each, on the way from one quantizer to the next."""
-
 ROUNDING: Final = {BodyType.FP16: 2.0**-12, BodyType.BF16: 2.0**-9}
 """What rounding to a type changes at most, relative to the number."""
 
 ROUNDINGS: Final = 128
-"""How many of them, all in one direction, may be in an output: some ten layers of some ten operators round."""
+"""How many of them, all in one direction, may be in an output, or in what a quantizer reads: some ten layers of some
+ten operators round."""
+
+LARGEST_CODE: Final = 127
+"""In steps of an int8, which 8-bit floats are compared in, too."""
 
 NAMED: Final = 5
 """Names in a check's detail."""
@@ -151,8 +151,9 @@ def check_typed(
     share = max((tensor.share_different for tensor in found.tensors), default=0.0)
     detail = f"{len(found.tensors)} tensors, {_samples(samples_in(samples))}, at most {share:.2%} of a tensor's differ"
     largest = math.inf if found.missing else float(found.largest_difference)
-    codes = Check(f"codes behind {body.value} = simulation's", largest, float(TYPED_CODES), detail)
     rounding = ROUNDINGS * ROUNDING[body]
+    most = float(math.ceil(rounding * LARGEST_CODE))
+    codes = Check(f"codes behind {body.value} = simulation's", largest, most, detail)
     outputs = Check(
         f"outputs in {body.value} = simulation's", found.output_error, rounding, _samples(samples_in(samples))
     )

@@ -55,6 +55,8 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         resume: a folder for what is finished of the calibration: a compile of the same model, samples and recipe that
             was killed goes on from there. ``Built.save`` removes it.
 
+    Where the target's builder is missing or fails, ``Built.failure`` says why; nothing is raised, nothing is lost.
+
     Raises:
         CheckFailed: the folded model does not compute what the model does.
         NormfuseError: see ``normfuse.errors``; nothing is left behind.

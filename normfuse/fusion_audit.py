@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,16 +32,17 @@ class FusionAudit:
 
     Attributes:
         kernels: how many the engine has.
-        products: with the types of the kernel's operands; None where no kernel names the product.
+        products: with the types of what the kernel reads (None: no kernel names the product), and whether they are
+            those that the file asks for.
         norms: how many the file has.
-        attentions: how many softmaxes the file has.
+        attentions: how many softmaxes the file has that a product reads.
         joined_attentions: how many share their kernel with the product in front and the product behind.
         joined_norms: how many share their kernel with a sum in front of them or the quantizer behind them.
         alone: quantizers and dequantizers, by name, whose kernel does nothing else.
     """
 
     kernels: int
-    products: tuple[tuple[ProductType, tuple[str, ...] | None], ...]
+    products: tuple[tuple[ProductType, tuple[str, ...] | None, bool], ...]
     norms: int
     joined_norms: int
     attentions: int
@@ -51,15 +52,15 @@ class FusionAudit:
     @property
     def mismatched(self) -> list[tuple[ProductType, tuple[str, ...] | None]]:
         """The products whose kernel has other types than the file asks for, or that no kernel names."""
-        return [(product, found) for product, found in self.products if not _is_kept(product, found)]
+        return [(product, found) for product, found, is_kept in self.products if not is_kept]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the audit for JSON."""
         asked = dict[str, dict[str, int]]()
-        for product, found in self.products:
+        for product, _, is_kept in self.products:
             row = asked.setdefault(product.spelled, {"asked": 0, "got": 0})
             row["asked"] += 1
-            row["got"] += _is_kept(product, found)
+            row["got"] += is_kept
         return {
             "kernels": self.kernels,
             "products": asked,
@@ -88,10 +89,10 @@ def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
     for layer in layers:
         for source in layer.sources:
             by_source.setdefault(source, []).append(layer)
-    products = tuple((each, _types(each, by_source.get(each.node, []))) for each in product_types(model))
+    products = tuple((each, *_fate(each, by_source.get(each.node, []))) for each in product_types(model))
     norms = [name for name, kind in kinds.items() if kind in NORMS]
     joined = [name for name in norms if any(_joins(layer, kinds) for layer in by_source.get(name, ()))]
-    softmaxes = [name for name, kind in kinds.items() if kind == "Softmax"]
+    softmaxes = [node.name or "" for node in read.graph if node.op_type == "Softmax" and _is_multiplied(node)]
     attending = [name for name in softmaxes if any(_attends(layer, kinds) for layer in by_source.get(name, ()))]
     alone = {name: None for layer in layers if (names := _only_quantizes(layer, kinds)) for name in names}
     return FusionAudit(
@@ -105,22 +106,32 @@ def audit(model: Path, layers: Sequence[EngineLayer]) -> FusionAudit:
     )
 
 
-def _types(product: ProductType, layers: Sequence[EngineLayer]) -> tuple[str, ...] | None:
-    """Return the types of what a product's kernel reads, constants last.
+def _fate(product: ProductType, layers: Sequence[EngineLayer]) -> tuple[tuple[str, ...] | None, bool]:
+    """Return the types of what a product's kernel reads, constants last, and whether they are those asked for.
 
     A kernel that only prepares its input may name it too, so one of the types asked for is it.
     """
-    read = [(*layer.inputs, *layer.constants) for layer in layers]
-    return next((types for types in read if _is_kept(product, types)), read[0] if read else None)
+    kept = next((layer for layer in layers if _computes(product, layer)), None)
+    found = kept or next(iter(layers), None)
+    return (None if found is None else (*found.inputs, *found.constants)), kept is not None
 
 
-def _is_kept(product: ProductType, found: Collection[str] | None) -> bool:
-    return found is not None and {TYPES.get(product.left), TYPES.get(product.right)} <= set(found)
+def _computes(product: ProductType, layer: EngineLayer) -> bool:
+    """Return whether a kernel reads the left operand in its type, and the right one as a constant or beside it."""
+    left, right = TYPES.get(product.left), TYPES.get(product.right)
+    return left in layer.inputs and (right in layer.constants or right in layer.inputs[1:])
 
 
 def _joins(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:
     beside = {kinds.get(source) for source in layer.sources}
     return bool(beside & {"Add", "QuantizeLinear"}) or bool({"Int8", "FP8"} & set(layer.outputs))
+
+
+def _is_multiplied(node: ir.Node) -> bool:
+    """Return whether a product reads what a node makes, as it is, in other types or moved."""
+    readers = [reader for value in node.outputs for reader in value.consumers()]
+    passing = MOVES | {"QuantizeLinear", "DequantizeLinear"}
+    return any(each.op_type == "MatMul" or (each.op_type in passing and _is_multiplied(each)) for each in readers)
 
 
 def _attends(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:

@@ -212,7 +212,7 @@ class Recipe:
         check(not self.overrides or not (is_dynamic or self.precision.is_float), "overrides", self.overrides, none)
 
     def _check_codes(self) -> None:
-        """Refuse kinds of codes that onnxruntime, the only target so far, does not run."""
+        """Refuse kinds of codes that onnxruntime does not run; what of them TensorRT does not, ``check_target`` has."""
         bits = self.precision
         if self.activations is ActivationCodes.DYNAMIC and bits.activation != MOST:
             raise UsageError(
@@ -344,6 +344,8 @@ class Recipe:
                 expected=", ".join(sorted(known)),
                 hint=f"did you mean {close[0]}?" if close else "",
             )
+        if "bits" in given:  # they say anew what is computed, and in which type
+            given = {"body": BodyType.AUTO, "eight_bits": EightBits.INT8, **given}
         return replace(self, **{name: _parse(type(getattr(self, name)), name, value) for name, value in given.items()})
 
     def to_toml(self) -> str:

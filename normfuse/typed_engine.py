@@ -35,10 +35,8 @@ def typed(engine: Engine, samples: Stream, body: BodyType, *, threads: int) -> E
         return engine
     path = _beside(engine.path, "typed")
     found = write_body(engine.path, path, body, largest_values(engine.path, _feeds(engine, samples), threads=threads))
-    runs = path
-    if body is BodyType.BF16:  # onnxruntime has no kernels for it
-        runs = _beside(engine.path, "widened")
-        write_widened(path, runs)
+    runs = _beside(engine.path, "rounded")
+    write_widened(path, runs, rounds=True)
     return replace(engine, path=path, exact=engine.path, runs=runs, body=found)
 
 

@@ -30,10 +30,10 @@ WIDE: Final = frozenset(
         *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
         *("LpNormalization", "MeanVarianceNormalization", "BatchNormalization"),
         *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
-        *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "CumSum", "Softplus"),
+        *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "CumSum", "Softplus", "Sqrt", "Reciprocal"),
     }
 )
-"""Sums of many terms, and functions whose values grow out of a narrow type."""
+"""Sums of many terms, and functions whose arguments or values grow out of a narrow type."""
 
 MOVES: Final = frozenset(
     {
@@ -70,7 +70,7 @@ class TypedBody:
 def write_body(model: Path, path: Path, body: BodyType, largest: Mapping[str, float]) -> TypedBody:
     """Write a float32 file with another type between its inputs and outputs, which stay float32 (ours).
 
-    1. Norms, softmax, and sums of many terms compute in float32, whatever they read.
+    1. Norms, softmax, sums of many terms, roots and divisions by what is computed are float32, whatever they read.
     2. So does what reads or writes a tensor that came near the largest number of the type (``largest``), or reads a
        constant that the type does not hold, and what stands in a file's branches reads.
     3. A product of codes computes in float32 where the type does not hold a scale of theirs; every other quantizer has
@@ -142,7 +142,7 @@ class _Typing:
 
     def _reason(self, node: ir.Node) -> str | None:
         """Return why a node computes in float32; empty where its operator always does, None where it does not."""
-        if node.op_type in WIDE:
+        if node.op_type in WIDE or _divides(node):
             return ""
         if node.domain or _branches(node) or any(value in self._captured for value in node.outputs):
             return "it is no standard operator outside of branches"
@@ -348,6 +348,11 @@ def _is_float(value: ir.Value | None) -> bool:
     if value is None:
         return False
     return (value.dtype if value.const_value is None else value.const_value.dtype) in FLOATS
+
+
+def _divides(node: ir.Node) -> bool:
+    """Return whether a node divides by what is computed: a guard against zero may be too small for the type."""
+    return node.op_type == "Div" and _is_float(node.inputs[1]) and _unmoved(node.inputs[1]).const_value is None  # type: ignore[arg-type]
 
 
 def _ends_floats(node: ir.Node) -> bool:

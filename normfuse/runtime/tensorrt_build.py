@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from normfuse.atomic import write_file, write_files
+from normfuse.atomic import write_file, write_files, writing
 from normfuse.errors import BadInput, CheckFailed, MissingDependency, UsageError
 from normfuse.manifest import sha256_of
 from normfuse.runtime import tensorrt_child
@@ -95,7 +95,8 @@ def build_engine(model: Path, engine: Path, backend: Backend, options: BuildOpti
     sums = onnx_sums(model)
     with TemporaryDirectory(prefix="normfuse-build-") as folder:
         made, timings = Path(folder) / "model.engine", Path(folder) / "timing.cache"
-        timings.write_bytes(held := _held_timings(options.timing_cache))
+        with writing(timings):
+            timings.write_bytes(held := _held_timings(options.timing_cache))
         answer = _asked(_request(model, made, timings, backend, options), Path(folder), options.seconds)
         refuse_failure(answer, backend.module)
         sidecar = _sidecar(made, sums, backend, options, answer)
@@ -146,7 +147,7 @@ def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str
     asked.write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, tensorrt_child.__file__, str(asked)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
         raise CheckFailed(
             f"the builder took more than {seconds:.0f} s",
