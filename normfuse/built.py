@@ -88,11 +88,7 @@ class Built:
 
     def session(self, *, threads: int = 0) -> OnnxSession:
         """Open the engine that ``save`` would write."""
-        return open_onnx(
-            self.engine.runs or self.engine.path,
-            threads=default_threads(threads),
-            session_config=self.engine.session_config,
-        )
+        return _opened(self.engine.path, self.engine.session_config, threads)
 
 
 def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:
@@ -104,13 +100,17 @@ def load(folder: str | Path, *, threads: int = 0) -> OnnxSession:
         BadInput: the folder is no artifact, its model is not the one that was written, or it cannot be opened.
     """
     artifact = read_intact(folder)
-    open_model = partial(open_onnx, threads=default_threads(threads), session_config=artifact.session_config)
+    return _opened(artifact.model, artifact.session_config, threads)
+
+
+def _opened(model: Path, session_config: Mapping[str, str], threads: int) -> OnnxSession:
+    open_model = partial(open_onnx, threads=default_threads(threads), session_config=session_config)
     try:
-        return open_model(artifact.model)
+        return open_model(model)
     except BadInput:
-        if not is_bfloat16(artifact.model):
+        if not is_bfloat16(model):
             raise
     with tempfile.TemporaryDirectory(prefix="normfuse-") as place:
-        widened = Path(place) / artifact.model.name
-        write_widened(artifact.model, widened)
+        widened = Path(place) / model.name
+        write_widened(model, widened)
         return open_model(widened)

@@ -36,21 +36,6 @@ class Numbers:
         return float(self._limits.smallest_normal)
 
     @property
-    def bits(self) -> int:
-        """The bits of a number's digits, the first of them not stored."""
-        return int(self._limits.nmant) + 1
-
-    @property
-    def smallest_step(self) -> float:
-        """The smallest number at all, of which subnormal ones are multiples."""
-        return float(self._limits.smallest_subnormal)
-
-    @property
-    def limit(self) -> float:
-        """Half a step above the largest number: what is larger is rounded to infinity."""
-        return float(np.float32(self.largest * (1 + 2.0 ** -(self.bits + 1))))
-
-    @property
     def smallest_scale(self) -> float:
         """The smallest number that is rounded by a thousandth at most; with few exponents it is not a normal one."""
         return max(float(self._limits.smallest_subnormal) * 512, 2.0**-126)

@@ -104,8 +104,7 @@ def test_random_graphs_are_off_by_their_roundings(seed: int, body: BodyType, tmp
     largest = largest_values(source, [drawn.inputs])
     assert {largest[name] for name in ("x", "u")} == {float(np.abs(each).max()) for each in drawn.inputs.values()}
     _, path = typed(source, body, largest)
-    if body is BodyType.BF16:
-        write_widened(path, path := path.with_name("widened.onnx"))
+    write_widened(path, path := path.with_name("widened.onnx"), rounds=True)
     found = outcome(path, **drawn.inputs)
     for name in drawn.outputs:
         values, error = drawn.tensors[name]
@@ -158,6 +157,5 @@ def test_exported_networks_are_their_simulation(
     linear = {each.spelled for each in product_types(path) if each.has_weight and each.operator != "Conv"}
     assert linear == {each.replace("BODY", body.value) for each in types}
     assert all(node.name for node in onnx.load(path).graph.node)
-    if body is BodyType.BF16:
-        write_widened(path, path := tmp_path / "widened.onnx")
+    write_widened(path, path := tmp_path / "widened.onnx", rounds=True)
     require(check_typed(graph, path, [(x,)], body, threads=1, session_config=AS_WRITTEN))
