@@ -84,7 +84,8 @@ def test_products_have_the_types_that_were_asked_for(name: str, bits: str) -> No
         assert len({each["type"].split(" ")[0] for each in weighted}) > 1
     assert not [each for each in audit["alone"] if "Dequantize" in each], "no kernel only makes floats of codes"
     if bits in ("8", "fp8"):
-        assert audit["joined_attentions"] == audit["attentions"]
+        is_whole = audit["joined_attentions"] == audit["attentions"]
+        assert name == "swin" or is_whole, "one kernel, but where every window has a mask of floats of its own"
         assert audit["joined_norms"] >= audit["norms"] - 1, "a norm shares its kernel with its quantizer, but the last"
 
 
