@@ -18,6 +18,7 @@ from normfuse.build import Engine
 from normfuse.checkpoint import remove_checkpoint
 from normfuse.errors import BadInput, NormfuseError
 from normfuse.export.widened import is_bfloat16, write_widened
+from normfuse.manifest import ENGINE
 from normfuse.page import render_page
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -67,7 +68,7 @@ class Built:
         with ArtifactWriter(Path(target)) as writer:
             writer.add_file(self.engine.path, "model.onnx")
             for name, path in self.files.items():
-                writer.add_file(path, name, private=name == "model.engine")
+                writer.add_file(path, name, private=name == ENGINE)
             writer.add_text("recipe.toml", recipe)
             writer.add_json("ranges.json", self.engine.ranges.as_dict() if self.engine.ranges else {})
             writer.add_json("report.json", report)

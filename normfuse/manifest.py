@@ -33,6 +33,9 @@ FORMAT: Final = "normfuse artifact"
 SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
+ENGINE: Final = "model.engine"
+"""What a target's builder made of the model, if it has one."""
+
 REPORT: Final = "report.json"
 FOLDED: Final = "fold"
 """The kind of an artifact that holds a folded model and its certificate, and no engine."""

@@ -37,12 +37,11 @@ from normfuse.precision.assignment import PlacementOf, assigned
 from normfuse.precision.put_back import Decided
 from normfuse.progress import Progress
 from normfuse.quant.placement import Placement
-from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.report import PassReport
 from normfuse.rotating import rotated_if_better
 from normfuse.sensitivity.units import bits_by_map, members_of, overridden
-from normfuse.target_bits import members_of_target
+from normfuse.target_bits import has_few_by_layer, members_of_target
 
 __all__ = ["Placed", "Plan", "place", "plan_quantization", "refined"]
 
@@ -121,8 +120,7 @@ def plan_quantization(  # noqa: PLR0913 - what a plan needs; a bundle of them wo
     checkpoint = None if resume is None else _checkpoint(resume, folded, samples, recipe, placement, progress)
     placed = place(folded, samples, recipe=recipe, placement=placement, progress=progress)
     graph = placed.graph
-    has_few = recipe.target is Target.TRT and recipe.precision.is_weight_only
-    if recipe.overrides or has_few:
+    if recipe.overrides or has_few_by_layer(recipe):
         assert placement_of is not None
         graph = _with_own_bits(graph, next(iter(samples())), recipe, placement_of)
     found = _ranges(graph, samples, recipe, total, checkpoint, progress)
@@ -163,8 +161,7 @@ def _with_own_bits(graph: Graph, sample: Sequence[Tensor], recipe: Recipe, place
     """
     members = overridden(members_of(graph, sample), recipe.chosen_overrides)
     members = members_of_target(members, graph, recipe, placement_of)
-    is_changed = recipe.target is Target.TRT and recipe.precision.is_weight_only
-    given = [member for member in members if is_changed or member.override is not None]
+    given = [member for member in members if has_few_by_layer(recipe) or member.override is not None]
     chosen = {member.name: member.allowed(recipe.precision) for member in given}
     return assigned(graph, bits_by_map(given, chosen), placement_of)
 

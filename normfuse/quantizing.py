@@ -26,6 +26,7 @@ from normfuse.quant.placement import Placement
 from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.runtime.instruction_set import detect_instruction_set
+from normfuse.target_bits import has_few_by_layer
 from normfuse.typed_engine import checked_typed, typed
 
 __all__ = ["Quantizing"]
@@ -147,8 +148,7 @@ class Quantizing:
     @property
     def _widest(self) -> Bits:
         """The codes that are asked for first: layers that the target has few bits for get them next."""
-        is_few = self.recipe.target is Target.TRT and self.recipe.precision.is_weight_only
-        return Bits(MOST, MOST) if is_few else self.recipe.precision
+        return Bits(MOST, MOST) if has_few_by_layer(self.recipe) else self.recipe.precision
 
     def _placement(self, bits: Bits) -> Placement:
         if self.recipe.target is Target.TRT:

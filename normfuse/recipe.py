@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from normfuse.errors import UsageError
-from normfuse.quant.bits import FLOAT, MOST, MOST_GROUPED, Bits
+from normfuse.quant.bits import FLOAT, MOST, Bits
 from normfuse.quant.budget import Budget, Resource
 from normfuse.quant.calibration_method import CalibrationMethod
 from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
@@ -24,7 +23,7 @@ from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
 from normfuse.quant.target import BodyType, EightBits, Target
 from normfuse.quant.widths import parse_widths
-from normfuse.recipe_checks import check, check_target, shown
+from normfuse.recipe_checks import POINTS, check, check_recipe, shown
 
 __all__ = [
     "MIXED",
@@ -39,8 +38,6 @@ __all__ = [
 ]
 
 MIXED: Final = "mixed"
-POINTS: Final = 8
-"""Points of a front at most."""
 
 TYPES: Final = {"fp16": ("32", "body"), "bf16": ("32", "body"), "fp8": ("8", "eight_bits")}
 """Types that stand for bits, and the field that has them."""
@@ -49,7 +46,6 @@ FEW_OF_TENSORRT: Final = str(Bits(4, FLOAT))
 """What four bits are where TensorRT runs them."""
 
 FOUR: Final = re.compile(r"=0*4(?=[\s,]|$)")
-BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-bytes=0.5x, latency=0.8x or drop=0.5"
 
 
 WEIGHT_WIDTHS: Final = {Target.ONNX: "4,8", Target.TRT: "4,8,16"}
@@ -80,9 +76,10 @@ class Recipe:
     ``SoftmaxForm`` and ``GeluForm``). For ``target`` TensorRT, ``body`` is what computes where nothing is quantized
     (float16 unless said otherwise), ``eight_bits`` whether eight bits are integers or floats; ``bits`` ``fp16``,
     ``bf16`` and ``fp8`` are short for these. ``build`` builds an engine, if a builder is installed, for the
-    ``capability`` (as ``8.9``; empty: the GPU at hand) and the ``shapes`` of inputs (``name=min,usual,max``), with
-    ``workspace`` MiB at most, ``builder_level`` of effort (0 to 5), given up after ``builder_seconds``;
-    ``timing_cache`` is a file that it goes on from, ``version_compatible`` engines run in later releases.
+    ``capability`` (as ``8.9``; empty: the GPU at hand, of TensorRT-RTX any from Ampere on) and the ``shapes`` of
+    inputs (``name=min,usual,max``), with ``workspace`` MiB at most, ``builder_level`` of effort (0 to 5), given up
+    after ``builder_seconds``; ``timing_cache`` is a file that it goes on from, ``version_compatible`` engines run in
+    later releases.
     ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most.
     ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled), in points,
     that still counts as kept (a drop in the budget takes its place); ``min_speedup`` the smallest speed-up over float,
@@ -148,25 +145,7 @@ class Recipe:
         object.__setattr__(self, "budget", str(Budget.parse(self.budget)))
         for refuses_what_is_none in ("chosen_overrides", "chosen_scores"):
             getattr(self, refuses_what_is_none)
-        check_target(self)
-        self._check_mixed()
-        self._check_codes()
-        self._check_integers()
-        check(self.table_bits in (8, 4), "table_bits", self.table_bits, "8 or 4")
-        check(
-            self.table_bits == MOST or not self.precision.is_float,
-            "table_bits",
-            self.table_bits,
-            "8 (the default) beside --bits 32, which keeps tables in float",
-        )
-        check(self.effort in (0, 1, 2), "effort", self.effort, "0 (seconds), 1 (minutes) or 2 (tens of minutes)")
-        self.chosen_levers  # noqa: B018 - refuses words that are none
-        check(self.samples >= 0, "samples", self.samples, "0 (all) or a positive number")
-        check(self.threads >= 0, "threads", self.threads, "0 (automatic) or a positive number")
-        check(self.batch > 0, "batch", self.batch, "a positive number")
-        # TOML and JSON files with an infinity could not be read again.
-        check(0 <= self.max_drop < math.inf, "max_drop", self.max_drop, "accuracy points, 0 or more (100 allows any)")
-        check(0 <= self.min_speedup < math.inf, "min_speedup", self.min_speedup, "a ratio, 0 or more")
+        check_recipe(self)
 
     def _spell_out_bits(self) -> None:
         """Let ``bits`` be widths, where they name a type or what the target makes of four bits."""
@@ -183,75 +162,6 @@ class Recipe:
             if isinstance(self.overrides, str):
                 object.__setattr__(self, "overrides", FOUR.sub(f"={FEW_OF_TENSORRT}", self.overrides))
         object.__setattr__(self, "bits", written)
-
-    def _check_mixed(self) -> None:
-        """Refuse mixed bits without a budget, and what is of mixed bits without them."""
-        if self.is_mixed:
-            self.widths  # noqa: B018 - refuses what is none
-            if not (self.budget or self.pareto):
-                raise UsageError(
-                    "mixed bits need a budget", where="recipe", expected="how much they may take", hint=BUDGETS
-                )
-            if self.activations is ActivationCodes.DYNAMIC:
-                raise UsageError(
-                    "activations cannot be dynamic with mixed bits",
-                    where="recipe",
-                    expected="static activations",
-                    hint="--activations static, or one width, as --bits w4a8",
-                )
-            check(self.refresh >= 0, "refresh", self.refresh, "rounds, 0 or more")
-            check(0 <= self.point <= POINTS, "point", self.point, f"1 to {POINTS}, or 0 for the smallest that is kept")
-            check(self.pareto or not self.point, "point", self.point, "0 unless the front is asked for (--pareto)")
-            return
-        for name in ("budget", "weight_widths", "activation_widths", "refresh", "pareto", "point"):
-            check(not getattr(self, name), name, getattr(self, name), "empty unless bits are mixed")
-        check(self.outputs is OutputKind.AUTO, "outputs", self.outputs.value, "auto unless bits are mixed")
-        check(self.score == DEFAULT_SCORE, "score", self.score, f"{DEFAULT_SCORE} unless bits are mixed")
-        is_dynamic = self.activations is ActivationCodes.DYNAMIC
-        none = "empty beside 32 bits and beside dynamic activations"
-        check(not self.overrides or not (is_dynamic or self.precision.is_float), "overrides", self.overrides, none)
-
-    def _check_codes(self) -> None:
-        """Refuse kinds of codes that onnxruntime does not run; what of them TensorRT does not, ``check_target`` has."""
-        bits = self.precision
-        if self.activations is ActivationCodes.DYNAMIC and bits.activation != MOST:
-            raise UsageError(
-                f"activations cannot be dynamic with {self.bits} bits",
-                where="recipe",
-                expected="activations of 8 bits: its kernel for them makes no others",
-                hint=f"--bits w{min(bits.weight, MOST)}a8, or --activations static",
-            )
-        is_grouped = self.activations is ActivationCodes.DYNAMIC or bits.weight <= MOST_GROUPED
-        if self.weights is WeightCodes.ASYMMETRIC and (bits.is_float or (bits.is_weight_only and not is_grouped)):
-            raise UsageError(
-                f"weights cannot be asymmetric with {self.bits} bits",
-                where="recipe",
-                expected="weights of 4 bits or fewer behind float activations, or activations of 8 bits or fewer",
-                hint="--weights symmetric",
-            )
-
-    def _check_integers(self) -> None:
-        """Refuse beside integers what they do not have, and without them what only they have."""
-        if not self.integer_only:
-            check(not self.allow_float_islands, "allow_float_islands", True, "false without integer_only")
-            for field in [each for each in fields(self) if each.name in ("norm", "softmax", "gelu")]:
-                form, usual = getattr(self, field.name), f"{field.default.value} (the default) without integer_only"
-                check(form is field.default, field.name, form.value, usual)
-            return
-        is_by_tensor = self.norm is NormForm.PER_TENSOR or not self.allow_float_islands
-        check(is_by_tensor, "norm", self.norm.value, "per-tensor (the default) beside allow_float_islands")
-        plain = {
-            "bits": self.precision.weight <= MOST and self.precision.activation == MOST and not self.is_mixed,
-            "activations": self.activations is ActivationCodes.STATIC,
-            "weights": self.weights is WeightCodes.SYMMETRIC,
-            "overrides": not self.overrides,
-            "table_bits": self.table_bits == MOST,
-            "rotate": not self.rotate,
-            "equalize": not self.equalize,
-        }
-        wanted = {"bits": "8, or w2a8 to w7a8", "activations": "static", "weights": "symmetric", "table_bits": "8"}
-        for name, holds in plain.items():
-            check(holds, name, shown(getattr(self, name)), f"{wanted.get(name, 'the default')} beside integer_only")
 
     @property
     def wanted_speedup(self) -> float:

@@ -13,10 +13,15 @@ from normfuse.quant.target import Target
 from normfuse.recipe import Recipe
 from normfuse.sensitivity.units import Member, options
 
-__all__ = ["FEW", "bits_of_target", "fewest_of_target", "members_of_target"]
+__all__ = ["FEW", "bits_of_target", "fewest_of_target", "has_few_by_layer", "members_of_target"]
 
 FEW = Bits(4, FLOAT)
 """Weights in blocks of four bits behind floats."""
+
+
+def has_few_by_layer(recipe: Recipe) -> bool:
+    """Return whether the recipe's few bits are for those layers alone that the target has kernels for."""
+    return recipe.target is Target.TRT and recipe.precision.is_weight_only
 
 
 def bits_of_target(recipe: Recipe) -> tuple[Bits, ...]:

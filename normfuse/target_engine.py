@@ -14,10 +14,12 @@ from normfuse.export.lint import TENSORRT_RULES, lint
 from normfuse.export.product_types import product_types
 from normfuse.fusion_audit import audit
 from normfuse.graph import Graph
+from normfuse.manifest import ENGINE, MODEL
 from normfuse.progress import Progress
 from normfuse.quant.target import BodyType
 from normfuse.recipe import Recipe
 from normfuse.runtime.engine_layers import read_layers
+from normfuse.runtime.engine_sidecar import sidecar_path
 from normfuse.runtime.equivalent_commands import (
     polygraphy_comparison,
     polygraphy_rtx_build,
@@ -30,7 +32,6 @@ from normfuse.strict_json import strict_json
 
 __all__ = ["build_options", "with_target_engine"]
 
-ENGINE: Final = "model.engine"
 LAYERS: Final = "engine_layers.json"
 
 VERSION: Final = "11.4.0.106"
@@ -108,7 +109,7 @@ def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
     layers = read_layers(found.layers)
     listed = engine.with_name(LAYERS)
     write_file(listed, strict_json([asdict(layer) for layer in layers]).encode())
-    sidecar = engine.with_name(f"{ENGINE}.json")
+    sidecar = sidecar_path(engine)
     facts = {
         "commands": _commands(
             options, found.version if backend is TENSORRT else VERSION, is_compared=_is_compared(built)
@@ -128,7 +129,7 @@ def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
 
 def _commands(options: BuildOptions, version: str, *, is_compared: bool) -> dict[str, str]:
     """Return the commands that build, time and compare the same engine, from inside the artifact's folder."""
-    model, engine = Path("model.onnx"), Path(ENGINE)
+    model, engine = Path(MODEL), Path(ENGINE)
     usual = {name: shapes[1] for name, shapes in options.shapes.items()}
     compare = {
         "compare": polygraphy_comparison(

@@ -18,32 +18,23 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from normfuse.export.narrow_numbers import NUMBERS
+from normfuse.export.saving import save_checked
+from normfuse.export.wide_nodes import (
+    FLOATS,
+    MOVES,
+    branches,
+    captured_by,
+    computes_floats,
+    ends_floats,
+    is_dequantized,
+    is_float,
+    reason_to_stay,
+    scale_of,
+    unfit,
+)
 from normfuse.quant.target import BodyType
 
 __all__ = ["TypedBody", "write_body"]
-
-HEADROOM: Final = 4.0
-"""How far below the largest number a tensor must have stayed: samples do not say what else will come."""
-
-WIDE: Final = frozenset(
-    {
-        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
-        *("LpNormalization", "MeanVarianceNormalization", "BatchNormalization"),
-        *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
-        *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "CumSum", "Softplus", "Sqrt", "Reciprocal"),
-    }
-)
-"""Sums of many terms, and functions whose arguments or values grow out of a narrow type."""
-
-MOVES: Final = frozenset(
-    {
-        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Expand", "Gather"),
-        *("Tile", "DepthToSpace", "SpaceToDepth", "Relu", "MaxPool", "Neg", "Abs"),
-    }
-)
-"""What computes no new numbers stays in the type of what it reads."""
-
-FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 BFLOAT16_OPSET: Final = 22
 """The first in which convolutions and pools have bfloat16; they compute what they do in 21."""
@@ -92,17 +83,8 @@ def write_body(model: Path, path: Path, body: BodyType, largest: Mapping[str, fl
     ShapeInferencePass(data_prop=False)(read)
     if body is BodyType.BF16:
         read.graph.opset_imports[""] = max(BFLOAT16_OPSET, read.graph.opset_imports[""])
-    return _saved(read, path, _Typing(read, body, largest).run())
-
-
-def _saved(model: ir.Model, path: Path, found: TypedBody) -> TypedBody:
-    data = path.with_name(f"{path.name}.data")
-    constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    is_large = constants > 1_800_000_000
-    if not is_large:
-        ir.external_data.load_to_model(model)
-    ir.save(model, path, external_data=data.name if is_large else None)
-    onnx.checker.check_model(str(path), full_check=not is_large)
+    found = _Typing(read, body, largest).run()
+    save_checked(read, path)
     return found
 
 
@@ -116,14 +98,14 @@ class _Typing:
         self._reasons = dict[ir.Node, str]()
         self._casts = dict[tuple[ir.Value, ir.DataType], ir.Value]()
         self._values = dict[tuple[ir.Node, ir.DataType], ir.Value]()
-        self._captured = {value for node in self._graph for value in _captured(node)}
+        self._captured = {value for node in self._graph for value in captured_by(node)}
         self._names = {value.name for value in _values(self._graph)}
         self._constants = dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
     def run(self) -> TypedBody:
-        computing = [node for node in self._graph if self._computes_floats(node)]
+        computing = [node for node in self._graph if computes_floats(node)]
         for node in computing:
-            if (reason := self._reason(node)) is not None:
+            if (reason := reason_to_stay(node, self._body, self._largest, self._captured)) is not None:
                 self._reasons[node] = reason
         for node in list(self._graph):
             self._retype(node)
@@ -135,34 +117,6 @@ class _Typing:
         narrow = len(computing) - len(self._reasons)
         return TypedBody(body=self._type_of_body, nodes=narrow, usual=dict(usual), wide=told)
 
-    def _computes_floats(self, node: ir.Node) -> bool:
-        if node.op_type in MOVES or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _ends_floats(node):
-            return False
-        return any(_is_float(value) for value in (*node.inputs, *node.outputs))
-
-    def _reason(self, node: ir.Node) -> str | None:
-        """Return why a node computes in float32; empty where its operator always does, None where it does not."""
-        if node.op_type in WIDE or _divides(node):
-            return ""
-        if node.domain or _branches(node) or any(value in self._captured for value in node.outputs):
-            return "it is no standard operator outside of branches"
-        limit = self._body.largest / HEADROOM
-        for value in (*node.inputs, *node.outputs):
-            if value is None or value.dtype is not ir.DataType.FLOAT:
-                continue
-            if value.const_value is None and (seen := self._largest.get(value.name or "", 0.0)) > limit:
-                return f"values up to {seen:.3g}"
-        return next((told for value in node.inputs if value is not None and (told := self._unfit(value))), None)
-
-    def _unfit(self, value: ir.Value) -> str:
-        """Return what the type does not hold of a constant or of the scale of codes, moved or not; empty: nothing."""
-        source = _unmoved(value)
-        if source.const_value is not None:
-            return self._body.unfit(source.const_value.numpy()) if _is_float(source) else ""
-        made = source.producer()
-        is_dequantized = made is not None and made.op_type == "DequantizeLinear"
-        return self._body.unfit_scale(_scale(made)) if is_dequantized and made is not None else ""
-
     def _retype(self, node: ir.Node) -> None:
         if node.op_type == "DequantizeLinear":  # written anew in the type of each reader
             self._retype_shown(node)
@@ -170,7 +124,7 @@ class _Typing:
         if node.op_type == "QuantizeLinear":
             self._retype_quantizer(node)
             return
-        floats = [index for index, value in enumerate(node.inputs) if _is_float(value)]
+        floats = [index for index, value in enumerate(node.inputs) if is_float(value)]
         made = [value for value in node.outputs if value.dtype is ir.DataType.FLOAT]
         if not floats and not made:
             return
@@ -198,14 +152,14 @@ class _Typing:
             return ir.DataType.FLOAT
         if node.op_type in ("Constant", "ConstantOfShape") or "dtype" in node.attributes:  # the file says their type
             return ir.DataType.FLOAT
-        if (node.op_type not in MOVES and not _ends_floats(node)) or floats[:1] != [0]:
+        if (node.op_type not in MOVES and not ends_floats(node)) or floats[:1] != [0]:
             return self._body.onnx
         source = node.inputs[0]
         assert source is not None
-        if source.const_value is None and not _is_dequantized(source):
+        if source.const_value is None and not is_dequantized(source):
             assert source.dtype is not None
             return source.dtype
-        is_wide = self._unfit(source) or self._is_read_wide(node)
+        is_wide = unfit(source, self._body) or self._is_read_wide(node)
         return ir.DataType.FLOAT if is_wide else self._body.onnx
 
     def _is_read_wide(self, node: ir.Node) -> bool:
@@ -218,10 +172,10 @@ class _Typing:
         source, scale = node.inputs[:2]
         assert source is not None
         assert scale is not None
-        if self._body.unfit_scale(_scale(node)):
+        if self._body.unfit_scale(scale_of(node)):
             self._read(node, 0, ir.DataType.FLOAT)
-        elif source.const_value is not None or _is_dequantized(source):
-            self._read(node, 0, ir.DataType.FLOAT if self._unfit(source) else self._body.onnx)
+        elif source.const_value is not None or is_dequantized(source):
+            self._read(node, 0, ir.DataType.FLOAT if unfit(source, self._body) else self._body.onnx)
         source = node.inputs[0]
         assert source is not None
         assert source.dtype is not None
@@ -340,62 +294,8 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from (*graph.inputs, *graph.initializers.values())
     for node in graph.all_nodes():
         yield from node.outputs
-        for branch in _branches(node):
+        for branch in branches(node):
             yield from (*branch.inputs, *branch.initializers.values())
-
-
-def _is_float(value: ir.Value | None) -> bool:
-    if value is None:
-        return False
-    return (value.dtype if value.const_value is None else value.const_value.dtype) in FLOATS
-
-
-def _divides(node: ir.Node) -> bool:
-    """Return whether a node divides by what is computed: a guard against zero may be too small for the type."""
-    return node.op_type == "Div" and _is_float(node.inputs[1]) and _unmoved(node.inputs[1]).const_value is None  # type: ignore[arg-type]
-
-
-def _ends_floats(node: ir.Node) -> bool:
-    """Return whether a node only makes numbers of another sort of floats."""
-    return node.op_type == "Cast" and _is_float(node.inputs[0])
-
-
-def _is_dequantized(value: ir.Value) -> bool:
-    made = value.producer()
-    return made is not None and made.op_type == "DequantizeLinear"
-
-
-def _scale(quantizer: ir.Node) -> Any:
-    """Return the numbers of a quantizer's scale."""
-    scale = quantizer.inputs[1]
-    assert scale is not None
-    assert scale.const_value is not None
-    return scale.const_value.numpy()
-
-
-def _unmoved(value: ir.Value) -> ir.Value:
-    """Return a tensor before it was moved."""
-    while (made := value.producer()) is not None and made.op_type in MOVES and made.inputs[0] is not None:
-        value = made.inputs[0]
-    return value
-
-
-def _captured(node: ir.Node) -> list[ir.Value]:
-    """Return the tensors from outside that the branches of a node read."""
-    inner = _branches(node)
-    read = [value for graph in inner for each in graph.all_nodes() for value in each.inputs if value is not None]
-    return [value for value in read if value.graph is node.graph]
-
-
-def _branches(node: ir.Node) -> list[ir.Graph]:
-    return [each for attribute in node.attributes.values() for each in _graphs(attribute)]
-
-
-def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
-    if attribute.type is ir.AttributeType.GRAPH:
-        yield attribute.as_graph()
-    elif attribute.type is ir.AttributeType.GRAPHS:
-        yield from attribute.as_graphs()
 
 
 def _node(operator: str, inputs: list[Any], attributes: Mapping[str, ir.Attr], *, like: ir.Node | None) -> ir.Node:

@@ -38,8 +38,9 @@ def largest_values(path: Path, samples: Iterable[Mapping[str, Any]], *, threads:
     bounds = [_constant(model.graph, f"{PREFIX}{name}", size) for name, size in (("zero", 0.0), ("most", MOST))]
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if value.dtype is ir.DataType.FLOAT and value.name:
-            watched[f"{PREFIX}{len(watched)}"] = value.name
-            _watch(model.graph, value, list(watched)[-1], *bounds)
+            name = f"{PREFIX}{len(watched)}"
+            watched[name] = value.name
+            _watch(model.graph, value, name, *bounds)
     found = dict.fromkeys(watched.values(), 0.0)
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         opened = Path(folder) / "watched.onnx"

@@ -20,6 +20,7 @@ from normfuse.errors import UnsupportedModel
 from normfuse.export.integer_translation import add_functions, integer_translations
 from normfuse.export.packing import pack_grouped_codes, pack_small_codes, unpacked_at_loading
 from normfuse.export.quantizer_translation import translation_table
+from normfuse.export.saving import save_checked
 from normfuse.export.standard_translation import pack_blocks, standard_translations
 from normfuse.graph import Graph, ops, query
 from normfuse.graph.edit import editing
@@ -33,9 +34,6 @@ OPSET: Final = 21
 
 IR_VERSION: Final = 10
 """The newest file version that onnxruntime 1.20 reads."""
-
-LARGEST_SINGLE_FILE: Final = 1_800_000_000
-"""Bytes of constants above which they go to a file beside the model (protobuf ends at 2 GiB)."""
 
 LAYER: Final = "normfuse.layer"
 
@@ -96,10 +94,7 @@ def export_onnx(graph: Graph, path: Path, *, standard: bool = False) -> None:
     _forget_types(model)
     model.ir_version = IR_VERSION
     model.producer_name = "normfuse"
-    constants = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    external = f"{path.name}.data" if constants > LARGEST_SINGLE_FILE else None
-    ir.save(model, path, external_data=external)
-    onnx.checker.check_model(str(path), full_check=external is None)
+    save_checked(model, path)
 
 
 def _suit_onnxruntime(model: ir.Model) -> None:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, Final
+from pathlib import Path
 
 from normfuse.artifact import Artifact
+from normfuse.errors import BadInput
+from normfuse.manifest import ENGINE
+from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port
+from normfuse.runtime.tensorrt_backend import TENSORRT as FULL
+from normfuse.runtime.tensorrt_backend import TENSORRT_RTX as RTX
 from normfuse.triton_repository.backends import TENSORRT
 
-__all__ = ["ENGINE", "reason_against_engine"]
-
-ENGINE: Final = "model.engine"
-FACTS: Final = f"{ENGINE}.json"
-"""Beside the engine: for what it was built, as JSON; ``flavour`` is by which TensorRT."""
-FULL: Final = "tensorrt"
-RTX: Final = "tensorrt_rtx"
+__all__ = ["reason_against_engine"]
 
 
 def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
     """Return why Triton's tensorrt backend cannot serve the artifact's engine; empty where it can."""
     if ENGINE not in artifact.files:
         return "there is none"
-    if (flavour := _flavour(artifact)) != FULL:
-        built = "it is TensorRT-RTX's" if flavour == RTX else "nothing says that it is full TensorRT's"
+    if (flavour := _flavour(artifact)) != FULL.module:
+        built = "it is TensorRT-RTX's" if flavour == RTX.module else "nothing says that it is full TensorRT's"
         return f"{built}, and Triton runs those of full TensorRT alone"
     for port in ports:
         if not port.shape:
@@ -34,11 +32,11 @@ def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
     return ""
 
 
-def _flavour(artifact: Artifact) -> Any:
-    if FACTS not in artifact.files:
+def _flavour(artifact: Artifact) -> str | None:
+    """Return by which library the engine was built; None where no sidecar says it."""
+    if sidecar_path(Path(ENGINE)).name not in artifact.files:
         return None
     try:
-        facts = json.loads((artifact.folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_sidecar(artifact.folder / ENGINE).flavour
+    except BadInput:
         return None
-    return facts.get("flavour") if isinstance(facts, dict) else None

@@ -15,10 +15,10 @@ from typing import Any, Final
 from normfuse.artifact import Artifact, read_whole
 from normfuse.atomic import writing, writing_folder
 from normfuse.errors import BadInput, UsageError
-from normfuse.manifest import MODEL, require_engine
+from normfuse.manifest import ENGINE, MODEL, require_engine
 from normfuse.runtime.onnx_session import Port
 from normfuse.triton_repository.backends import ONNXRUNTIME, TENSORRT, Backend
-from normfuse.triton_repository.engine_file import ENGINE, reason_against_engine
+from normfuse.triton_repository.engine_file import reason_against_engine
 from normfuse.triton_repository.model_config import ModelConfig, can_batch
 from normfuse.triton_repository.read_ports import read_ports
 

@@ -1,0 +1,145 @@
+"""Which nodes of an ONNX file stay in float32 beside a narrower type, and why; and how floats are read in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from normfuse.export.narrow_numbers import Numbers
+
+__all__ = [
+    "FLOATS",
+    "MOVES",
+    "branches",
+    "captured_by",
+    "computes_floats",
+    "ends_floats",
+    "is_dequantized",
+    "is_float",
+    "reason_to_stay",
+    "scale_of",
+    "unfit",
+]
+
+HEADROOM: Final = 4.0
+"""How far below the largest number a tensor must have stayed: samples do not say what else will come."""
+
+WIDE: Final = frozenset(
+    {
+        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
+        *("LpNormalization", "MeanVarianceNormalization", "BatchNormalization"),
+        *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
+        *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "CumSum", "Softplus", "Sqrt", "Reciprocal"),
+    }
+)
+"""Sums of many terms, and functions whose arguments or values grow out of a narrow type."""
+
+MOVES: Final = frozenset(
+    {
+        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Expand", "Gather"),
+        *("Tile", "DepthToSpace", "SpaceToDepth", "Relu", "MaxPool", "Neg", "Abs"),
+    }
+)
+"""What computes no new numbers stays in the type of what it reads."""
+
+FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+def computes_floats(node: ir.Node) -> bool:
+    """Return whether a node computes with floats, and neither moves them nor makes codes or other numbers of them."""
+    if node.op_type in MOVES or node.op_type in ("QuantizeLinear", "DequantizeLinear") or ends_floats(node):
+        return False
+    return any(is_float(value) for value in (*node.inputs, *node.outputs))
+
+
+def reason_to_stay(
+    node: ir.Node, numbers: Numbers, largest: Mapping[str, float], captured: Collection[ir.Value]
+) -> str | None:
+    """Return why a node computes in float32; empty where its operator always does, None where it does not (ours).
+
+    Args:
+        node: one that computes with floats.
+        numbers: the type that it would compute in.
+        largest: the largest magnitude of every float tensor by its name; others are trusted.
+        captured: what branches of the file read from outside of them.
+    """
+    if node.op_type in WIDE or _divides(node):
+        return ""
+    if node.domain or branches(node) or any(value in captured for value in node.outputs):
+        return "it is no standard operator outside of branches"
+    limit = numbers.largest / HEADROOM
+    for value in (*node.inputs, *node.outputs):
+        if value is None or value.dtype is not ir.DataType.FLOAT:
+            continue
+        if value.const_value is None and (seen := largest.get(value.name or "", 0.0)) > limit:
+            return f"values up to {seen:.3g}"
+    return next((told for value in node.inputs if value is not None and (told := unfit(value, numbers))), None)
+
+
+def unfit(value: ir.Value, numbers: Numbers) -> str:
+    """Return what the type does not hold of a constant or of the scale of codes, moved or not; empty: nothing."""
+    source = _unmoved(value)
+    if source.const_value is not None:
+        return numbers.unfit(source.const_value.numpy()) if is_float(source) else ""
+    made = source.producer()
+    is_dequantizer = made is not None and made.op_type == "DequantizeLinear"
+    return numbers.unfit_scale(scale_of(made)) if is_dequantizer and made is not None else ""
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Return whether a tensor, if there is one, is of floats."""
+    if value is None:
+        return False
+    return (value.dtype if value.const_value is None else value.const_value.dtype) in FLOATS
+
+
+def ends_floats(node: ir.Node) -> bool:
+    """Return whether a node only makes numbers of another sort of floats."""
+    return node.op_type == "Cast" and is_float(node.inputs[0])
+
+
+def is_dequantized(value: ir.Value) -> bool:
+    """Return whether a tensor is the values of codes."""
+    made = value.producer()
+    return made is not None and made.op_type == "DequantizeLinear"
+
+
+def scale_of(quantizer: ir.Node) -> Any:
+    """Return the numbers of a quantizer's scale."""
+    scale = quantizer.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    return scale.const_value.numpy()
+
+
+def captured_by(node: ir.Node) -> list[ir.Value]:
+    """Return the tensors from outside that the branches of a node read."""
+    inner = branches(node)
+    read = [value for graph in inner for each in graph.all_nodes() for value in each.inputs if value is not None]
+    return [value for value in read if value.graph is node.graph]
+
+
+def branches(node: ir.Node) -> list[ir.Graph]:
+    """Return the graphs inside a node, If's and Loop's."""
+    return [each for attribute in node.attributes.values() for each in _graphs(attribute)]
+
+
+def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
+    if attribute.type is ir.AttributeType.GRAPH:
+        yield attribute.as_graph()
+    elif attribute.type is ir.AttributeType.GRAPHS:
+        yield from attribute.as_graphs()
+
+
+def _divides(node: ir.Node) -> bool:
+    """Return whether a node divides by what is computed: a guard against zero may be too small for the type."""
+    return node.op_type == "Div" and is_float(node.inputs[1]) and _unmoved(node.inputs[1]).const_value is None  # type: ignore[arg-type]
+
+
+def _unmoved(value: ir.Value) -> ir.Value:
+    """Return a tensor before it was moved."""
+    while (made := value.producer()) is not None and made.op_type in MOVES and made.inputs[0] is not None:
+        value = made.inputs[0]
+    return value
