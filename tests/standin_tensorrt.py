@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-__all__ = ["VERSION", "hide_tensorrt", "install_standin"]
+__all__ = ["VERSION", "hide_tensorrt", "install_standin", "tensorrt_library"]
 
 VERSION: Final = "11.4.0.106"
 
@@ -17,11 +19,10 @@ LIBRARY: Final = """
 import os, time, types
 __version__ = "11.4.0.106"
 BEHAVIOUR = "builds"
-LAYERS = '''Layers:
-Name: first, LayerType: gemm, Inputs: [ { Name: x, Datatype: Int8, Format/StrideOrder: a }], Constants: \
-[ { Name: w, Datatype: Int8, Format/StrideOrder: a }], Outputs: [ { Name: y, Datatype: Half, Format/StrideOrder: a }], \
-TacticName: t, Metadata: [ONNX Layer: made up]
-'''
+NODE = "blocks.0.attn/QuantizeLinear"
+REFUSAL = "Non-zero zero point is not supported"
+LAYERS = "Name: a, LayerType: gemm\\nName: b, LayerType: kgen"
+PLAN = "engine {level} {size} {capability} {shapes} {flags}"
 
 class ILogger:
     Severity = types.SimpleNamespace(WARNING=2)
@@ -35,10 +36,21 @@ class MemoryPoolType:
 class ProfilingVerbosity:
     DETAILED = 2
 
+class BuilderFlag:
+    VERSION_COMPATIBLE = "compatible"
+    EXCLUDE_LEAN_RUNTIME = "lean"
+
+class ComputeCapability:
+    SM89 = "8.9"
+
+class TimingCache:
+    def __init__(self, data): self.data = data
+    def serialize(self): return self.data + b"+timed"
+
 class Error:
-    def node_name(self): return "up/QuantizeLinear"
+    def node_name(self): return NODE
     def node_operator(self): return "QuantizeLinear"
-    def desc(self): return "an operator of another world"
+    def desc(self): return REFUSAL
 
 class OnnxParser:
     num_errors = 1
@@ -47,18 +59,31 @@ class OnnxParser:
     def get_error(self, index): return Error()
 
 class Config:
-    def set_memory_pool_limit(self, pool, size): pass
-    def add_optimization_profile(self, profile): pass
+    capability = cache = None
+    def __init__(self): self.flags = []
+    def set_flag(self, flag): self.flags.append(flag)
+    def create_timing_cache(self, data): return None if data == b"broken" else TimingCache(data)
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        self.cache = cache
+        return cache.data != b"of 10.13"
+    def get_timing_cache(self): return self.cache
+    def set_memory_pool_limit(self, pool, size): self.size = size
+    def set_compute_capability(self, capability, index): self.capability = capability
+    def add_optimization_profile(self, profile): self.profile = profile
 
-class Profile:
-    def set_shape(self, name, least, best, most): pass
+class Profile(dict):
+    def set_shape(self, name, least, best, most): self[name] = (least, best, most)
 
 class Builder:
     def __init__(self, logger):
         self.logger = logger
         if BEHAVIOUR == "no driver":
+            logger.log(1, "CUDA initialization failure with error: 35")
             raise TypeError("pybind11::init(): factory function returned nullptr")
-    def create_network(self, flags): return object()
+    def create_network(self, flags):
+        assert flags == 1 << 1, "strongly typed"
+        return object()
     def create_builder_config(self): return Config()
     def create_optimization_profile(self): return Profile()
     def build_serialized_network(self, network, config):
@@ -66,17 +91,56 @@ class Builder:
             os.kill(os.getpid(), 11)
         if BEHAVIOUR == "hangs":
             time.sleep(60)
-        if BEHAVIOUR == "no shapes":
-            self.logger.log(1, "no optimization profile has been defined.")
-            return None
-        self.logger.log(4, LAYERS)
-        return b"a made up engine"
+        for behaviour, says in SAYS.items():
+            if BEHAVIOUR == behaviour:
+                self.logger.log(2, "Skipping a tactic: insufficient memory")
+                self.logger.log(1, says)
+                return None
+        self.logger.log(2, "a warning")
+        self.logger.log(4, f"Layers:\\n{LAYERS}\\n\\nBindings:\\nx")
+        shapes = sorted(getattr(config, "profile", {}).items())
+        level, size = config.builder_optimization_level, config.size
+        told = dict(level=level, size=size, capability=config.capability, shapes=shapes, flags=config.flags)
+        return PLAN.format(**told).encode()
+
+SAYS = {
+    "no engine": "Error Code 4: Internal Error (an engine is a wish)",
+    "no memory": "OutOfMemory (Requested size was 39856848 bytes.)",
+    "no workspace": "no tactics to implement the operation within workspace limit.",
+    "no shapes": "Network has dynamic or shape inputs, but no optimization profile has been defined.",
+    "other shapes": "Dimension mismatch for tensor x and profile 0.",
+}
 """
+
+LAYER: Final = (
+    "Name: first, LayerType: gemm, Inputs: [ { Name: x, Datatype: Int8, Format/StrideOrder: a }], Constants: "
+    "[ { Name: w, Datatype: Int8, Format/StrideOrder: a }], Outputs: [ { Name: y, Datatype: Half, Format/StrideOrder: "
+    "a }], TacticName: t, Metadata: [ONNX Layer: made up]"
+)
+"""A kernel as the builder prints it."""
+
+
+def tensorrt_library(behaviour: str = "builds", **texts: str) -> str:
+    """Return the module's text: how it behaves, and what stands in it by the name of a constant."""
+    found = LIBRARY
+    for name, text in {"BEHAVIOUR": behaviour, **texts}.items():
+        line = f"{name} = {json.dumps(text)}".replace("\\", r"\\")
+        found = re.sub(rf"^{name} = .*$", line, found, count=1, flags=re.MULTILINE)
+    return found
 
 
 def install_standin(folder: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str = "builds") -> None:
     """Put the module into a folder and the folder where this process and its children look."""
-    (folder / "tensorrt.py").write_text(LIBRARY.replace('"builds"', repr(behaviour), 1), encoding="utf-8")
+    text = tensorrt_library(
+        behaviour,
+        NODE="up/QuantizeLinear",
+        REFUSAL="an operator of another world",
+        LAYERS=LAYER,
+        PLAN="a made up engine",
+    )
+    # As full TensorRT, which builds for the GPU at hand.
+    text = text.replace("class ComputeCapability", "class Nothing")
+    (folder / "tensorrt.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 

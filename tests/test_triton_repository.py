@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from onnx import TensorProto, helper
 import normfuse
 from normfuse.artifact import ArtifactWriter
 from normfuse.errors import BadInput, UsageError
+from normfuse.runtime.engine_sidecar import Sidecar, sidecar_text
 from normfuse.runtime.onnx_session import open_onnx
 from normfuse.triton_repository import Served, Serving, write_repository
 from normfuse.triton_repository.model_config import quoted
@@ -104,7 +104,20 @@ RESULT: Final[Ports] = {"y": (F32, ["batch", 7])}
 
 
 def engine(flavour: str = "tensorrt") -> dict[str, bytes]:
-    return {"model.engine": b"plan", "model.engine.json": json.dumps({"flavour": flavour}).encode()}
+    sidecar = Sidecar(
+        sha256="0" * 64,
+        flavour=flavour,
+        version="11.4.0.106",
+        capabilities=(),
+        onnx_sha256="0" * 64,
+        weights_sha256=None,
+        shapes={},
+        workspace_bytes=1,
+        level=3,
+        version_compatible=False,
+        messages=(),
+    )
+    return {"model.engine": b"plan", "model.engine.json": sidecar_text(sidecar).encode()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

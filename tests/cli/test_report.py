@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,10 @@ from torch import nn
 import normfuse
 from normfuse.artifact import ArtifactWriter
 from normfuse.cli import render
-from normfuse.cli.main import main
 from normfuse.testing import randomized, seeded
 
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def found(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["normfuse", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), shown.out, shown.err)
-
-    return command
+Run = Callable[..., Any]
+"""``run`` of ``conftest``: how the command ended."""
 
 
 @pytest.fixture(scope="module")

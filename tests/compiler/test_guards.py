@@ -186,7 +186,7 @@ def test_the_callers_generator_is_left_alone() -> None:
 def test_a_model_with_its_constants_beside_it_keeps_the_name_that_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfuse.export.onnx.LARGEST_SINGLE_FILE", 100)
+    monkeypatch.setattr("normfuse.export.saving.LARGEST_SINGLE_FILE", 100)
 
     class Wide(nn.Module):
         def __init__(self) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from standin_tensorrt import tensorrt_library
 
 from normfuse.errors import BadInput, CheckFailed, MissingDependency, UnsupportedModel, UsageError
 from normfuse.manifest import sha256_of
@@ -26,97 +27,7 @@ from normfuse.runtime.tensorrt_build import (
 
 STANDIN = Backend("standin_trt", "pip install standin")
 
-LIBRARY = """
-import os, time, types
-__version__ = "11.4.0.106"
-BEHAVIOUR = "builds"
-
-class ILogger:
-    Severity = types.SimpleNamespace(WARNING=2)
-
-class NetworkDefinitionCreationFlag:
-    STRONGLY_TYPED = 1
-
-class MemoryPoolType:
-    WORKSPACE = 0
-
-class ProfilingVerbosity:
-    DETAILED = 2
-
-class BuilderFlag:
-    VERSION_COMPATIBLE = "compatible"
-    EXCLUDE_LEAN_RUNTIME = "lean"
-
-class ComputeCapability:
-    SM89 = "8.9"
-
-class TimingCache:
-    def __init__(self, data): self.data = data
-    def serialize(self): return self.data + b"+timed"
-
-class Error:
-    def node_name(self): return "blocks.0.attn/QuantizeLinear"
-    def node_operator(self): return "QuantizeLinear"
-    def desc(self): return "Non-zero zero point is not supported"
-
-class OnnxParser:
-    num_errors = 1
-    def __init__(self, network, logger): pass
-    def parse_from_file(self, path): return BEHAVIOUR != "refuses"
-    def get_error(self, index): return Error()
-
-class Config:
-    capability = cache = None
-    def __init__(self): self.flags = []
-    def set_flag(self, flag): self.flags.append(flag)
-    def create_timing_cache(self, data): return None if data == b"broken" else TimingCache(data)
-    def set_timing_cache(self, cache, ignore_mismatch):
-        assert ignore_mismatch is False
-        self.cache = cache
-        return cache.data != b"of 10.13"
-    def get_timing_cache(self): return self.cache
-    def set_memory_pool_limit(self, pool, size): self.size = size
-    def set_compute_capability(self, capability, index): self.capability = capability
-    def add_optimization_profile(self, profile): self.profile = profile
-
-class Profile(dict):
-    def set_shape(self, name, least, best, most): self[name] = (least, best, most)
-
-class Builder:
-    def __init__(self, logger):
-        self.logger = logger
-        if BEHAVIOUR == "no driver":
-            logger.log(1, "CUDA initialization failure with error: 35")
-            raise TypeError("pybind11::init(): factory function returned nullptr")
-    def create_network(self, flags):
-        assert flags == 1 << 1, "strongly typed"
-        return object()
-    def create_builder_config(self): return Config()
-    def create_optimization_profile(self): return Profile()
-    def build_serialized_network(self, network, config):
-        if BEHAVIOUR == "crashes":
-            os.kill(os.getpid(), 11)
-        if BEHAVIOUR == "hangs":
-            time.sleep(60)
-        for behaviour, says in SAYS.items():
-            if BEHAVIOUR == behaviour:
-                self.logger.log(2, "Skipping a tactic: insufficient memory")
-                self.logger.log(1, says)
-                return None
-        self.logger.log(2, "a warning")
-        self.logger.log(4, "Layers:\\nName: a, LayerType: gemm\\nName: b, LayerType: kgen\\n\\nBindings:\\nx")
-        shapes = sorted(getattr(config, "profile", {}).items())
-        level, size = config.builder_optimization_level, config.size
-        return f"engine {level} {size} {config.capability} {shapes} {config.flags}".encode()
-
-SAYS = {
-    "no engine": "Error Code 4: Internal Error (an engine is a wish)",
-    "no memory": "OutOfMemory (Requested size was 39856848 bytes.)",
-    "no workspace": "no tactics to implement the operation within workspace limit.",
-    "no shapes": "Network has dynamic or shape inputs, but no optimization profile has been defined.",
-    "other shapes": "Dimension mismatch for tensor x and profile 0.",
-}
-"""
+LIBRARY = tensorrt_library()
 """With capabilities, as TensorRT-RTX is."""
 
 FULL = LIBRARY.replace("class ComputeCapability", "class Nothing")
