@@ -48,13 +48,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.deit import NORMS
-from benchmarks.gpu_device import describe_device, device_state, open_device
 from benchmarks.gpu_entries import Candidate, closeness, show
-from benchmarks.gpu_timing import Schedule, take_turn
 from benchmarks.gpu_variants import COMPILE_MODE, VARIANTS, Variant, prepare, release
 from benchmarks.vision import CALIBRATION, SHAPES, Network, build, colour_images, shape_of
 from normfuse.atomic import write_file
 from normfuse.bench.environment import describe_environment
+from normfuse.bench.gpu_device import describe_device, device_state, open_device
+from normfuse.bench.gpu_timing import GpuSchedule, take_turn
 from normfuse.bench.timing import turn_order
 from normfuse.cli import render
 from normfuse.errors import NormfuseError
@@ -66,7 +66,7 @@ EVALUATED: Final = 128
 """Images that accuracy is judged on."""
 EVALUATED_TOGETHER: Final = 32
 SCHEMA: Final = 1
-PLAN: Final = Schedule()
+PLAN: Final = GpuSchedule()
 BY_NAME: Final = {variant.name: variant for variant in VARIANTS}
 WORDS: Final = {name.lower(): name for name in NORMS}
 
@@ -82,7 +82,7 @@ class Job:
     variants: Sequence[Variant] = VARIANTS
     compiles: bool = True
     seed: int = 0
-    schedule: Schedule = PLAN
+    schedule: GpuSchedule = PLAN
 
 
 def main() -> None:
@@ -101,13 +101,13 @@ def main() -> None:
     given = parser.parse_args()
     try:
         job = Job(
-            device=open_device(given.device),
+            device=open_device(given.device, needed_for="python -m benchmarks.gpu (--device cpu tries it)"),
             model=given.model,
             batches=list(dict.fromkeys(given.batch)),
             norms=[WORDS[word] for word in dict.fromkeys(given.norms)],
             variants=[BY_NAME[name] for name in dict.fromkeys(given.variants)],
             compiles=not given.no_compile,
-            schedule=Schedule(rounds=given.rounds, seconds=given.seconds, warm_up_ms=given.warm_up),
+            schedule=GpuSchedule(rounds=given.rounds, seconds=given.seconds, warm_up_ms=given.warm_up),
         )
         found = measure(job)
         if given.output:

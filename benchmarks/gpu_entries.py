@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu_timing import Turn, summary
 from benchmarks.gpu_variants import Engine, Skipped, Variant
 from benchmarks.vision import Network
+from normfuse.bench.gpu_timing import Turn, summary
 from normfuse.cli import render
 
 __all__ = ["Candidate", "closeness", "show"]

@@ -12,16 +12,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_device import FLOAT8_CAPABILITY, capability
-from benchmarks.gpu_timing import synchronize
 from benchmarks.vision import Network
 from benchmarks.w8a8 import Codes, Quantized, quantize
+from normfuse.bench.cuda_graph import recorded
+from normfuse.bench.gpu_device import FLOAT8_CAPABILITY, capability
+from normfuse.bench.gpu_timing import synchronize
 
 __all__ = ["COMPILE_MODE", "VARIANTS", "Engine", "Skipped", "Variant", "prepare", "release"]
 
 COMPILE_MODE: Final = "max-autotune-no-cudagraphs"
 """Every kernel is chosen by measuring; the CUDA graph is recorded here, so that it holds for every variant alike."""
-RUNS_BEFORE_RECORDING: Final = 3
 
 
 class Skipped(Exception):
@@ -102,7 +102,7 @@ def prepare(variant: Variant, network: Network, images: Tensor, device: torch.de
         return Engine(run=lambda: _tensor(model(image)), image=image)
     call, seconds = _compiled(model, image, device) if compiles else (model, None)
     is_graph = device.type == "cuda"
-    run = _recorded(call, image) if is_graph else lambda: _tensor(call(image))
+    run = recorded(lambda: _tensor(call(image))) if is_graph else lambda: _tensor(call(image))
     return Engine(
         run=run,
         image=image,
@@ -140,25 +140,6 @@ def _compiled(model: torch.nn.Module, image: Tensor, device: torch.device) -> tu
     call(image)
     synchronize(device)
     return call, perf_counter() - began
-
-
-def _recorded(call: Callable[[Tensor], Any], image: Tensor) -> Callable[[], Tensor]:
-    """Return the replay of a CUDA graph of one call; it always reads ``image`` and always writes the same output."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # libraries choose and allocate in their first runs, which no graph may hold
-        for _ in range(RUNS_BEFORE_RECORDING):
-            call(image)
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = _tensor(call(image))
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def _tensor(found: Any) -> Tensor:

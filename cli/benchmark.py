@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ __all__ = ["command"]
 )
 @click.option("--eval", "evaluation", metavar="DATA", help="Labelled samples to measure accuracy on.")
 @click.option("--preprocess", metavar="PRESET", help="For image folders.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size (1; with --engine what it was built for most).")
+@click.option("--engine", is_flag=True, help="Run the artifacts' TensorRT engines on a GPU, and nothing else.")
+@click.option("--trust-engine", is_flag=True, help="Run engines without a sidecar, native code of whoever built them.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads (0: the visible cores, two at most).")
 @model_options
 @json_option
 @quiet_option
-def command(folders: tuple[Path, ...], against: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
+def command(
+    folders: tuple[Path, ...], against: Path | None, engine: bool, as_json: bool, quiet: bool, **options: Any
+) -> int:
     """Measure artifacts again, side by side."""
+    trust_engine, batch = options.pop("trust_engine"), options.pop("batch")
+    if engine:
+        _refuse_beside_engine(against, options)
+        return _engines(folders, batch=batch, trust=trust_engine, as_json=as_json, quiet=quiet)
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
     from normfuse.comparing import compare_artifacts
@@ -37,8 +46,35 @@ def command(folders: tuple[Path, ...], against: Path | None, as_json: bool, quie
         folders,
         against=opened_model(against, arch=arch, trust_pickle=trust, progress=shown) if against else None,
         evaluation=evaluation,
+        batch=batch or 1,
         progress=shown,
         **options,
     )
     render.as_json(found) if as_json else render.comparison(found)
+    return 0
+
+
+def _refuse_beside_engine(against: Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse what says nothing of engines, which are timed on random inputs beside the first one."""
+    from normfuse.errors import UsageError
+
+    given = [name for name, value in (("--against", against), ("--eval", options["evaluation"])) if value is not None]
+    if given:
+        raise UsageError(
+            f"{' and '.join(given)} cannot stand beside --engine",
+            where="normfuse benchmark",
+            expected="artifacts whose engines are measured, the first of which the others are held against",
+            hint="another artifact, compiled with --bits 32, in place of --against",
+        )
+
+
+def _engines(folders: Sequence[Path], *, batch: int | None, trust: bool, as_json: bool, quiet: bool) -> int:
+    from normfuse.cli import render
+    from normfuse.comparing import compare_built_engines
+    from normfuse.running_engines import differing_outputs
+
+    found = compare_built_engines(folders, batch=batch, trust=trust, progress=render.progress(quiet=quiet))
+    render.as_json(found) if as_json else render.engine_runs(found)
+    if (differing := differing_outputs(found)) is not None:
+        raise differing
     return 0

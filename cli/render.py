@@ -282,6 +282,15 @@ def comparison(found: Mapping[str, Any]) -> None:
         line(f"warning: {text}")
 
 
+def engine_runs(found: Mapping[str, Any]) -> None:
+    """Show engines that ran on a GPU, side by side."""
+    table(*render_engine.runs(found))
+    for each in found["engines"]:
+        line(each["label"])
+        for text in render_engine.closeness(each):
+            line(text)
+
+
 def sensitivity(found: Mapping[str, Any]) -> None:
     """Show the most sensitive layers, and how they were scored."""
     shown, said = render_bits.sensitivity(found)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from normfuse.cli.render_bits import Shown
 
-__all__ = ["products", "target"]
+__all__ = ["closeness", "products", "runs", "target"]
 
 MOST: Final = 5
 
@@ -42,6 +42,8 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  and {len(found['lint']) - MOST} more: normfuse inspect --lint trt names them"
     if engine := found["engine"]:
         yield from _engine(engine)
+        if run := found.get("run"):  # none in the reports of earlier versions
+            yield from _run(run)
     elif failure := found.get("failure"):
         yield f"engine: none, {failure['what']}"
     else:
@@ -71,6 +73,53 @@ def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
     for each in found["mismatched"][:MOST]:
         got = "no kernel names it" if each["got"] is None else f"its kernel reads {', '.join(each['got'])}"
         yield f"  {each['layer']}: {each['asked']} was asked for, {got}"
+
+
+def runs(found: Mapping[str, Any]) -> Shown:
+    """Return a table of engines that ran, in trtexec's terms: recorded as a CUDA graph, and plain."""
+    ways = ("graph", "plain")
+    columns = ("engine", *(f"{way} {what}" for way in ways for what in ("median ms", "p99 ms")))
+    rows: list[tuple[object, ...]] = [
+        (
+            each["label"],
+            *(_time(each[way], name) for way in ways for name in ("median", "p99")),
+            f"{each['plain']['enqueue_ms']['median']:.3f}",
+            f"{(each['graph'] or each['plain'])['throughput_qps']:,.0f}",
+            "" if each["against_first"] is None else f"{each['against_first']:.2f}x",
+        )
+        for each in found["engines"]
+    ]
+    return Shown(f"GPU compute on {_device(found)}", (*columns, "enqueue ms", "inferences/s", "speed"), rows)
+
+
+def closeness(each: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what an engine was run on, how far its outputs are from onnxruntime's, and why it has no CUDA graph."""
+    inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in each["inputs"].items())
+    allowed = f"(at most {each['allowed_error']:.2g})"
+    yield f"  {inputs}: outputs differ from onnxruntime's by {each['output_error']:.2g} of the largest {allowed}"
+    if each["no_graph"]:
+        yield f"  no CUDA graph: {each['no_graph']}"
+
+
+def _run(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what running the engine that was just built showed."""
+    if "engines" not in found:
+        yield f"  not run: {found['reason']}"
+        return
+    (each,) = found["engines"]
+    for way, name in (("graph", "as a CUDA graph"), ("plain", "plain")):
+        if each[way]:
+            median, p99 = (_time(each[way], figure) for figure in ("median", "p99"))
+            yield f"  GPU compute on {_device(found)}, {name}: median {median} ms, p99 {p99} ms"
+    yield from closeness(each)
+
+
+def _device(found: Mapping[str, Any]) -> str:
+    return str(found["device"]["name"] or found["device"]["type"])
+
+
+def _time(way: Mapping[str, Any] | None, name: str) -> str:
+    return "" if way is None else f"{way['gpu_ms'][name]:.3f}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "check_no_floats",
     "check_typed",
     "require",
+    "rounding_allowed",
     "samples_in",
 ]
 
@@ -137,6 +138,11 @@ def check_codes(
     return [Check("engine's codes = simulation's", largest, float(ONE_CODE), detail), *checked]
 
 
+def rounding_allowed(body: BodyType) -> float:
+    """Return by how much outputs in a narrower type may differ from float32's, relative to the largest."""
+    return ROUNDINGS * ROUNDING[body]
+
+
 def check_typed(
     graph: Graph,
     path: Path,
@@ -151,7 +157,7 @@ def check_typed(
     share = max((tensor.share_different for tensor in found.tensors), default=0.0)
     detail = f"{len(found.tensors)} tensors, {_samples(samples_in(samples))}, at most {share:.2%} of a tensor's differ"
     largest = math.inf if found.missing else float(found.largest_difference)
-    rounding = ROUNDINGS * ROUNDING[body]
+    rounding = rounding_allowed(body)
     most = float(math.ceil(rounding * LARGEST_CODE))
     codes = Check(f"codes behind {body.value} = simulation's", largest, most, detail)
     outputs = Check(

@@ -15,18 +15,26 @@ from torch import Tensor
 from normfuse.artifact import read_intact
 from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads, describe_environment
+from normfuse.bench.gpu_device import device_at_hand
 from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.bench.timing import EngineSpec
 from normfuse.build import write_float
+from normfuse.built import load
 from normfuse.compiler import capture_model
 from normfuse.data import InputSpec, Samples, check_samples, survey_evaluation
+from normfuse.errors import BadInput, MissingDependency
 from normfuse.graph.program import to_program
 from normfuse.loading import LoadedModel
+from normfuse.manifest import ENGINE
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
+from normfuse.quant.target import BodyType
+from normfuse.running_engines import BuiltFile, measure_built_files
+from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port, open_onnx
+from normfuse.runtime.tensorrt_backend import Backend, backend_of, installed_backend
 
-__all__ = ["compare_artifacts"]
+__all__ = ["compare_artifacts", "compare_built_engines"]
 
 
 def compare_artifacts(
@@ -65,6 +73,59 @@ def compare_artifacts(
         "comparison": comparison.as_dict(),
         "environment": describe_environment().as_dict(),
     }
+
+
+def compare_built_engines(
+    folders: Sequence[Path], *, batch: int | None, trust: bool, progress: Progress
+) -> dict[str, Any]:
+    """Return how TensorRT engines of artifacts run on the GPU at hand, as plain data (``measure_built_files``).
+
+    Args:
+        folders: artifacts with engines.
+        batch: the first size of inputs with free axes; None: that of the usual shape.
+        trust: engines without a sidecar are taken.
+        progress: told what is done.
+
+    Raises:
+        MissingDependency: there is no GPU that PyTorch can use, or the library is not installed.
+        BadInput: a folder is no artifact, has no engine, or its engine is refused (``check_engine``).
+        CheckFailed: an engine does not run.
+    """
+    device = device_at_hand()
+    if device is None:
+        raise MissingDependency(
+            "a GPU that PyTorch can use",
+            needed_for="running engines",
+            install="run it on a machine with an NVIDIA GPU, with a PyTorch that is built for CUDA",
+        )
+    files = [_built_file(folder, label) for folder, label in zip(folders, _labels(folders, taken=[]), strict=True)]
+    with progress.task("running the engines"):
+        return measure_built_files(files, _backend(files[0].engine), device=device, batch=batch, trust=trust)
+
+
+def _built_file(folder: Path, label: str) -> BuiltFile:
+    artifact = read_intact(folder)
+    engine = folder / ENGINE
+    if not engine.is_file():
+        raise BadInput(
+            "the artifact has no engine",
+            where=str(folder),
+            expected=f"{ENGINE}, as normfuse compile --target trt writes it where TensorRT is installed",
+            hint="the ONNX file is measured without --engine",
+        )
+    body = (artifact.report.get("tensorrt") or {}).get("body") or {}
+    return BuiltFile(
+        label=label,
+        engine=engine,
+        onnx=artifact.model,
+        session=load(folder),
+        shapes=read_sidecar(engine).shapes if sidecar_path(engine).exists() else {},
+        body=BodyType(body.get("type", BodyType.FP32.value)),
+    )
+
+
+def _backend(engine: Path) -> Backend:
+    return backend_of(read_sidecar(engine).flavour) if sidecar_path(engine).exists() else installed_backend()
 
 
 def _survey(samples: Samples, output: Port, progress: Progress) -> list[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["Part", "target_parts"]
 
 Row = Sequence[object]
+
+FIGURES: Final = (("gpu_ms", "median"), ("gpu_ms", "p99"), ("enqueue_ms", "median"), ("host_ms", "median"))
+"""Of a run: what trtexec calls GPU compute and enqueue, and an inference alone by the host's clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +79,25 @@ def _engine(found: Mapping[str, Any]) -> Iterator[Part]:
         facts["attentions that are one kernel"] = f"{audit['joined_attentions']} of {audit['attentions']}"
         facts["quantizers with a kernel of their own"] = ", ".join(audit["alone"])
     yield Part(heading="Engine", columns=("fact", "value"), rows=list(facts.items()))
+    yield from _run(found.get("run") or {})
     if audit and audit["mismatched"]:
         rows: list[Row] = [(each["layer"], each["asked"], _read(each["got"])) for each in audit["mismatched"]]
         yield Part(heading="Other kernels than asked for", columns=("layer", "asked for", "kernel reads"), rows=rows)
+
+
+def _run(found: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield the times of the engine, in trtexec's terms, and how far its outputs are from onnxruntime's."""
+    rows: list[Row] = [
+        (way, *(each[way][kind][name] for kind, name in FIGURES), each[way]["throughput_qps"], each["output_error"])
+        for each in found.get("engines") or ()
+        for way in ("graph", "plain")
+        if each[way]
+    ]
+    if rows:
+        columns = ("", *(f"{kind} {name}" for kind, name in FIGURES), "inferences/s", "output error")
+        yield Part(heading=f"Run on {found['device']['name'] or found['device']['type']}", columns=columns, rows=rows)
+    elif reason := found.get("reason"):
+        yield Part(heading="Not run", columns=("because",), rows=[(reason,)])
 
 
 def _read(types: Sequence[str] | None) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from normfuse.atomic import write_file
+from normfuse.bench.gpu_device import device_at_hand
 from normfuse.built import Built
-from normfuse.errors import NormfuseError, UsageError
+from normfuse.errors import BadInput, NormfuseError, UsageError
 from normfuse.export.lint import TENSORRT_RULES, lint
 from normfuse.export.product_types import product_types
 from normfuse.fusion_audit import audit
@@ -18,6 +19,7 @@ from normfuse.manifest import ENGINE, MODEL
 from normfuse.progress import Progress
 from normfuse.quant.target import BodyType
 from normfuse.recipe import Recipe
+from normfuse.running_engines import BuiltFile, differing_outputs, measure_built_files
 from normfuse.runtime.engine_layers import read_layers
 from normfuse.runtime.engine_sidecar import sidecar_path
 from normfuse.runtime.equivalent_commands import (
@@ -89,6 +91,8 @@ def with_target_engine(built: Built, options: BuildOptions, progress: Progress) 
             with progress.task("building the engine"):
                 made = _build(built, built.folder.model(ENGINE).with_name(ENGINE), options)
             facts |= made.facts
+            with progress.task("running the engine"):
+                facts["run"], failure = _run(built, made, options)
         except NormfuseError as error:
             failure = error
             facts["failure"] = {"what": error.what, "at": error.where, "try": error.hint}
@@ -125,6 +129,28 @@ def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
         },
     }
     return Made(files={ENGINE: engine, sidecar.name: sidecar, LAYERS: listed}, facts=facts)
+
+
+def _run(built: Built, made: Made, options: BuildOptions) -> tuple[dict[str, Any], NormfuseError | None]:
+    """Return what running the engine on the GPU at hand showed, or why it was not run; and what is wrong with it."""
+    device = device_at_hand()
+    if device is None or not built.recipe.benchmark:
+        return {"reason": "there is no GPU that PyTorch can use" if device is None else "--no-benchmark"}, None
+    file = BuiltFile(
+        label=built.recipe.label,
+        engine=made.files[ENGINE],
+        onnx=built.engine.path,
+        session=built.session(),
+        shapes=options.shapes,
+        body=BodyType.FP32 if built.engine.body is None else built.engine.body.body,
+    )
+    try:
+        found = measure_built_files([file], installed_backend(), device=device)
+    except BadInput as error:  # an engine for other GPUs
+        return {"reason": f"{error.what}, expected {error.expected}"}, None
+    except NormfuseError as error:
+        return {"reason": error.what}, error
+    return found, differing_outputs(found)
 
 
 def _commands(options: BuildOptions, version: str, *, is_compared: bool) -> dict[str, str]:

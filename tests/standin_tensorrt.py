@@ -55,7 +55,10 @@ class Error:
 class OnnxParser:
     num_errors = 1
     def __init__(self, network, logger): pass
-    def parse_from_file(self, path): return BEHAVIOUR != "refuses" and os.path.getsize(path) > 0
+    def parse_from_file(self, path):
+        global MODEL
+        MODEL = path
+        return BEHAVIOUR != "refuses" and os.path.getsize(path) > 0
     def get_error(self, index): return Error()
 
 class Config:
@@ -101,7 +104,7 @@ class Builder:
         shapes = sorted(getattr(config, "profile", {}).items())
         level, size = config.builder_optimization_level, config.size
         told = dict(level=level, size=size, capability=config.capability, shapes=shapes, flags=config.flags)
-        return PLAN.format(**told).encode()
+        return open(MODEL, "rb").read() if PLAN == "the model" else PLAN.format(**told).encode()
 
 SAYS = {
     "no engine": "Error Code 4: Internal Error (an engine is a wish)",
@@ -129,18 +132,23 @@ def tensorrt_library(behaviour: str = "builds", **texts: str) -> str:
     return found
 
 
-def install_standin(folder: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str = "builds") -> None:
-    """Put the module into a folder and the folder where this process and its children look."""
+def install_standin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str = "builds", runtime: str = ""
+) -> None:
+    """Put the module into a folder and the folder where this process and its children look.
+
+    With a ``runtime``, the text of one, an engine is the ONNX file that it was built from.
+    """
     text = tensorrt_library(
         behaviour,
         NODE="up/QuantizeLinear",
         REFUSAL="an operator of another world",
         LAYERS=LAYER,
-        PLAN="a made up engine",
+        PLAN="the model" if runtime else "a made up engine",
     )
     # As full TensorRT, which builds for the GPU at hand.
     text = text.replace("class ComputeCapability", "class Nothing")
-    (folder / "tensorrt.py").write_text(text, encoding="utf-8")
+    (folder / "tensorrt.py").write_text(text + runtime, encoding="utf-8")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 

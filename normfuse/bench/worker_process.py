@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import normfuse
 from normfuse.errors import CheckFailed
 
-__all__ = ["EngineSpec", "Load", "WorkerProcess"]
+__all__ = ["EngineSpec", "Load", "WorkerProcess", "worker_environment"]
 
 TAIL: Final = 12
 """Lines of the worker's standard error that an error message shows."""
@@ -67,7 +67,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(self._load.threads),
+            env=worker_environment(self._load.threads),
             text=True,
             encoding="utf-8",
         )
@@ -169,9 +169,11 @@ def _exit(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Return the variables of this process, with fixed threads and this very normfuse importable."""
-    values = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+def worker_environment(threads: int | None = None) -> dict[str, str]:
+    """Return the variables of this process, with this very normfuse importable, and fixed threads where given."""
+    values = dict(os.environ)
+    if threads is not None:
+        values |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     root = Path(normfuse.__file__).resolve().parents[1]
     if root.name not in ("site-packages", "dist-packages"):
         # A source tree. (Installed packages are found anyway; named here they would stand before Python's own.)

@@ -24,7 +24,7 @@ def read(path: Path, *, trust: bool) -> torch.jit.ScriptModule:
         with quiet_torch():
             if not trust:
                 vet_script(path)
-            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"the TorchScript archive is broken: {first}", where=str(path), hint=ARCHIVE_HINT) from error

@@ -104,7 +104,7 @@ def reconstruct(block: Block, decided: Quantization, chosen: Reconstruction) -> 
         order = order or torch.randperm(len(block.split.teaching), generator=generator).tolist()
         optimizer.zero_grad()
         loss = block.loss(block.split.teaching[order.pop()], student) + student.penalty(step / chosen.steps)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return student.decision()

@@ -44,15 +44,15 @@ def refuse_failure(answer: Mapping[str, Any], backend_module: str) -> None:
             raise _not_built(builder, answer)
 
 
-def ended_process(module: str, return_code: int, said: str) -> NormfuseError:
-    """Return the error of a builder's process that ended without an answer; ``said`` is its standard error."""
+def ended_process(module: str, return_code: int, said: str, *, of: str = "builder") -> NormfuseError:
+    """Return the error of a process that ended without an answer; ``said`` is its standard error."""
     if (library := _unloaded(said)) is not None:
         return MissingDependency(library, needed_for=module, install="see the library's installation guide")
     ended = f"signal {-return_code}" if return_code < 0 else f"exit code {return_code}"
     return CheckFailed(
-        f"the builder's process ended with {ended}",
+        f"the {of}'s process ended with {ended}",
         where=module,
-        expected="an engine, or an error",
+        expected="an answer, or an error",
         hint=f"the ONNX file is kept; the process last said: {_last(said.splitlines())}",
     )
 

@@ -129,7 +129,7 @@ def read_sidecar(engine: Path) -> Sidecar:
             "the engine has no sidecar",
             where=str(engine),
             expected=f"{place.name} beside it, as its build writes it",
-            hint="build the engine here; or trust=True, if you would run a program of whoever built it",
+            hint="build the engine here; or --trust-engine, if you would run a program of whoever built it",
         )
     found = _read_object(place)
     if found.get("format") != FORMAT:

@@ -8,7 +8,7 @@ from typing import Final
 
 from normfuse.errors import MissingDependency
 
-__all__ = ["TENSORRT", "TENSORRT_RTX", "Backend", "installed_backend"]
+__all__ = ["TENSORRT", "TENSORRT_RTX", "Backend", "backend_of", "installed_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,17 @@ class Backend:
 
 TENSORRT: Final = Backend("tensorrt", "pip install 'normfuse[tensorrt]'")
 TENSORRT_RTX: Final = Backend("tensorrt_rtx", "pip install 'normfuse[trt-rtx]'")
+
+
+def backend_of(flavour: str) -> Backend:
+    """Return the library that a sidecar names, if it is one of the two; else the one that is installed.
+
+    Raises:
+        MissingDependency: it is none of them, and neither is installed.
+    """
+    # Never the module by its name alone: the name may come from a stranger.
+    known = {backend.module: backend for backend in (TENSORRT, TENSORRT_RTX)}
+    return known.get(flavour) or installed_backend()
 
 
 def installed_backend() -> Backend:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+__all__ = ["main", "recording_logger"]
+
 DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, of the CUDA driver API."""
@@ -26,7 +28,7 @@ def main(request_file: str) -> None:
 
 
 def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
-    logger = _recording_logger(trt)
+    logger = recording_logger(trt)
     answer: dict[str, Any] = {"version": trt.__version__, "messages": logger.messages, "errors": logger.errors}
     if (known := _strange_capabilities(trt, request)) is not None:
         return {**answer, "outcome": "no such capability", "known": known}
@@ -50,7 +52,9 @@ def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "outcome": "built", "layers": logger.layers, "capabilities": _capabilities(trt, request)}
 
 
-def _recording_logger(trt: Any) -> Any:
+def recording_logger(trt: Any) -> Any:
+    """Return a logger of the library that keeps what it is told, in lists that are read while it is used."""
+
     class Recording(trt.ILogger):  # type: ignore[misc]
         """Keeps errors and warnings, the errors alone too, and the list of kernels that the builder prints."""
 

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_device, gpu_variants
+from benchmarks import gpu, gpu_variants
 from benchmarks.gpu import Job, measure
-from benchmarks.gpu_timing import Schedule, Turn, summary, take_turn
 from benchmarks.gpu_variants import VARIANTS, prepare
 from benchmarks.vision import SHAPES, Network, build, colour_images
+from normfuse.bench import gpu_device
+from normfuse.bench.gpu_timing import GpuSchedule, Turn, summary, take_turn
 
 CPU = torch.device("cpu")
-QUICK = Schedule(rounds=3, warm_up_ms=1.0, seconds=0.0, least=3, alone=2)
+QUICK = GpuSchedule(rounds=3, warm_up_ms=1.0, seconds=0.0, least=3, alone=2)
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 HEAD = {"batch", "variant", "norm", "status", "reason"}
@@ -204,7 +205,7 @@ def test_figures_are_those_of_trtexec_and_medians_are_of_rounds() -> None:
 
 def test_a_turn_is_warmed_up_and_long_enough() -> None:
     runs = list[int]()
-    plan = Schedule(warm_up_ms=5.0, seconds=0.01, least=4, alone=3)
+    plan = GpuSchedule(warm_up_ms=5.0, seconds=0.01, least=4, alone=3)
     turn = take_turn(lambda: runs.append(1), CPU, plan)
     assert turn.wall >= 10
     assert len(runs) > len(turn.compute) + 3  # the warm-up is not among the figures

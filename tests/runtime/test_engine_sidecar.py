@@ -72,7 +72,7 @@ def test_a_foreign_engine_is_taken_where_it_is_trusted(tmp_path: Path) -> None:
     sidecar_path(engine).unlink()
     with pytest.raises(BadInput, match="the engine has no sidecar") as refusal:
         checked(engine)
-    assert "trust=True" in refusal.value.hint
+    assert "--trust-engine" in refusal.value.hint
     assert checked(engine, trust=True) is None
 
 

@@ -11,14 +11,14 @@ from time import perf_counter
 import numpy as np
 import torch
 
-__all__ = ["Schedule", "Turn", "summary", "synchronize", "take_turn"]
+__all__ = ["GpuSchedule", "Turn", "summary", "synchronize", "take_turn"]
 
 Run = Callable[[], object]
 """Enqueues one inference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class GpuSchedule:
     """How long to measure: rounds of one turn per engine; a turn warms up, then runs for a time, or ``least`` times.
 
     ``alone`` further runs are taken one by one, by the host's clock.
@@ -41,7 +41,7 @@ class Turn:
     wall: float
 
 
-def take_turn(run: Run, device: torch.device, plan: Schedule) -> Turn:
+def take_turn(run: Run, device: torch.device, plan: GpuSchedule) -> Turn:
     """Warm up and measure one turn; on a device without events all times are the host's."""
     _warm_up(run, device, plan.warm_up_ms)
     alone = [_timed(run, device) for _ in range(plan.alone)]
@@ -95,7 +95,7 @@ def _timed(run: Run, device: torch.device) -> float:
     return _since(began)
 
 
-def _enqueued(run: Run, plan: Schedule) -> tuple[list[float], list[float]]:
+def _enqueued(run: Run, plan: GpuSchedule) -> tuple[list[float], list[float]]:
     """Run with one inference enqueued ahead, as trtexec does; return the times on the device and to enqueue."""
     pairs, enqueue, began = list[tuple[torch.cuda.Event, torch.cuda.Event]](), list[float](), perf_counter()
     while len(pairs) < plan.least or _since(began) < 1e3 * plan.seconds:
@@ -112,7 +112,7 @@ def _enqueued(run: Run, plan: Schedule) -> tuple[list[float], list[float]]:
     return [first.elapsed_time(last) for first, last in pairs], enqueue
 
 
-def _called(run: Run, plan: Schedule) -> tuple[list[float], list[float]]:
+def _called(run: Run, plan: GpuSchedule) -> tuple[list[float], list[float]]:
     """Run on the host, where a call returns when all is done: to enqueue is to run."""
     times, began = list[float](), perf_counter()
     while len(times) < plan.least or _since(began) < 1e3 * plan.seconds:

@@ -10,7 +10,7 @@ import torch
 
 from normfuse.errors import MissingDependency
 
-__all__ = ["FLOAT8_CAPABILITY", "capability", "describe_device", "device_state", "open_device"]
+__all__ = ["FLOAT8_CAPABILITY", "capability", "describe_device", "device_at_hand", "device_state", "open_device"]
 
 FLOAT8_CAPABILITY: Final = (8, 9)
 """Of the first GPUs that multiply float8 numbers."""
@@ -24,7 +24,12 @@ STATE: Final = {
 }
 
 
-def open_device(name: str) -> torch.device:
+def device_at_hand() -> str | None:
+    """Return PyTorch's name of the GPU, None where it finds none."""
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def open_device(name: str, *, needed_for: str) -> torch.device:
     """Return the device to measure on, with its arithmetic of float32 as it is in IEEE's, not TF32.
 
     Raises:
@@ -34,8 +39,8 @@ def open_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MissingDependency(
             "a CUDA device that PyTorch can use",
-            needed_for=f"python -m benchmarks.gpu --device {name}",
-            install="run it on a machine with an NVIDIA GPU; --device cpu --model tiny tries the code without one",
+            needed_for=needed_for,
+            install="run it on a machine with an NVIDIA GPU, with a PyTorch that is built for CUDA",
         )
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
