@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from normfuse.runtime.onnx_session import open_onnx
+from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
 
 __all__ = ["largest_values"]
 
@@ -45,8 +45,7 @@ def largest_values(path: Path, samples: Iterable[Mapping[str, Any]], *, threads:
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         opened = Path(folder) / "watched.onnx"
         ir.save(model, opened, external_data=f"{opened.name}.data")
-        # Of quantizers it shall compute what the file says, and in float (it has no products of 8-bit floats).
-        session = open_onnx(opened, threads=threads, session_config={"session.disable_quant_qdq": "1"})
+        session = open_onnx(opened, threads=threads, session_config=AS_WRITTEN)
         for sample in samples:
             outputs = session.run(dict(sample))
             for name, tensor in watched.items():

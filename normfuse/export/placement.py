@@ -11,6 +11,7 @@ from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.float_type import FLOAT8
 from normfuse.quant.placement import Placement
 from normfuse.quant.target import EightBits
+from normfuse.runtime.onnx_session import AS_WRITTEN
 
 __all__ = ["ARM", "TENSORRT", "X86_VNNI", "X86_WITHOUT_VNNI", "onnx_placement", "tensorrt_placement", "with_bits"]
 
@@ -54,9 +55,7 @@ TENSORRT: Final = Placement(
     biases_stay_float=True,
     table=None,
     standard_operators=True,
-    # Onnxruntime checks the file. It fails where it tries to make products of 8-bit floats, and convolutions of codes
-    # between float16 are wrong by hundreds of codes (1.31.1), so it shall compute what the file says.
-    session_config={"session.disable_quant_qdq": "1"},
+    session_config=AS_WRITTEN,  # onnxruntime checks the file, and shall compute what it says
     convolution_outputs=False,
     convolution_skips=True,
     reason="TensorRT takes signed codes about a zero point of 0, one static scale per activation, and no other codes",

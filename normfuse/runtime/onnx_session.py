@@ -14,12 +14,13 @@ from onnxruntime.capi.onnxruntime_pybind11_state import GraphOptimizationLevel, 
 
 from normfuse.errors import BadInput
 
-__all__ = ["SESSION_ENTRIES", "OnnxSession", "Port", "open_onnx"]
+__all__ = ["AS_WRITTEN", "SESSION_ENTRIES", "OnnxSession", "Port", "open_onnx"]
 
 Array = NDArray[Any]
 
 SESSION_ENTRIES: Final = frozenset(
     {
+        "optimization.disable_specified_optimizers",
         "session.disable_double_qdq_remover",
         "session.disable_prepacking",
         "session.disable_quant_qdq",
@@ -36,6 +37,16 @@ SESSION_ENTRIES: Final = frozenset(
     }
 )
 """The only entries accepted: they may come from a stranger's manifest, and others of onnxruntime's write files."""
+
+AS_WRITTEN: Final = {
+    "session.disable_quant_qdq": "1",
+    "optimization.disable_specified_optimizers": "ReluQuantRewrite;ClipQuantRewrite",
+}
+"""With which onnxruntime computes quantizers as the file has them (1.31.1).
+
+Else it fails on products of 8-bit floats and on a Clip in front of them, is wrong by hundreds of codes in convolutions
+of codes between float16, and drops a Relu in front of a quantizer that writes 8-bit floats.
+"""
 
 OTHER_VERSION: Final = "build the artifact again with this version of onnxruntime installed"
 NO_KERNELS: Final = "run its engine on its target: on processors onnxruntime has no kernels for some types, as bfloat16"

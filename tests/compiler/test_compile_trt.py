@@ -112,6 +112,22 @@ def test_every_kind_of_bits(bits: str, expected: dict[str, str], checks: tuple[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8", "fp8", "4"])
+@pytest.mark.parametrize("body", ["fp16", "fp32"])
+def test_what_stands_behind_a_relu_is_as_simulated(bits: str, body: str) -> None:
+    """Onnxruntime drops a Relu in front of a quantizer of 8-bit floats, if it may."""
+    model = randomized(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU6(), nn.Linear(64, 5)))
+    recipe = Recipe().with_options(**QUICKLY, build=False, bits=bits, body=body)
+    data = torch.randn(16, 64, generator=seeded(1))
+    built = normfuse.compile(model, calibration=data, recipe=recipe)
+    assert all(check["holds"] for check in built.report["checks"]), built.report["checks"]
+    assert built.report["verdict"]["verdict"] == "kept"
+    shown = built.session(threads=1)(data.numpy())["output"]
+    wanted = model(data).detach().numpy()
+    assert np.abs(shown - wanted).max() < 0.2 * np.abs(wanted).max(), "dropped, it would be nowhere near"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "most"), [("8", 0.35), ("4", 0.25), ("fp16", 0.55), ("bf16", 0.55)])
 def test_the_file_that_ships_is_the_one_that_is_measured(bits: str, most: float) -> None:
     floating, row = quickly(bits).report["comparison"]["rows"]

@@ -12,11 +12,10 @@ import onnx.parser
 from onnx import TensorProto as T
 from onnx import numpy_helper
 
-from normfuse.runtime.onnx_session import open_onnx
+from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
 
-__all__ = ["AS_WRITTEN", "LAYER", "floats", "outcome", "sample", "types_of", "written"]
+__all__ = ["LAYER", "floats", "outcome", "sample", "types_of", "written"]
 
-AS_WRITTEN: Final = {"session.disable_quant_qdq": "1"}
 """Of quantizers onnxruntime shall compute what the file says."""
 
 LAYER: Final = "normfuse.layer"

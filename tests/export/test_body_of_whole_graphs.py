@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from float_files import AS_WRITTEN, outcome, sample, written
+from float_files import outcome, sample, written
 from torch import Tensor, nn
 from typed_files import BODIES, TINIEST, UNIT, typed
 
@@ -28,6 +28,7 @@ from normfuse.passes.spell_out_attention import SpellOutAttention
 from normfuse.precision import round_all_to_nearest
 from normfuse.quant.bits import Bits
 from normfuse.quant.target import BodyType, EightBits
+from normfuse.runtime.onnx_session import AS_WRITTEN
 from normfuse.testing import Small, observed_ranges, randomized, seeded
 
 

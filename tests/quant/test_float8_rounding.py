@@ -23,6 +23,7 @@ from normfuse.kernels.ops import DEQUANTIZE, QUANTIZE_FLOAT8
 from normfuse.quant import PerChannel, PerTensor, QuantParams, dequantize, quantize, quantize_dequantize
 from normfuse.quant.float_type import FLOAT8
 from normfuse.quant.rounding import dequantize_tensor, to_float8
+from normfuse.runtime.onnx_session import AS_WRITTEN
 
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 """All of them; 0x7f and 0xff are no numbers."""
@@ -53,7 +54,8 @@ def engine(rank: int) -> InferenceSession:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = SessionOptions()
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    for name, value in AS_WRITTEN.items():
+        options.add_session_config_entry(name, value)
     return InferenceSession(onnx.ModelProto.SerializeToString(model), options)
 
 

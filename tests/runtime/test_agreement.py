@@ -22,6 +22,7 @@ from normfuse.quant import Range
 from normfuse.quant.bits import Bits
 from normfuse.quant.target import BodyType, EightBits
 from normfuse.runtime.agreement import Agreement, _steps_between, compare_codes, output_error
+from normfuse.runtime.onnx_session import AS_WRITTEN
 from normfuse.testing import Small, randomized
 
 INF, NAN = math.inf, math.nan
@@ -54,7 +55,6 @@ def test_the_same_infinity_is_no_difference_and_no_scale() -> None:
     assert output_error([-INF, 3.0], [-INF, 4.0]) == 0.25
 
 
-AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 SPREAD = torch.logspace(-8, 0, 24).repeat(3, 1) * torch.tensor([[1.0], [-0.9], [0.8]])
 """Eight decades of both signs, so that many codes are tiny and some are large."""
 
