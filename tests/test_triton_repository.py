@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,8 @@ import normfuse
 from normfuse.artifact import ArtifactWriter
 from normfuse.errors import BadInput, UsageError
 from normfuse.runtime.engine_sidecar import Sidecar, sidecar_text
-from normfuse.runtime.onnx_session import open_onnx
+from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
+from normfuse.runtime.shapes import Shapes
 from normfuse.triton_repository import Served, Serving, write_repository
 from normfuse.triton_repository.model_config import quoted
 
@@ -79,11 +80,34 @@ Sizes = Sequence[int | str]
 Ports = dict[str, tuple[int, Sizes]]
 
 
+def zeros(name: str, kind: int, sizes: Sizes) -> list[onnx.NodeProto]:
+    """Return nodes that make an output of zeros, of size 1 where an axis is free."""
+    shape = [size if isinstance(size, int) else 1 for size in sizes]
+    made = helper.make_tensor("sizes", I64, [len(shape)], shape)
+    return [
+        helper.make_node("Constant", [], [f"{name} sizes"], value=made),
+        helper.make_node("ConstantOfShape", [f"{name} sizes"], [f"{name} zeros"]),
+        helper.make_node("Cast", [f"{name} zeros"], [name], to=kind),
+    ]
+
+
 def artifact(
     folder: Path, inputs: Ports, outputs: Ports, *, extra: dict[str, bytes] | None = None, **facts: object
 ) -> Path:
     """Write an artifact whose model has these ports; what it computes is of no matter."""
-    nodes = [helper.make_node("Identity", [next(iter(inputs))], [name]) for name in outputs]
+    nodes = [node for name, port in outputs.items() for node in zeros(name, *port)]
+    return artifact_of(folder, nodes, inputs, outputs, extra=extra, **facts)
+
+
+def artifact_of(
+    folder: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Ports,
+    outputs: Ports,
+    *,
+    extra: dict[str, bytes] | None = None,
+    **facts: object,
+) -> Path:
     values = ([helper.make_tensor_value_info(n, *port) for n, port in ports.items()] for ports in (inputs, outputs))
     graph = helper.make_graph(nodes, "graph", *values)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +127,7 @@ BATCHED: Final[Ports] = {"x": (F32, ["batch", 3, 5])}
 RESULT: Final[Ports] = {"y": (F32, ["batch", 7])}
 
 
-def engine(flavour: str = "tensorrt") -> dict[str, bytes]:
+def engine(flavour: str = "tensorrt", shapes: Mapping[str, Shapes] | None = None) -> dict[str, bytes]:
     sidecar = Sidecar(
         sha256="0" * 64,
         flavour=flavour,
@@ -111,7 +135,7 @@ def engine(flavour: str = "tensorrt") -> dict[str, bytes]:
         capabilities=(),
         onnx_sha256="0" * 64,
         weights_sha256=None,
-        shapes={},
+        shapes=shapes or {},
         workspace_bytes=1,
         level=3,
         version_compatible=False,
@@ -213,7 +237,7 @@ def test_session_entries_that_triton_has_no_way_to_set_are_said(tmp_path: Path) 
     served = write_repository(made, tmp_path / "models")
     (warning,) = served.warnings
     assert "session.qdqisint8allowed = 1" in warning
-    assert "may differ" in warning
+    assert "on random inputs its answers differ by 0," in warning
     (entry,) = config_of(served).parameters
     assert (entry.key, entry.value.string_value) == ("session.use_device_allocator_for_initializers", "1")
 
@@ -234,6 +258,47 @@ def test_a_full_engine_is_served_where_there_is_one(tmp_path: Path) -> None:
     assert config_of(served).backend == "onnxruntime"
     assert sorted(contents(served.folder)) == ["1/model.onnx", "config.pbtxt"], "the older model was replaced whole"
     assert not served.notes
+
+
+def test_batches_are_those_that_the_engine_was_built_for(tmp_path: Path) -> None:
+    built = engine(shapes={"x": ((1, 3, 5), (4, 3, 5), (24, 3, 5))})
+    made = artifact(tmp_path / "a", BATCHED, RESULT, extra=built)
+    served = write_repository(made, tmp_path / "models")
+    assert config_of(served).max_batch_size == 24
+    assert not served.notes, "nothing is left to be hoped for"
+    assert config_of(write_repository(made, tmp_path / "models", Serving(largest_batch=24))).max_batch_size == 24
+    with pytest.raises(UsageError, match="built for batches of at most 24"):
+        write_repository(made, tmp_path / "models", Serving(largest_batch=25))
+    onnx = write_repository(made, tmp_path / "models", Serving(engine=False))
+    assert config_of(onnx).max_batch_size == 8, "the ONNX file takes any"
+
+    never_one = engine(shapes={"x": ((2, 3, 5), (4, 3, 5), (24, 3, 5))})
+    made = artifact(tmp_path / "b", BATCHED, RESULT, extra=never_one)
+    assert config_of(write_repository(made, tmp_path / "models")).max_batch_size == 0, "Triton may send one request"
+    with pytest.raises(UsageError, match="cannot be put together"):
+        write_repository(made, tmp_path / "models", Serving(largest_batch=4))
+
+
+def test_a_file_that_onnxruntime_does_not_open_as_triton_does_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Unheard", ["x"], ["y"])]
+    made = artifact_of(tmp_path / "a", nodes, BATCHED, {"y": BATCHED["x"]})
+    with pytest.raises(BadInput, match="opened as Triton's onnxruntime backend opens it"):
+        write_repository(made, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_file_that_answers_something_else_without_its_entries_is_refused(tmp_path: Path) -> None:
+    """Onnxruntime drops a Relu in front of 8-bit floats."""
+    nodes = [
+        helper.make_node("Constant", [], ["s"], value=helper.make_tensor("s", F32, [], [0.01])),
+        helper.make_node("Constant", [], ["z"], value=helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0])),
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    made = artifact_of(tmp_path / "a", nodes, BATCHED, {"y": BATCHED["x"]}, session_config=AS_WRITTEN)
+    with pytest.raises(BadInput, match=r"outputs differ by [0-9.]+ of the largest"):
+        write_repository(made, tmp_path / "models")
 
 
 @pytest.mark.parametrize(

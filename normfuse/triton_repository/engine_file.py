@@ -14,7 +14,7 @@ from normfuse.runtime.tensorrt_backend import TENSORRT as FULL
 from normfuse.runtime.tensorrt_backend import TENSORRT_RTX as RTX
 from normfuse.triton_repository.backends import TENSORRT
 
-__all__ = ["reason_against_engine"]
+__all__ = ["batches_of_engine", "reason_against_engine"]
 
 
 def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
@@ -30,6 +30,18 @@ def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
         if port.dtype.name not in TENSORRT.types:
             return f"{port.name} is {port.dtype.name}, which Triton's tensorrt backend does not take"
     return ""
+
+
+def batches_of_engine(artifact: Artifact, inputs: Sequence[Port]) -> range | None:
+    """Return the batches that the artifact's engine was built for; None where its sidecar says nothing of them.
+
+    A batch is the first size of every input that begins with a free axis.
+    """
+    shapes = read_sidecar(artifact.folder / ENGINE).shapes
+    found = [shapes[port.name] for port in inputs if port.name in shapes and port.shape and port.shape[0] is None]
+    if not found:
+        return None
+    return range(max(least[0] for least, _, _ in found), min(most[0] for _, _, most in found) + 1)
 
 
 def _flavour(artifact: Artifact) -> str | None:

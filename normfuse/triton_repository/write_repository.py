@@ -18,8 +18,9 @@ from normfuse.errors import BadInput, UsageError
 from normfuse.manifest import ENGINE, MODEL, require_engine
 from normfuse.runtime.onnx_session import Port
 from normfuse.triton_repository.backends import ONNXRUNTIME, TENSORRT, Backend
-from normfuse.triton_repository.engine_file import reason_against_engine
+from normfuse.triton_repository.engine_file import batches_of_engine, reason_against_engine
 from normfuse.triton_repository.model_config import ModelConfig, can_batch
+from normfuse.triton_repository.opened_by_triton import difference_in_triton
 from normfuse.triton_repository.read_ports import read_ports
 
 __all__ = ["Served", "Serving", "write_repository"]
@@ -41,8 +42,9 @@ NAME: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class Serving:
     """How a model is served; None leaves the choice to the artifact.
 
-    ``name`` is the folder's, else; ``largest_batch`` 8 where requests can be put together, else 0; ``engine`` is
-    whether the TensorRT engine is served (else: where there is one that Triton can take).
+    ``name`` is the folder's, else; ``largest_batch`` where requests can be put together what the engine was built
+    for, or 8, else 0; ``engine`` is whether the TensorRT engine is served (else: where there is one that Triton can
+    take).
     """
 
     name: str | None = None
@@ -91,18 +93,20 @@ def write_repository(folder: str | Path, repository: str | Path, serving: Servin
     inputs, outputs = read_ports(artifact.model)
     backend, notes = _backend(artifact, (*inputs, *outputs), serving.engine)
     taken, left = _entries(artifact, backend)
+    built_for = batches_of_engine(artifact, inputs) if backend is TENSORRT else None
     config = ModelConfig(
         name=target.name,
         backend=backend,
         inputs=inputs,
         outputs=outputs,
-        largest_batch=_largest_batch((*inputs, *outputs), serving.largest_batch),
+        largest_batch=_largest_batch((*inputs, *outputs), serving.largest_batch, built_for),
         instances=serving.instances,
         parameters=taken,
     )
     sources = _sources(artifact, backend)
     _write(target, config, sources, artifact)
-    return Served(target, config, (CONFIG, *sources), (*notes, *_limits(config)), left)
+    unknown = built_for is None and backend is TENSORRT
+    return Served(target, config, (CONFIG, *sources), (*notes, *(_limits(config) if unknown else ())), left)
 
 
 def _target(artifact: Artifact, repository: Path, name: str | None) -> Path:
@@ -144,33 +148,44 @@ def _backend(artifact: Artifact, ports: Sequence[Port], engine: bool | None) -> 
 
 
 def _entries(artifact: Artifact, backend: Backend) -> tuple[dict[str, str], list[str]]:
-    """Return the session entries that Triton passes on, and a warning about each other."""
+    """Return the session entries that Triton passes on, and a warning about each other, with what it changes."""
     if backend is not ONNXRUNTIME:
         return {}, []
-    entries = artifact.session_config
+    entries, difference = artifact.session_config, difference_in_triton(artifact)
+    measured = (
+        "its answers may differ" if difference is None else f"on random inputs its answers differ by {difference:.2g}"
+    )
     taken = {name: value for name, value in entries.items() if name in backend.session_entries}
     return taken, [
         f"Triton's onnxruntime backend has no way to set {name} = {value}, with which this engine was checked: "
-        "its answers may differ, and it may be slower"
+        f"{measured}, and it may be slower"
         for name, value in entries.items()
         if name not in taken
     ]
 
 
-def _largest_batch(ports: Sequence[Port], asked: int | None) -> int:
-    possible = can_batch(ports)
+def _largest_batch(ports: Sequence[Port], asked: int | None, built_for: range | None) -> int:
+    possible = can_batch(ports) and (built_for is None or 1 in built_for)
     if asked and not possible:
         raise UsageError(
             "requests for this model cannot be put together",
             where=f"--max-batch {asked}",
-            expected="inputs and outputs that all begin with the same free axis",
+            expected="inputs and outputs that all begin with the same free axis, and an engine for batches from 1 on",
             hint="--max-batch 0, or leave it out",
         )
-    return (BATCH if possible else 0) if asked is None else asked
+    if built_for is not None and asked and asked not in built_for:
+        raise UsageError(
+            f"the engine was built for batches of at most {max(built_for)}",
+            where=f"--max-batch {asked}",
+            expected=f"{max(built_for)} or less",
+            hint="compile with larger --shapes, or serve smaller batches",
+        )
+    usual = BATCH if built_for is None else max(built_for)
+    return (usual if possible else 0) if asked is None else asked
 
 
 def _limits(config: ModelConfig) -> list[str]:
-    if config.backend is not TENSORRT or not config.largest_batch:
+    if not config.largest_batch:
         return []
     return [f"Triton loads the engine only if it was built for batches of {config.largest_batch} (--max-batch)"]
 
