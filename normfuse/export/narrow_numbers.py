@@ -31,6 +31,11 @@ class Numbers:
         return float(self._limits.max)
 
     @property
+    def largest_counted(self) -> float:
+        """The largest number up to which it holds every whole one."""
+        return 2.0 ** (int(self._limits.nmant) + 1)
+
+    @property
     def smallest(self) -> float:
         """The smallest normal number."""
         return float(self._limits.smallest_normal)

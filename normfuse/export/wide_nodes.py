@@ -44,6 +44,12 @@ MOVES: Final = frozenset(
 )
 """What computes no new numbers stays in the type of what it reads."""
 
+INTEGERS: Final = frozenset(
+    {ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64}
+    | {ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
+)
+"""Those that narrow types do not hold; of eight bits they hold all."""
+
 FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -69,12 +75,12 @@ def reason_to_stay(
         return ""
     if node.domain or branches(node) or any(value in captured for value in node.outputs):
         return "it is no standard operator outside of branches"
-    limit = numbers.largest / HEADROOM
     for value in (*node.inputs, *node.outputs):
-        if value is None or value.dtype is not ir.DataType.FLOAT:
+        if value is None or value.dtype is not ir.DataType.FLOAT or value.const_value is not None:
             continue
-        if value.const_value is None and (seen := largest.get(value.name or "", 0.0)) > limit:
-            return f"values up to {seen:.3g}"
+        seen, is_whole = largest.get(value.name or "", 0.0), _is_of_integers(value)
+        if seen > (numbers.largest_counted if is_whole else numbers.largest) / HEADROOM:
+            return f"{'whole numbers' if is_whole else 'values'} up to {seen:.3g}"
     return next((told for value in node.inputs if value is not None and (told := unfit(value, numbers))), None)
 
 
@@ -90,9 +96,13 @@ def unfit(value: ir.Value, numbers: Numbers) -> str:
 
 def is_float(value: ir.Value | None) -> bool:
     """Return whether a tensor, if there is one, is of floats."""
+    return _dtype(value) in FLOATS
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
     if value is None:
-        return False
-    return (value.dtype if value.const_value is None else value.const_value.dtype) in FLOATS
+        return None
+    return value.dtype if value.const_value is None else value.const_value.dtype
 
 
 def ends_floats(node: ir.Node) -> bool:
@@ -131,6 +141,12 @@ def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
         yield attribute.as_graph()
     elif attribute.type is ir.AttributeType.GRAPHS:
         yield from attribute.as_graphs()
+
+
+def _is_of_integers(value: ir.Value) -> bool:
+    """Return whether a tensor is integers cast to floats: positions and counts, of which rounding makes others."""
+    made = _unmoved(value).producer()
+    return made is not None and made.op_type == "Cast" and _dtype(made.inputs[0]) in INTEGERS
 
 
 def _divides(node: ir.Node) -> bool:

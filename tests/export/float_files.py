@@ -16,8 +16,6 @@ from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
 
 __all__ = ["LAYER", "floats", "outcome", "sample", "types_of", "written"]
 
-"""Of quantizers onnxruntime shall compute what the file says."""
-
 LAYER: Final = "normfuse.layer"
 
 

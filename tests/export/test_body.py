@@ -110,6 +110,24 @@ def test_norms_and_sums_stay_wide_between_narrow_products(
     assert {kind for kind in read_types(path)[f"y/{operator}"] if kind in floats} == {FLOAT}
 
 
+@pytest.mark.parametrize(("body", "most"), [(BodyType.FP16, 512.0), (BodyType.BF16, 64.0)])
+@pytest.mark.parametrize("kind", ["int64", "int32", "int8"])
+def test_who_reads_more_integers_than_the_type_counts_stays_wide(
+    kind: str, body: BodyType, most: float, tmp_path: Path
+) -> None:
+    text = f"""g ({kind}[n,5] x) => (float[n,5] y)
+    {{ a = Cast <to=1> (x)  r = Reshape (a, sizes)  b = Mul (r, s)  c = Add (b, s)  y = Tanh (c) }}"""
+    source = written(tmp_path / "m.onnx", text, s=sample(5), sizes=np.array([-1, 5]))
+    found, _ = typed(source, body, largest={"a": most, "r": most, "b": 1e4, "c": 1.0})
+    assert not found.wide, "every one of them is held"
+    found, path = typed(source, body, largest={"a": most + 1, "r": most + 1, "b": 1e4, "c": 1.0})
+    told = f"whole numbers up to {most + 1:.3g}"
+    assert reasons(found) == ({} if kind == "int8" else {"layers.a": told, "layers.b": told})
+    made = makes(path)
+    wide = made["a/Cast"], made["b/Mul"], made["c/Add"]
+    assert wide == ((KINDS[body],) * 3 if kind == "int8" else (FLOAT, FLOAT, KINDS[body]))
+
+
 def test_who_touches_a_tensor_near_the_largest_number_stays_wide(tmp_path: Path) -> None:
     text = """g (float[n,5] x) => (float[n,5] y)
     { a = Mul (x, s)  b = Mul (a, s)  r = Reshape (b, sizes)  c = Add (r, s)  y = Tanh (c) }"""
