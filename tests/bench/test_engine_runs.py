@@ -150,6 +150,7 @@ def test_a_library_that_does_not_load_is_missing(folder: Path) -> None:
         ran(engine(folder))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 def test_a_cuda_graph_computes_what_its_call_does() -> None:
     from normfuse.bench.cuda_graph import recorded

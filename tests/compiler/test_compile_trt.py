@@ -35,6 +35,11 @@ needs_rtx = pytest.mark.skipif(
     reason="tensorrt-rtx is not installed: pip install '.[trt-rtx]'",
 )
 
+needs_builder = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")),
+    reason="no TensorRT is installed: pip install '.[tensorrt]', or '.[trt-rtx]'",
+)
+
 QUICKLY: Final = {"target": "trt", "effort": 0, "threads": 1, "max_drop": 100.0, "benchmark": False}
 
 UP, DOWN, HEAD = "int4 in blocks of 32 x fp16", "int4 in blocks of 64 x fp16", "fp16"
@@ -358,3 +363,16 @@ def test_a_trained_model_becomes_the_kernels_that_were_asked_for(bits: str, tmp_
     built.save(tmp_path / "out")
     assert verify_artifact(tmp_path / "out") == []
     assert (tmp_path / "out" / "model.engine").stat().st_size == engine["bytes"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
+@needs_builder
+@pytest.mark.parametrize("bits", ["8", "fp16", "32"])
+def test_an_engine_runs_on_the_gpu_at_hand(bits: str) -> None:
+    built = compiled(bits=bits, build=True, benchmark=True)
+    assert built.failure is None
+    (found,) = built.report["tensorrt"]["run"]["engines"]
+    assert found["output_error"] <= found["allowed_error"]
+    assert found["graph"]["gpu_ms"]["median"] > 0
+    assert found["plain"]["gpu_ms"]["median"] > 0
