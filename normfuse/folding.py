@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from normfuse.feeding import bind, random_inputs, stream
 from normfuse.graph import Graph, metadata, query
 from normfuse.graph.affine import AFFINE
 from normfuse.graph.edit import converted
-from normfuse.graph.program import to_module, to_program
+from normfuse.graph.program import program_bytes, to_module
 from normfuse.graph.text import operator_name
 from normfuse.manifest import CERTIFICATE, FOLDED, FOLDED_MODEL
 from normfuse.passes.presets import AFFINES, LOWER, PLAIN, LayerNorms, folds
@@ -74,10 +73,8 @@ class Folded:
             UsageError: the folder exists and is no artifact.
             BadInput: it cannot be written.
         """
-        archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
-        torch.export.save(to_program(self.graph), archive)
         with ArtifactWriter(Path(target)) as writer:
-            writer.add_bytes(FOLDED_MODEL, archive.getbuffer())
+            writer.add_bytes(FOLDED_MODEL, program_bytes(self.graph))
             writer.add_json(CERTIFICATE, self.certificate)
             writer.finish({"kind": FOLDED, "environment": describe_environment().as_dict()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import operator
 from typing import Any
 
@@ -25,7 +26,7 @@ from normfuse.graph.edit import fake_mode
 from normfuse.graph.graph import Graph
 from normfuse.graph.progression import counters
 
-__all__ = ["to_module", "to_program"]
+__all__ = ["program_bytes", "to_module", "to_program"]
 
 
 def to_module(graph: Graph) -> fx.GraphModule:
@@ -96,6 +97,16 @@ def to_program(graph: Graph) -> ExportedProgram:
         example_inputs=None,
         constants={},
     )
+
+
+def program_bytes(graph: Graph) -> memoryview:
+    """Return the graph as a torch.export archive.
+
+    It is made in memory: torch's own writer ends the process where the disk is full.
+    """
+    archive = io.BytesIO()
+    torch.export.save(to_program(graph), archive)
+    return archive.getbuffer()
 
 
 def _signature(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from normfuse.errors import UsageError
 from normfuse.feeding import bind, stream
 from normfuse.graph import Graph, query
 from normfuse.graph.edit import editing
-from normfuse.graph.program import to_program
+from normfuse.graph.program import program_bytes
 from normfuse.graph.quantization import is_requested, requests, withdraw
 from normfuse.graph.quickly import quickly
 from normfuse.integer.written import Coded
@@ -195,9 +194,7 @@ class IntegerTraining(nn.Module):
         Raises:
             BadInput: the file cannot be written.
         """
-        archive = io.BytesIO()
-        torch.export.save(to_program(self.tuned()), archive)
-        write_file(Path(path), archive.getbuffer())
+        write_file(Path(path), program_bytes(self.tuned()))
 
     @torch.no_grad()
     def _integers(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
