@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-__all__ = ["VERSION", "hide_tensorrt", "install_standin", "tensorrt_library"]
+__all__ = ["VERSION", "hide_tensorrt", "install_standin", "look_in", "tensorrt_library", "with_constants"]
 
 VERSION: Final = "11.4.0.106"
 
@@ -125,11 +125,15 @@ LAYER: Final = (
 
 def tensorrt_library(behaviour: str = "builds", **texts: str) -> str:
     """Return the module's text: how it behaves, and what stands in it by the name of a constant."""
-    found = LIBRARY
-    for name, text in {"BEHAVIOUR": behaviour, **texts}.items():
+    return with_constants(LIBRARY, BEHAVIOUR=behaviour, **texts)
+
+
+def with_constants(library: str, **texts: str) -> str:
+    """Return a module's text with other texts in its constants."""
+    for name, text in texts.items():
         line = f"{name} = {json.dumps(text)}".replace("\\", r"\\")
-        found = re.sub(rf"^{name} = .*$", line, found, count=1, flags=re.MULTILINE)
-    return found
+        library = re.sub(rf"^{name} = .*$", line, library, count=1, flags=re.MULTILINE)
+    return library
 
 
 def install_standin(
@@ -149,15 +153,20 @@ def install_standin(
     # As full TensorRT, which builds for the GPU at hand.
     text = text.replace("class ComputeCapability", "class Nothing")
     (folder / "tensorrt.py").write_text(text + runtime, encoding="utf-8")
+    look_in(folder, monkeypatch)
+
+
+def look_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process and its children find the modules in a folder."""
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def hide_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let neither library be found."""
+    """Let no library that builds engines be found."""
     find = importlib.util.find_spec
 
     def found(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name in ("tensorrt", "tensorrt_rtx") else find(name, package)
+        return None if name in ("tensorrt", "tensorrt_rtx", "torch_tensorrt") else find(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", found)

@@ -17,7 +17,7 @@ def touched(*args, **kwargs):
 for name in ("init", "is_available", "device_count", "current_device", "get_device_name", "_lazy_init", "synchronize"):
     setattr(torch.cuda, name, touched)
 
-OPTIONAL = ("tensorrt", "triton")
+OPTIONAL = ("tensorrt", "torch_tensorrt", "triton")
 names = []
 for path in sorted(pathlib.Path("normfuse").rglob("*.py")) + [
     each for folder in ("passes", "kernels", "cli") for each in sorted(pathlib.Path(folder).rglob("*.py"))

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 import normfuse
 from normfuse.artifact import ArtifactWriter
 from normfuse.errors import BadInput, UsageError
+from normfuse.quant.target import Via
 from normfuse.runtime.engine_sidecar import Sidecar, sidecar_text
 from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
 from normfuse.runtime.shapes import Shapes
@@ -127,10 +128,13 @@ BATCHED: Final[Ports] = {"x": (F32, ["batch", 3, 5])}
 RESULT: Final[Ports] = {"y": (F32, ["batch", 7])}
 
 
-def engine(flavour: str = "tensorrt", shapes: Mapping[str, Shapes] | None = None) -> dict[str, bytes]:
+def engine(
+    flavour: str = "tensorrt", shapes: Mapping[str, Shapes] | None = None, via: Via = Via.ONNX
+) -> dict[str, bytes]:
     sidecar = Sidecar(
         sha256="0" * 64,
         flavour=flavour,
+        via=via,
         version="11.4.0.106",
         capabilities=(),
         onnx_sha256="0" * 64,
@@ -307,6 +311,7 @@ def test_a_file_that_answers_something_else_without_its_entries_is_refused(tmp_p
         (BATCHED, engine("tensorrt_rtx"), "TensorRT-RTX"),
         (BATCHED, {"model.engine": b"plan"}, "nothing says"),
         (BATCHED, {"model.engine": b"plan", "model.engine.json": b"[3"}, "nothing says"),
+        (BATCHED, engine(via=Via.TORCH_TENSORRT), "torch-tensorrt built it, which calls outputs output0"),
         ({"x": (F64, ["batch", 3])}, engine(), "x is float64"),
         ({**BATCHED, "one": (F32, [])}, engine(), "one has no axes"),
     ],

@@ -1,10 +1,10 @@
-"""Where an artifact runs, and the types of numbers that only some targets have."""
+"""Where an artifact runs, what makes its engine, and the types of numbers that only some targets have."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["BodyType", "EightBits", "Target"]
+__all__ = ["BodyType", "EightBits", "Target", "Via"]
 
 
 class Target(Enum):
@@ -12,6 +12,13 @@ class Target(Enum):
 
     ONNX = "onnx"
     TRT = "trt"
+
+
+class Via(Enum):
+    """What a TensorRT engine is made of: the ONNX file, or the folded program by torch-tensorrt."""
+
+    ONNX = "onnx"
+    TORCH_TENSORRT = "torch-tensorrt"
 
 
 class BodyType(Enum):

@@ -18,36 +18,47 @@ OF_MEMORY: Final = re.compile(r"workspace|out ?of ?memory|insufficient memory", 
 """As TensorRT 8 to 11 and TensorRT-RTX put it in their errors."""
 
 
-def refuse_failure(answer: Mapping[str, Any], backend_module: str) -> None:
-    """Return only if an engine was built.
+def refuse_failure(answer: Mapping[str, Any], flavour: str) -> None:
+    """Return only if an engine was built; ``flavour`` is the module of the library that runs it.
 
     Raises:
         MissingDependency: there is no driver.
         UsageError: capabilities that the library does not build for, or shapes that are missing or do not fit.
         UnsupportedModel: the library refuses nodes, has too little workspace, or gives no engine.
     """
-    builder = f"{backend_module} {answer['version']}"
+    builder = f"{flavour} {answer['version']}"
     match answer["outcome"]:
         case "built":
             return
         case "no builder":
             raise MissingDependency(
                 "a driver of the GPU",
-                needed_for=f"the builder of {backend_module} ({_last(answer['messages'])})",
+                needed_for=f"the builder of {flavour} ({_last(answer['messages'])})",
                 install="a machine with one",
             )
         case "no such capability":
             raise _no_such_capability(builder, answer["known"])
         case "refused":
             raise _refused(builder, answer["refusals"])
+        case "not converted":
+            raise UnsupportedModel(
+                f"torch-tensorrt does not convert the model: {answer['messages'][-1]}",
+                where=builder,
+                expected="operators that it has converters for: it builds one engine of the whole model, or none",
+                hint="leave --via out: the engine is then built from the ONNX file",
+            )
         case _:
             raise _not_built(builder, answer)
 
 
 def ended_process(module: str, return_code: int, said: str, *, of: str = "builder") -> NormfuseError:
     """Return the error of a process that ended without an answer; ``said`` is its standard error."""
-    if (library := _unloaded(said)) is not None:
-        return MissingDependency(library, needed_for=module, install="see the library's installation guide")
+    if (reason := _unloaded(said)) is not None:
+        return MissingDependency(
+            f"what {module} loads",
+            needed_for=f"the {of} of {module} ({reason})",
+            install="see the library's installation guide",
+        )
     ended = f"signal {-return_code}" if return_code < 0 else f"exit code {return_code}"
     return CheckFailed(
         f"the {of}'s process ended with {ended}",

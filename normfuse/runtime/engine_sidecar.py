@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from normfuse.errors import BadInput, UsageError
 from normfuse.manifest import sha256_of
+from normfuse.quant.target import Via
 from normfuse.runtime.shapes import Shapes, check_shapes
 from normfuse.runtime.tensorrt_backend import TENSORRT_RTX
 from normfuse.strict_json import strict_json
@@ -40,9 +41,10 @@ class Sidecar:
     Attributes:
         sha256: of the engine.
         flavour: the module of the library that built it.
+        via: what it was built from: the ONNX file, or the same model by torch-tensorrt.
         version: of that library.
         capabilities: what it runs on, as ``SM89``; empty: of TensorRT-RTX any from Ampere on, else not known.
-        onnx_sha256: of the ONNX file.
+        onnx_sha256: of the ONNX file of its model.
         weights_sha256: of the ONNX file's weights (``model.onnx.data``), if they lie beside it.
         shapes: of every input with a free axis, by its name.
         workspace_bytes: what kernels may use beside weights and activations.
@@ -53,6 +55,7 @@ class Sidecar:
 
     sha256: str
     flavour: str
+    via: Via
     version: str
     capabilities: tuple[str, ...]
     onnx_sha256: str
@@ -148,12 +151,12 @@ def read_sidecar(engine: Path) -> Sidecar:
         raise _broken(place, f"its {wrong[0]!r} cannot be")
     shapes = {name: tuple(tuple(shape) for shape in each) for name, each in values["shapes"].items()}
     lists = {name: tuple(values[name]) for name in ("capabilities", "messages")}
-    return Sidecar(**{**values, **lists, "shapes": shapes})
+    return Sidecar(**{**values, **lists, "shapes": shapes, "via": Via(values["via"])})
 
 
 def sidecar_text(sidecar: Sidecar) -> str:
     """Return what ``read_sidecar`` reads."""
-    return strict_json({"format": FORMAT, "schema": SCHEMA, **asdict(sidecar)})
+    return strict_json({"format": FORMAT, "schema": SCHEMA, **asdict(sidecar), "via": sidecar.via.value})
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -260,6 +263,7 @@ def _are_shapes(value: object) -> bool:
 FIELDS: Final[dict[str, Callable[[object], bool]]] = {
     "sha256": _is_text(SHA256),
     "flavour": _is_text(re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")),
+    "via": _is_text(re.compile("|".join(via.value for via in Via))),
     "version": _is_text(re.compile(r"[0-9][0-9A-Za-z.+_-]{0,63}")),
     "capabilities": _is_list_of(_is_text(CAPABILITY)),
     "onnx_sha256": _is_text(SHA256),

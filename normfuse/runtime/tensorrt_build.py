@@ -15,13 +15,26 @@ from typing import Any, Final
 from normfuse.atomic import write_file, write_files, writing
 from normfuse.errors import BadInput, CheckFailed, MissingDependency, UsageError
 from normfuse.manifest import sha256_of
-from normfuse.runtime import tensorrt_child
+from normfuse.quant.target import Via
+from normfuse.runtime import tensorrt_child, torch_tensorrt_child
 from normfuse.runtime.build_failures import ended_process, refuse_failure
 from normfuse.runtime.engine_sidecar import Sidecar, onnx_sums, sidecar_path, sidecar_text
 from normfuse.runtime.shapes import Shapes, check_shapes
-from normfuse.runtime.tensorrt_backend import TENSORRT, TENSORRT_RTX, Backend, installed_backend
+from normfuse.runtime.tensorrt_backend import TENSORRT, TENSORRT_RTX, TORCH_TENSORRT, Backend, installed_backend
 
-__all__ = ["TENSORRT", "TENSORRT_RTX", "Backend", "BuildOptions", "BuiltEngine", "build_engine", "installed_backend"]
+__all__ = [
+    "TENSORRT",
+    "TENSORRT_RTX",
+    "TORCH_TENSORRT",
+    "Backend",
+    "BuildOptions",
+    "BuiltEngine",
+    "build_engine",
+    "installed_backend",
+]
+
+CHILDREN: Final = {Via.ONNX: tensorrt_child.__file__, Via.TORCH_TENSORRT: torch_tensorrt_child.__file__}
+"""The scripts that build, each in a process of its own; they take the same requests and give the same answers."""
 
 KEPT_MESSAGES: Final = 8
 KEPT_CHARACTERS: Final = 2000
@@ -78,18 +91,28 @@ class BuiltEngine:
     sidecar: Sidecar
 
 
-def build_engine(model: Path, engine: Path, backend: Backend, options: BuildOptions) -> BuiltEngine:
-    """Build an engine from an ONNX file and write it and its sidecar; if that fails, those of before stay as they were.
+def build_engine(
+    model: Path, engine: Path, backend: Backend, options: BuildOptions, *, program: Path | None = None
+) -> BuiltEngine:
+    """Build an engine of a model and write it and its sidecar; if that fails, those of before stay as they were.
 
     Only its owner may read the engine. The timing cache, if there is one, is written after both.
 
+    Args:
+        model: the ONNX file, which the sidecar names whatever the engine is built from.
+        engine: where the engine is written.
+        backend: the library that builds it.
+        options: how.
+        program: the same model as a torch.export archive, which torch-tensorrt alone reads, in place of the ONNX file.
+
     Raises:
-        MissingDependency: the library is not installed, or finds no driver.
+        MissingDependency: the library is not installed, cannot be loaded, or finds no driver.
         UsageError: capabilities that the library does not build for, or shapes that are missing or do not fit.
         UnsupportedModel: it refuses nodes, has too little workspace, or gives no engine.
         CheckFailed: its process ended, or took too long.
         BadInput: the model or the timing cache cannot be read, or a file cannot be written.
     """
+    assert (program is not None) is (backend.via is Via.TORCH_TENSORRT)
     if importlib.util.find_spec(backend.module) is None:
         raise MissingDependency(backend.module, needed_for="building engines", install=backend.install)
     sums = onnx_sums(model)
@@ -97,8 +120,9 @@ def build_engine(model: Path, engine: Path, backend: Backend, options: BuildOpti
         made, timings = Path(folder) / "model.engine", Path(folder) / "timing.cache"
         with writing(timings):
             timings.write_bytes(held := _held_timings(options.timing_cache))
-        answer = _asked(_request(model, made, timings, backend, options), Path(folder), options.seconds)
-        refuse_failure(answer, backend.module)
+        request = _request(program or model, made, timings, backend, options)
+        answer = _asked(CHILDREN[backend.via], request, options.seconds)
+        refuse_failure(answer, backend.flavour)
         sidecar = _sidecar(made, sums, backend, options, answer)
         files = {engine: made.read_bytes(), sidecar_path(engine): sidecar_text(sidecar).encode()}
         write_files(files, private=[engine])
@@ -141,11 +165,12 @@ def _request(model: Path, engine: Path, timings: Path, backend: Backend, options
     }
 
 
-def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
+def _asked(child: str, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Return the answer of a child."""
-    asked = folder / "request.json"
+    answer = Path(request["answer"])
+    asked = answer.with_name("request.json")
     asked.write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, tensorrt_child.__file__, str(asked)]
+    command = [sys.executable, child, str(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
@@ -155,7 +180,6 @@ def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str
             expected="an engine within the time limit",
             hint="a longer limit, or a lower optimization level",
         ) from error
-    answer = Path(request["answer"])
     if not answer.exists():
         raise ended_process(request["module"], done.returncode, done.stderr)
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
@@ -168,7 +192,8 @@ def _sidecar(
     onnx_sha256, weights_sha256 = sums
     return Sidecar(
         sha256=sha256_of(engine),
-        flavour=backend.module,
+        flavour=backend.flavour,
+        via=backend.via,
         version=answer["version"],
         capabilities=tuple(answer["capabilities"]),
         onnx_sha256=onnx_sha256,

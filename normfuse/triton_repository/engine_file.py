@@ -8,7 +8,8 @@ from pathlib import Path
 from normfuse.artifact import Artifact
 from normfuse.errors import BadInput
 from normfuse.manifest import ENGINE
-from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
+from normfuse.quant.target import Via
+from normfuse.runtime.engine_sidecar import Sidecar, read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port
 from normfuse.runtime.tensorrt_backend import TENSORRT as FULL
 from normfuse.runtime.tensorrt_backend import TENSORRT_RTX as RTX
@@ -21,9 +22,13 @@ def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
     """Return why Triton's tensorrt backend cannot serve the artifact's engine; empty where it can."""
     if ENGINE not in artifact.files:
         return "there is none"
-    if (flavour := _flavour(artifact)) != FULL.module:
-        built = "it is TensorRT-RTX's" if flavour == RTX.module else "nothing says that it is full TensorRT's"
+    sidecar = _sidecar(artifact)
+    if sidecar is None or sidecar.flavour != FULL.flavour:
+        is_rtx = sidecar is not None and sidecar.flavour == RTX.flavour
+        built = "it is TensorRT-RTX's" if is_rtx else "nothing says that it is full TensorRT's"
         return f"{built}, and Triton runs those of full TensorRT alone"
+    if sidecar.via is Via.TORCH_TENSORRT:
+        return "torch-tensorrt built it, which calls outputs output0, output1 and so on, and not by their names"
     for port in ports:
         if not port.shape:
             return f"{port.name} has no axes, which Triton cannot say of an engine"
@@ -44,11 +49,11 @@ def batches_of_engine(artifact: Artifact, inputs: Sequence[Port]) -> range | Non
     return range(max(least[0] for least, _, _ in found), min(most[0] for _, _, most in found) + 1)
 
 
-def _flavour(artifact: Artifact) -> str | None:
-    """Return by which library the engine was built; None where no sidecar says it."""
+def _sidecar(artifact: Artifact) -> Sidecar | None:
+    """Return what is written beside the engine; None where nothing is, or it cannot be read."""
     if sidecar_path(Path(ENGINE)).name not in artifact.files:
         return None
     try:
-        return read_sidecar(artifact.folder / ENGINE).flavour
+        return read_sidecar(artifact.folder / ENGINE)
     except BadInput:
         return None

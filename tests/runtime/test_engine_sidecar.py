@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from normfuse.errors import BadInput
+from normfuse.quant.target import Via
 from normfuse.runtime.engine_sidecar import (
     Sidecar,
     check_engine,
@@ -31,6 +32,7 @@ def sha256(data: bytes) -> str:
 SIDECAR = Sidecar(
     sha256=sha256(ENGINE),
     flavour="tensorrt",
+    via=Via.ONNX,
     version="11.4.0.106",
     capabilities=("SM90",),
     onnx_sha256=sha256(MODEL),
@@ -60,6 +62,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert sidecar_path(engine).name == "model.engine.json"
     assert read_sidecar(engine) == SIDECAR
     assert checked(engine, capability="SM90", onnx=tmp_path / "model.onnx") == SIDECAR
+
+
+def test_the_way_is_written_and_read(tmp_path: Path) -> None:
+    sidecar = replace(SIDECAR, via=Via.TORCH_TENSORRT)
+    engine = written(tmp_path, sidecar)
+    assert json.loads(sidecar_path(engine).read_text(encoding="utf-8"))["via"] == "torch-tensorrt"
+    assert checked(engine, onnx=tmp_path / "model.onnx") == sidecar
 
 
 def test_no_engine(tmp_path: Path) -> None:
@@ -107,6 +116,9 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "sum of null": lambda held: held.update(onnx_sha256=None),
     "weights": lambda held: held.update(weights_sha256=0),
     "flavour": lambda held: held.update(flavour="os.system('x')"),
+    "via": lambda held: held.update(via="torch_tensorrt"),
+    "via of null": lambda held: held.update(via=None),
+    "no via": lambda held: held.pop("via"),
     "version": lambda held: held.update(version=11),
     "version in words": lambda held: held.update(version="new"),
     "capabilities as text": lambda held: held.update(capabilities="SM90"),

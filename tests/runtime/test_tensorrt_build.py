@@ -9,15 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from standin_tensorrt import tensorrt_library
+from standin_tensorrt import look_in, tensorrt_library
 
 from normfuse.errors import BadInput, CheckFailed, MissingDependency, UnsupportedModel, UsageError
 from normfuse.manifest import sha256_of
+from normfuse.quant.target import Via
 from normfuse.runtime import tensorrt_child
 from normfuse.runtime.engine_sidecar import check_engine, read_sidecar
 from normfuse.runtime.tensorrt_build import (
     TENSORRT,
     TENSORRT_RTX,
+    TORCH_TENSORRT,
     Backend,
     BuildOptions,
     BuiltEngine,
@@ -40,8 +42,7 @@ AT_HAND = replace(ON, capabilities=())
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder whose modules the child finds, with a model in it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    look_in(tmp_path, monkeypatch)
     (tmp_path / "model.onnx").write_bytes(b"a model")
     return tmp_path
 
@@ -70,8 +71,9 @@ def test_a_library_that_is_not_installed(folder: Path) -> None:
 
 def test_a_library_whose_libraries_are_missing(folder: Path) -> None:
     text = "raise ImportError('libnvinfer.so.11: cannot open shared object file')"
-    with pytest.raises(MissingDependency, match=r"libnvinfer\.so\.11"):
+    with pytest.raises(MissingDependency, match="what standin_trt loads is not installed") as missing:
         built(folder, "", text)
+    assert missing.value.where == ("the builder of standin_trt (libnvinfer.so.11: cannot open shared object file)")
 
 
 def test_no_driver(folder: Path) -> None:
@@ -151,6 +153,7 @@ def test_the_sidecar(folder: Path) -> None:
     assert found.sha256 == sha256_of(engine)
     assert found.onnx_sha256 == sha256_of(folder / "model.onnx")
     assert found.weights_sha256 == sha256_of(folder / "model.onnx.data")
+    assert (found.flavour, found.via) == ("standin_trt", Via.ONNX)
     assert found.shapes == {"x": ((1, 3), (4, 3), (8, 3))}
     assert (found.capabilities, found.level, found.messages) == (("SM89",), 2, ("a warning",))
 
@@ -251,7 +254,14 @@ def test_the_installed_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing.value.exit_code == 5
     assert TENSORRT.install in missing.value.hint
     assert TENSORRT_RTX.install in missing.value.hint
+    assert TORCH_TENSORRT.install not in missing.value.hint
     there.add("tensorrt_rtx")
     assert installed_backend() is TENSORRT_RTX
     there.add("tensorrt")
+    assert installed_backend() is TENSORRT
+    with pytest.raises(MissingDependency, match="torch_tensorrt is not installed") as missing:
+        installed_backend(Via.TORCH_TENSORRT)
+    assert missing.value.hint == "pip install 'normfuse[torch-tensorrt]'"
+    there.add("torch_tensorrt")
+    assert installed_backend(Via.TORCH_TENSORRT) is TORCH_TENSORRT
     assert installed_backend() is TENSORRT
