@@ -94,6 +94,9 @@ def engine_options(command: Command) -> Command:
         click.option("--body", help="Of trt: what computes where nothing is quantized: fp16 (default), bf16 or fp32."),
         click.option("--eight-bits", help="Of trt: whether eight bits are int8 (default) or fp8."),
         click.option("--build/--no-build", default=None, help="Of trt: build the engine (default), or the file alone."),
+        click.option(
+            "--via", help="Of trt: what the engine is built from: onnx (the file, default) or torch-tensorrt (32 bits)."
+        ),
         click.option("--capability", help="Of TensorRT-RTX: what the engine runs on, as 8.9 (default: Ampere and on)."),
         click.option(
             "--shapes", help="Of trt: smallest, usual and largest shapes, as 'image=1x3x8x8,4x3x8x8,8x3x8x8; mask=...'."

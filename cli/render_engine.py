@@ -57,7 +57,8 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
     runs_on = ", ".join(engine["capabilities"]) or "the builder's default"
-    yield f"engine: {engine['bytes']:,} bytes by {engine['flavour']} {engine['version']} for {runs_on}"
+    built_by = f"{engine['flavour']} {engine['version']} via {engine['via']}"
+    yield f"engine: {engine['bytes']:,} bytes by {built_by} for {runs_on}"
     found = engine["audit"]
     if found is None:
         yield "  the builder listed no kernels: nothing is known of what it fused"

@@ -28,7 +28,7 @@ from normfuse.loading import LoadedModel
 from normfuse.manifest import ENGINE
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
-from normfuse.quant.target import BodyType
+from normfuse.quant.target import BodyType, Via
 from normfuse.running_engines import BuiltFile, measure_built_files
 from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port, open_onnx
@@ -114,12 +114,14 @@ def _built_file(folder: Path, label: str) -> BuiltFile:
             hint="the ONNX file is measured without --engine",
         )
     body = (artifact.report.get("tensorrt") or {}).get("body") or {}
+    sidecar = read_sidecar(engine) if sidecar_path(engine).exists() else None
     return BuiltFile(
         label=label,
         engine=engine,
         onnx=artifact.model,
         session=load(folder),
-        shapes=read_sidecar(engine).shapes if sidecar_path(engine).exists() else {},
+        via=Via.ONNX if sidecar is None else sidecar.via,
+        shapes={} if sidecar is None else sidecar.shapes,
         body=BodyType(body.get("type", BodyType.FP32.value)),
     )
 

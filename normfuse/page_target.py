@@ -71,7 +71,7 @@ def _engine(found: Mapping[str, Any]) -> Iterator[Part]:
     engine = found.get("engine")
     if not engine:
         return
-    facts = {name: engine.get(name) for name in ("flavour", "version", "capabilities", "bytes", "messages")}
+    facts = {name: engine.get(name) for name in ("flavour", "version", "via", "capabilities", "bytes", "messages")}
     audit = engine.get("audit")
     if audit:
         facts["kernels"] = audit["kernels"]

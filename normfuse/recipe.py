@@ -21,7 +21,7 @@ from normfuse.quant.levers import Effort, Levers
 from normfuse.quant.output_kind import OutputKind
 from normfuse.quant.overrides import Overrides
 from normfuse.quant.score_method import DEFAULT_SCORE, ScoreMethod, scores_called
-from normfuse.quant.target import BodyType, EightBits, Target
+from normfuse.quant.target import BodyType, EightBits, Target, Via
 from normfuse.quant.widths import parse_widths
 from normfuse.recipe_checks import POINTS, check, check_recipe, shown
 
@@ -34,6 +34,7 @@ __all__ = [
     "EightBits",
     "Recipe",
     "Target",
+    "Via",
     "WeightCodes",
 ]
 
@@ -75,11 +76,11 @@ class Recipe:
     what has no integer form, ``norm``, ``softmax`` and ``gelu`` say in which form these are (see ``NormForm``,
     ``SoftmaxForm`` and ``GeluForm``). For ``target`` TensorRT, ``body`` is what computes where nothing is quantized
     (float16 unless said otherwise), ``eight_bits`` whether eight bits are integers or floats; ``bits`` ``fp16``,
-    ``bf16`` and ``fp8`` are short for these. ``build`` builds an engine, if a builder is installed, for the
-    ``capability`` (as ``8.9``; empty: the GPU at hand, of TensorRT-RTX any from Ampere on) and the ``shapes`` of
-    inputs (``name=min,usual,max``), with ``workspace`` MiB at most, ``builder_level`` of effort (0 to 5), given up
-    after ``builder_seconds``; ``timing_cache`` is a file that it goes on from, ``version_compatible`` engines run in
-    later releases.
+    ``bf16`` and ``fp8`` are short for these. ``build`` builds an engine, if a builder is installed, ``via`` the ONNX
+    file or torch-tensorrt (32 bits alone), for the ``capability`` (as ``8.9``; empty: the GPU at hand, of TensorRT-RTX
+    any from Ampere on) and the ``shapes`` of inputs (``name=min,usual,max``), with ``workspace`` MiB at most,
+    ``builder_level`` of effort (0 to 5), given up after ``builder_seconds``; ``timing_cache`` is a file that it goes on
+    from, ``version_compatible`` engines run in later releases.
     ``samples`` limits the calibration samples (0: all). ``threads`` 0 takes the visible cores, two at most.
     ``max_drop`` is the largest drop of the score (top-1 accuracy, or mean IoU where pixels are labelled), in points,
     that still counts as kept (a drop in the budget takes its place); ``min_speedup`` the smallest speed-up over float,
@@ -91,6 +92,7 @@ class Recipe:
     body: BodyType = BodyType.AUTO
     eight_bits: EightBits = EightBits.INT8
     build: bool = True
+    via: Via = Via.ONNX
     capability: str = ""
     shapes: str = ""
     workspace: int = 4096

@@ -15,7 +15,7 @@ from normfuse.quant.code_kinds import ActivationCodes, WeightCodes
 from normfuse.quant.integer_forms import NormForm
 from normfuse.quant.output_kind import OutputKind
 from normfuse.quant.score_method import DEFAULT_SCORE
-from normfuse.quant.target import EightBits, Target
+from normfuse.quant.target import BodyType, EightBits, Target, Via
 from normfuse.runtime.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BUDGETS: Final = "--budget bytes=0.14x, avg-bits=4.5, bops=0.1x, activation-byte
 
 OF_BUILDERS: Final = frozenset(
     {
-        *("body", "eight_bits", "build", "capability", "shapes", "workspace"),
+        *("body", "eight_bits", "build", "via", "capability", "shapes", "workspace"),
         *("builder_level", "builder_seconds", "timing_cache", "version_compatible"),
     }
 )
@@ -219,3 +219,22 @@ def _check_builder(recipe: Recipe) -> None:
     check(is_served, "capability", recipe.capability, "8.9 or newer beside 8-bit floats, which older GPUs lack")
     if recipe.shapes:
         parse_shapes(recipe.shapes)
+    if recipe.via is Via.TORCH_TENSORRT:
+        _check_torch_tensorrt(recipe)
+
+
+def _check_torch_tensorrt(recipe: Recipe) -> None:
+    """Refuse what torch-tensorrt takes from no program: codes (without NVIDIA's modelopt), other floats, a GPU."""
+    is_plain = not recipe.is_mixed and recipe.precision.is_float and recipe.chosen_body is BodyType.FP32
+    reason = "32 bits: it knows no codes without NVIDIA's modelopt, and narrows no floats of a whole program"
+    for holds, beside, expected in (
+        (is_plain, recipe.label, reason),
+        (not recipe.capability, f"capability {recipe.capability}", "the GPU at hand: TensorRT takes no capability"),
+    ):
+        if not holds:
+            raise UsageError(
+                f"via cannot be {recipe.via.value} beside {beside}",
+                where="recipe",
+                expected=expected,
+                hint="leave --via out: the engine is then built from the ONNX file",
+            )

@@ -16,7 +16,7 @@ from normfuse.bench.gpu_timing import GpuSchedule
 from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.checks import rounding_allowed
 from normfuse.errors import BadInput, CheckFailed
-from normfuse.quant.target import BodyType
+from normfuse.quant.target import BodyType, Via
 from normfuse.runtime.agreement import output_error
 from normfuse.runtime.onnx_session import OnnxSession, Port
 from normfuse.runtime.shapes import Shapes
@@ -39,6 +39,7 @@ class BuiltFile:
         engine: its file.
         onnx: the ONNX file beside it.
         session: the same model in onnxruntime.
+        via: what the engine was built from.
         shapes: of inputs with free axes, as the engine was built for.
         body: the type of its floats.
     """
@@ -47,6 +48,7 @@ class BuiltFile:
     engine: Path
     onnx: Path
     session: OnnxSession
+    via: Via = Via.ONNX
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
     body: BodyType = BodyType.FP32
 
@@ -137,8 +139,9 @@ def _wanted(port: Port, file: BuiltFile, batch: int | None) -> Wanted:
 
 def _closeness(file: BuiltFile, run: EngineRun, wanted: Mapping[str, Array]) -> dict[str, Any]:
     """Return the largest difference of any output, relative to its largest value, and what is allowed."""
+    called = {name: f"output{index}" if file.via is Via.TORCH_TENSORRT else name for index, name in enumerate(wanted)}
     # An output that the engine lacks is infinitely far away.
-    errors = {name: output_error(run.outputs.get(name, np.empty(0)), value) for name, value in wanted.items()}
+    errors = {name: output_error(run.outputs.get(called[name], np.empty(0)), value) for name, value in wanted.items()}
     body = BodyType.FP16 if file.body is BodyType.FP32 else file.body
     return {"output_error": max(errors.values(), default=0.0), "allowed_error": rounding_allowed(body)}
 

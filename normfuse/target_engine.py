@@ -15,9 +15,10 @@ from normfuse.export.lint import TENSORRT_RULES, lint
 from normfuse.export.product_types import product_types
 from normfuse.fusion_audit import audit
 from normfuse.graph import Graph
-from normfuse.manifest import ENGINE, MODEL
+from normfuse.graph.program import program_bytes
+from normfuse.manifest import ENGINE, FOLDED_MODEL, MODEL
 from normfuse.progress import Progress
-from normfuse.quant.target import BodyType
+from normfuse.quant.target import BodyType, Via
 from normfuse.recipe import Recipe
 from normfuse.running_engines import BuiltFile, differing_outputs, measure_built_files
 from normfuse.runtime.engine_layers import read_layers
@@ -29,6 +30,7 @@ from normfuse.runtime.equivalent_commands import (
     trtexec_timing,
 )
 from normfuse.runtime.shapes import default_shapes, parse_shapes
+from normfuse.runtime.tensorrt_backend import backend_of
 from normfuse.runtime.tensorrt_build import TENSORRT, BuildOptions, build_engine, installed_backend
 from normfuse.strict_json import strict_json
 
@@ -108,18 +110,22 @@ class Made:
 
 
 def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
-    backend, model = installed_backend(), built.engine.path
-    found = build_engine(model, engine, backend, options)
+    backend, model = installed_backend(built.recipe.via), built.engine.path
+    program = _program(built, engine) if backend.via is Via.TORCH_TENSORRT else None
+    found = build_engine(model, engine, backend, options, program=program)
     layers = read_layers(found.layers)
     listed = engine.with_name(LAYERS)
     write_file(listed, strict_json([asdict(layer) for layer in layers]).encode())
     sidecar = sidecar_path(engine)
     facts = {
         "commands": _commands(
-            options, found.version if backend is TENSORRT else VERSION, is_compared=_is_compared(built)
+            options,
+            found.version if backend.flavour == TENSORRT.flavour else VERSION,
+            is_compared=_is_compared(built),
         ),
         "engine": {
-            "flavour": backend.module,
+            "flavour": backend.flavour,
+            "via": backend.via.value,
             "version": found.version,
             "capabilities": list(found.sidecar.capabilities),
             "bytes": engine.stat().st_size,
@@ -141,16 +147,24 @@ def _run(built: Built, made: Made, options: BuildOptions) -> tuple[dict[str, Any
         engine=made.files[ENGINE],
         onnx=built.engine.path,
         session=built.session(),
+        via=built.recipe.via,
         shapes=options.shapes,
         body=BodyType.FP32 if built.engine.body is None else built.engine.body.body,
     )
     try:
-        found = measure_built_files([file], installed_backend(), device=device)
+        found = measure_built_files([file], backend_of(made.facts["engine"]["flavour"]), device=device)
     except BadInput as error:  # an engine for other GPUs
         return {"reason": f"{error.what}, expected {error.expected}"}, None
     except NormfuseError as error:
         return {"reason": error.what}, error
     return found, differing_outputs(found)
+
+
+def _program(built: Built, engine: Path) -> Path:
+    """Write what ships as a program, for a builder that reads no ONNX file."""
+    program = engine.with_name(FOLDED_MODEL)
+    write_file(program, program_bytes(built.engine.graph))
+    return program
 
 
 def _commands(options: BuildOptions, version: str, *, is_compared: bool) -> dict[str, str]:

@@ -16,6 +16,7 @@ from standin_tensorrt import tensorrt_library
 from normfuse.bench.engine_runs import EngineJob, EngineRuns, run_engines
 from normfuse.bench.gpu_timing import GpuSchedule
 from normfuse.errors import BadInput, CheckFailed, MissingDependency, UnsupportedModel
+from normfuse.quant.target import Via
 from normfuse.runtime.engine_sidecar import Sidecar, onnx_sums, sidecar_path, sidecar_text
 from normfuse.runtime.tensorrt_backend import Backend
 
@@ -51,6 +52,7 @@ def engine(folder: Path, factor: float = 2.0, name: str = "model", **changed: An
     facts: dict[str, Any] = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "flavour": STANDIN.module,
+        "via": Via.ONNX,
         "version": VERSION,
         "capabilities": ("SM89",),
         "onnx_sha256": onnx_sums(onnx)[0],

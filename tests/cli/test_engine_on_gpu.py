@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from standin_runtime import RUNTIME
-from standin_tensorrt import install_standin
+from standin_tensorrt import VERSION, install_standin
 from torch import nn
 
 import normfuse
 from normfuse.bench.gpu_timing import GpuSchedule
-from normfuse.testing import randomized, seeded
+from normfuse.manifest import sha256_of
+from normfuse.quant.target import Via
+from normfuse.runtime.engine_sidecar import Sidecar, sidecar_path, sidecar_text
+from normfuse.testing import Small, randomized, seeded
 
 Run = Callable[..., Any]
 """``run`` of ``conftest``: how the command ended."""
@@ -126,6 +130,42 @@ def test_an_engine_that_does_not_run_is_kept_and_told(
     done = compiled(run, files, tmp_path / "out", "--bits", 32)
     assert (done.code, told[1] in done.out) == (told[0], True)
     assert run("verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "code"), [((0, 1), 0), ((1, 0), 1)])
+def test_outputs_of_torch_tensorrt_are_compared_in_their_order(
+    order: tuple[int, int], code: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_standin(tmp_path, monkeypatch, runtime=RUNTIME)
+    model = Small(lambda m, x: (m.up(x), -m.up(x).exp()), up=nn.Linear(64, 5))
+    normfuse.save(randomized(model), [torch.zeros(2, 64)], tmp_path / "model.pt2")
+    np.savez(tmp_path / "data.npz", x=torch.randn(16, 64, generator=seeded(1)).numpy())
+    out = tmp_path / "out"
+    assert compiled(run, tmp_path, out, "--bits", 32, "--no-build").code == 0
+
+    plan = onnx.load(out / "model.onnx")
+    for index, output in enumerate(plan.graph.output):
+        plan.graph.node.append(onnx.helper.make_node("Identity", [output.name], [f"output{order[index]}"]))
+        output.name = f"output{order[index]}"
+    engine = out / "model.engine"
+    onnx.save(plan, engine)
+    sidecar = Sidecar(
+        sha256=sha256_of(engine),
+        flavour="tensorrt",
+        via=Via.TORCH_TENSORRT,
+        version=VERSION,
+        capabilities=(),
+        onnx_sha256=sha256_of(out / "model.onnx"),
+        weights_sha256=None,
+        shapes={"x": ((1, 64), (3, 64), (8, 64))},
+        workspace_bytes=1,
+        level=3,
+        version_compatible=False,
+        messages=(),
+    )
+    sidecar_path(engine).write_text(sidecar_text(sidecar), encoding="utf-8")
+    assert run("benchmark", out, "--engine", "-q").code == code
 
 
 def test_without_a_gpu_nothing_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ AUDIT: dict[str, Any] = {
 ENGINE: dict[str, Any] = {
     "flavour": "tensorrt_rtx",
     "version": "1.7.1.116",
+    "via": "onnx",
     "capabilities": ["SM89"],
     "bytes": 4040108,
     "messages": [],
@@ -88,7 +89,7 @@ def test_everything_that_is_known_is_said() -> None:
         "  blocks.0 (Mul) stays in float32: values up to 1e+06",
         "lint: 1 warning",
         "  block-size at head: one block; two blocks",
-        "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 for SM89",
+        "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 via onnx for SM89",
         "  55 kernels; products: 2 of 3 in int8, 1 of 1 in fp16",
         "  norms: 8 of 9 share a kernel with a sum or a quantizer",
         "  attention: 3 of 4 are one kernel",
@@ -125,7 +126,7 @@ def test_without_an_engine_the_reason_is_said() -> None:
 
 def test_a_builder_that_lists_no_kernels() -> None:
     lines = told(engine={**ENGINE, "audit": None, "capabilities": []})
-    assert "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 for the builder's default" in lines
+    assert "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 via onnx for the builder's default" in lines
     assert "  the builder listed no kernels: nothing is known of what it fused" in lines
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from normfuse.errors import UsageError
 from normfuse.quant.bits import FLOAT, Bits
-from normfuse.recipe import BodyType, EightBits, Recipe, Target
+from normfuse.recipe import BodyType, EightBits, Recipe, Target, Via
 
 
 def trt(**options: Any) -> Recipe:
@@ -61,6 +61,7 @@ def test_four_bits_are_what_the_target_runs() -> None:
         {"builder_level": 0, "builder_seconds": 1.5, "timing_cache": "/gone/since/then", "version_compatible": True},
         {"bits": "mixed", "budget": "avg-bits=6", "weight_widths": "4 16", "activation_widths": "16"},
         {"overrides": "up=4 head=32", "effort": 2},
+        {"bits": 32, "via": "torch-tensorrt", "shapes": "x=1x3", "version_compatible": True, "timing_cache": "cache"},
     ],
 )
 def test_a_round_trip_through_toml_keeps_every_field(options: dict[str, Any], tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ def test_a_type_said_twice_is_the_same(bits: str, other: dict[str, str], said: s
         ({"body": "fp16"}, "body cannot be fp16"),
         ({"eight_bits": "fp8"}, "eight_bits cannot be fp8"),
         ({"build": False}, "build cannot be False"),
+        ({"bits": 32, "via": "torch-tensorrt"}, "via cannot be torch-tensorrt"),
         ({"capability": "8.9"}, "capability cannot be 8.9"),
         ({"shapes": "x=1x3"}, "shapes cannot be x=1x3"),
         ({"workspace": 64}, "workspace cannot be 64"),
@@ -185,6 +187,32 @@ def test_mixed_widths_without_kernels_are_refused(options: dict[str, Any], said:
         mixed(**options)
     assert caught.value.what == said
     assert "beside --target trt" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [
+        ({"bits": 8}, "int8"),
+        ({"bits": 4}, "w4a16"),
+        ({"bits": "fp8"}, "fp8"),
+        ({"bits": "fp16"}, "fp16"),
+        ({"bits": "bf16"}, "bf16"),
+        ({"bits": 32, "body": "fp16"}, "fp16"),
+        ({"bits": "mixed", "budget": "avg-bits=6"}, "mixed"),
+        ({"bits": 32, "capability": "8.9"}, "capability 8.9"),
+    ],
+)
+def test_what_torch_tensorrt_does_not_take_is_refused(options: dict[str, Any], beside: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        trt(via="torch-tensorrt", **options)
+    assert caught.value.what == f"via cannot be torch-tensorrt beside {beside}"
+    assert "leave --via out" in caught.value.hint
+
+
+def test_torch_tensorrt_takes_float32() -> None:
+    assert trt(bits=32).via is Via.ONNX
+    assert trt(bits=32, via="torch-tensorrt").via is Via.TORCH_TENSORRT
+    assert trt(bits=32, body="fp32", via="torch-tensorrt").label == "float"
 
 
 def test_mixed_widths_are_those_of_the_target() -> None:
