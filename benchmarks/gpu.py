@@ -122,7 +122,7 @@ def measure(job: Job) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     with render.ShownProgress().task("networks, folded", len(job.norms)) as advance:
         networks = [_built(job, norm, advance) for norm in job.norms]
-    device = describe_device(job.device)
+    device = {**describe_device(job.device), "tf32": False}  # open_device has turned it off
     found: dict[str, Any] = {
         "format": "normfuse gpu baselines",
         "schema": SCHEMA,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,28 @@ __all__ = ["command"]
 )
 @click.option("--eval", "evaluation", metavar="DATA", help="Labelled samples to measure accuracy on.")
 @click.option("--preprocess", metavar="PRESET", help="For image folders.")
-@click.option("--batch", type=click.IntRange(min=1), help="Batch size (1; with --engine what it was built for most).")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size (1; with --engine that of its usual shape).")
 @click.option("--engine", is_flag=True, help="Run the artifacts' TensorRT engines on a GPU, and nothing else.")
 @click.option("--trust-engine", is_flag=True, help="Run engines without a sidecar, native code of whoever built them.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads (0: the visible cores, two at most).")
 @model_options
 @json_option
 @quiet_option
+@click.pass_context
 def command(
-    folders: tuple[Path, ...], against: Path | None, engine: bool, as_json: bool, quiet: bool, **options: Any
+    context: click.Context,
+    /,
+    folders: tuple[Path, ...],
+    against: Path | None,
+    engine: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> int:
     """Measure artifacts again, side by side."""
     trust_engine, batch = options.pop("trust_engine"), options.pop("batch")
+    _refuse_misplaced(context, engine)
     if engine:
-        _refuse_beside_engine(against, options)
         return _engines(folders, batch=batch, trust=trust_engine, as_json=as_json, quiet=quiet)
     from normfuse.cli import render
     from normfuse.cli.opening import opened_model, opened_samples
@@ -54,17 +62,23 @@ def command(
     return 0
 
 
-def _refuse_beside_engine(against: Path | None, options: Mapping[str, Any]) -> None:
-    """Refuse what says nothing of engines, which are timed on random inputs beside the first one."""
+def _refuse_misplaced(context: click.Context, engine: bool) -> None:
+    """Refuse options that mean nothing: engines are timed on random inputs, beside the first of them."""
     from normfuse.errors import UsageError
 
-    given = [name for name, value in (("--against", against), ("--eval", options["evaluation"])) if value is not None]
+    allowed = {"folders", "engine", "trust_engine", "batch", "as_json", "quiet"}
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        and (parameter.name not in allowed if engine else parameter.name == "trust_engine")
+    ]
     if given:
         raise UsageError(
-            f"{' and '.join(given)} cannot stand beside --engine",
+            f"{' and '.join(given)} cannot stand {'beside' if engine else 'without'} --engine",
             where="normfuse benchmark",
             expected="artifacts whose engines are measured, the first of which the others are held against",
-            hint="another artifact, compiled with --bits 32, in place of --against",
+            hint="another artifact, compiled with --bits 32, in place of --against" if engine else "--engine",
         )
 
 

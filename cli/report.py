@@ -31,6 +31,7 @@ __all__ = ["command"]
 )
 @click.option("--instances", type=click.IntRange(min=1), help="Instances of the model (default: 1).")
 @click.option("--engine/--no-engine", default=None, help="Serve model.engine (default: where Triton can).")
+@click.option("--trust-engine", is_flag=True, default=None, help="Serve an engine that was built elsewhere, too.")
 @json_option
 @quiet_option
 def command(folder: Path, repository: Path | None, as_json: bool, quiet: bool, **options: Any) -> int:
@@ -43,7 +44,7 @@ def command(folder: Path, repository: Path | None, as_json: bool, quiet: bool, *
     if repository is None:
         if given:
             raise UsageError(
-                "--name, --max-batch, --instances and --engine say how to serve a model",
+                "--name, --max-batch, --instances, --engine and --trust-engine say how to serve a model",
                 where="normfuse report",
                 expected="--triton-repository OUT with them",
             )

@@ -18,7 +18,7 @@ from normfuse.build import Engine
 from normfuse.checkpoint import remove_checkpoint
 from normfuse.errors import BadInput, NormfuseError
 from normfuse.export.widened import is_bfloat16, write_widened
-from normfuse.manifest import ENGINE
+from normfuse.manifest import ENGINE, MODEL
 from normfuse.page import render_page
 from normfuse.recipe import Recipe
 from normfuse.runtime.onnx_session import OnnxSession, open_onnx
@@ -38,7 +38,7 @@ class Workspace:
 
         Every call gives another place.
         """
-        return Path(tempfile.mkdtemp(prefix=f"{label}-", dir=self.path)) / "model.onnx"
+        return Path(tempfile.mkdtemp(prefix=f"{label}-", dir=self.path)) / MODEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Built:
         """
         report, recipe = self.report, self.recipe.to_toml()
         with ArtifactWriter(Path(target)) as writer:
-            writer.add_file(self.engine.path, "model.onnx")
+            writer.add_file(self.engine.path, MODEL)
             for name, path in self.files.items():
                 writer.add_file(path, name, private=name == ENGINE)
             writer.add_text("recipe.toml", recipe)

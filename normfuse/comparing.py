@@ -28,7 +28,7 @@ from normfuse.loading import LoadedModel
 from normfuse.manifest import ENGINE
 from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
-from normfuse.quant.target import BodyType, Via
+from normfuse.quant.target import Via
 from normfuse.running_engines import BuiltFile, measure_built_files
 from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port, open_onnx
@@ -113,7 +113,6 @@ def _built_file(folder: Path, label: str) -> BuiltFile:
             expected=f"{ENGINE}, as normfuse compile --target trt writes it where TensorRT is installed",
             hint="the ONNX file is measured without --engine",
         )
-    body = (artifact.report.get("tensorrt") or {}).get("body") or {}
     sidecar = read_sidecar(engine) if sidecar_path(engine).exists() else None
     return BuiltFile(
         label=label,
@@ -122,7 +121,6 @@ def _built_file(folder: Path, label: str) -> BuiltFile:
         session=load(folder),
         via=Via.ONNX if sidecar is None else sidecar.via,
         shapes={} if sidecar is None else sidecar.shapes,
-        body=BodyType(body.get("type", BodyType.FP32.value)),
     )
 
 

@@ -20,6 +20,11 @@ TYPES: Final = {
 }
 """What TensorRT's list of kernels calls the types of products."""
 
+CODES: Final = frozenset({"Int8", "FP8"})
+
+OF_FLOATS: Final = frozenset({"runtime_fusion"})
+"""Kinds of kernels that TensorRT-RTX puts together of single operations (1.7.1); its products of codes are others."""
+
 NORMS: Final = frozenset({"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"})
 
 MOVES: Final = frozenset({"Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
@@ -117,9 +122,19 @@ def _fate(product: ProductType, layers: Sequence[EngineLayer]) -> tuple[tuple[st
 
 
 def _computes(product: ProductType, layer: EngineLayer) -> bool:
-    """Return whether a kernel reads the left operand in its type, and the right one as a constant or beside it."""
+    """Return whether a kernel multiplies the operands in their types: codes by codes, or what it makes floats of.
+
+    It reads the left one, and the right one beside it or as a constant. A kernel that is put together of single
+    operations multiplies floats: 8-bit operands it makes floats of first.
+    """
     left, right = TYPES.get(product.left), TYPES.get(product.right)
-    return left in layer.inputs and (right in layer.constants or right in layer.inputs[1:])
+    if left in CODES and layer.kind in OF_FLOATS:
+        return False
+    beside = list(layer.inputs)
+    if left in beside:
+        beside.remove(left)
+        return right in layer.constants or right in beside
+    return False
 
 
 def _joins(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:

@@ -13,10 +13,12 @@ from normfuse.errors import BadInput
 
 __all__ = [
     "CERTIFICATE",
+    "ENGINE",
     "FOLDED",
     "FOLDED_MODEL",
     "FORMAT",
     "MANIFEST",
+    "MODEL",
     "SCHEMA",
     "Artifact",
     "is_plain",

@@ -16,6 +16,7 @@ from normfuse.bench.gpu_timing import GpuSchedule
 from normfuse.bench.inputs import Wanted, make_inputs
 from normfuse.checks import rounding_allowed
 from normfuse.errors import BadInput, CheckFailed
+from normfuse.export.widened import is_bfloat16
 from normfuse.quant.target import BodyType, Via
 from normfuse.runtime.agreement import output_error
 from normfuse.runtime.onnx_session import OnnxSession, Port
@@ -41,7 +42,6 @@ class BuiltFile:
         session: the same model in onnxruntime.
         via: what the engine was built from.
         shapes: of inputs with free axes, as the engine was built for.
-        body: the type of its floats.
     """
 
     label: str
@@ -50,7 +50,6 @@ class BuiltFile:
     session: OnnxSession
     via: Via = Via.ONNX
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
-    body: BodyType = BodyType.FP32
 
 
 def measure_built_files(
@@ -142,7 +141,7 @@ def _closeness(file: BuiltFile, run: EngineRun, wanted: Mapping[str, Array]) -> 
     called = {name: f"output{index}" if file.via is Via.TORCH_TENSORRT else name for index, name in enumerate(wanted)}
     # An output that the engine lacks is infinitely far away.
     errors = {name: output_error(run.outputs.get(called[name], np.empty(0)), value) for name, value in wanted.items()}
-    body = BodyType.FP16 if file.body is BodyType.FP32 else file.body
+    body = BodyType.BF16 if is_bfloat16(file.onnx) else BodyType.FP16
     return {"output_error": max(errors.values(), default=0.0), "allowed_error": rounding_allowed(body)}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from normfuse.atomic import write_file
 from normfuse.bench.gpu_device import device_at_hand
 from normfuse.built import Built
-from normfuse.errors import BadInput, NormfuseError, UsageError
-from normfuse.export.lint import TENSORRT_RULES, lint
+from normfuse.errors import NormfuseError, UnsupportedModel, UsageError
+from normfuse.export.lint import TENSORRT_RULES, Finding, Level, lint
 from normfuse.export.product_types import product_types
 from normfuse.fusion_audit import audit
 from normfuse.graph import Graph
@@ -22,7 +24,8 @@ from normfuse.quant.target import BodyType, Via
 from normfuse.recipe import Recipe
 from normfuse.running_engines import BuiltFile, differing_outputs, measure_built_files
 from normfuse.runtime.engine_layers import read_layers
-from normfuse.runtime.engine_sidecar import sidecar_path
+from normfuse.runtime.engine_session import compute_capability
+from normfuse.runtime.engine_sidecar import OF_RTX, read_sidecar, runs_on, sidecar_path
 from normfuse.runtime.equivalent_commands import (
     polygraphy_comparison,
     polygraphy_rtx_build,
@@ -35,6 +38,9 @@ from normfuse.runtime.tensorrt_build import TENSORRT, BuildOptions, build_engine
 from normfuse.strict_json import strict_json
 
 __all__ = ["build_options", "with_target_engine"]
+
+SHOWN: Final = 5
+"""Layers that a refusal names."""
 
 LAYERS: Final = "engine_layers.json"
 
@@ -87,18 +93,38 @@ def with_target_engine(built: Built, options: BuildOptions, progress: Progress) 
         "commands": _commands(options, VERSION, is_compared=_is_compared(built)),
         "engine": None,
     }
-    made, failure = Made(), None
+    files = dict[str, Path]()
+    failure: NormfuseError | None = None if built.recipe.build else _refused(findings)
     if built.recipe.build:
         try:
             with progress.task("building the engine"):
                 made = _build(built, built.folder.model(ENGINE).with_name(ENGINE), options)
-            facts |= made.facts
             with progress.task("running the engine"):
-                facts["run"], failure = _run(built, made, options)
-        except NormfuseError as error:
+                facts |= {**made.facts, "run": _run(built, made, options)}
+            files |= made.files
+        except NormfuseError as error:  # an engine that does not run, or computes something else, does not ship either
             failure = error
-            facts["failure"] = {"what": error.what, "at": error.where, "try": error.hint}
-    return replace(built, report={**built.report, "tensorrt": facts}, files=made.files, failure=failure)
+    if failure is not None:
+        facts["failure"] = {
+            "what": failure.what,
+            "at": failure.where,
+            "expected": failure.expected,
+            "try": failure.hint,
+        }
+    return replace(built, report={**built.report, "tensorrt": facts}, files=files, failure=failure)
+
+
+def _refused(findings: Sequence[Finding]) -> UnsupportedModel | None:
+    """Return the error of a file that no builder was asked about, and would be refused by one."""
+    errors = [each for each in findings if each.rule.level is Level.ERROR]
+    if not errors:
+        return None
+    return UnsupportedModel(
+        f"TensorRT would not build the file: {errors[0].rule.says}",
+        where=", ".join(dict.fromkeys(each.layer for each in errors[:SHOWN])),
+        expected="a file without errors of the linter",
+        hint=errors[0].rule.mend,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +163,15 @@ def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
     return Made(files={ENGINE: engine, sidecar.name: sidecar, LAYERS: listed}, facts=facts)
 
 
-def _run(built: Built, made: Made, options: BuildOptions) -> tuple[dict[str, Any], NormfuseError | None]:
-    """Return what running the engine on the GPU at hand showed, or why it was not run; and what is wrong with it."""
+def _run(built: Built, made: Made, options: BuildOptions) -> dict[str, Any]:
+    """Return what running the engine on the GPU at hand showed, or why it was not run.
+
+    Raises:
+        NormfuseError: it does not run, or computes something else than onnxruntime.
+    """
     device = device_at_hand()
-    if device is None or not built.recipe.benchmark:
-        return {"reason": "there is no GPU that PyTorch can use" if device is None else "--no-benchmark"}, None
+    if device is None or (reason := _reason_not_to_run(built, made, device)):
+        return {"reason": "there is no GPU that PyTorch can use" if device is None else reason}
     file = BuiltFile(
         label=built.recipe.label,
         engine=made.files[ENGINE],
@@ -149,15 +179,22 @@ def _run(built: Built, made: Made, options: BuildOptions) -> tuple[dict[str, Any
         session=built.session(),
         via=built.recipe.via,
         shapes=options.shapes,
-        body=BodyType.FP32 if built.engine.body is None else built.engine.body.body,
     )
-    try:
-        found = measure_built_files([file], backend_of(made.facts["engine"]["flavour"]), device=device)
-    except BadInput as error:  # an engine for other GPUs
-        return {"reason": f"{error.what}, expected {error.expected}"}, None
-    except NormfuseError as error:
-        return {"reason": error.what}, error
-    return found, differing_outputs(found)
+    found = measure_built_files([file], backend_of(made.facts["engine"]["flavour"]), device=device)
+    if (differing := differing_outputs(found)) is not None:
+        raise differing
+    return found
+
+
+def _reason_not_to_run(built: Built, made: Made, device: str) -> str:
+    if not built.recipe.benchmark:
+        return "--no-benchmark"
+    if built.recipe.version_compatible:
+        return "a version-compatible engine wants the lean runtime of the version that built it"
+    sidecar, capability = read_sidecar(made.files[ENGINE]), compute_capability(torch.device(device))
+    if capability is not None and not runs_on(sidecar, capability):
+        return f"it is for {', '.join(sidecar.capabilities) or OF_RTX}, and this GPU is {capability}"
+    return ""
 
 
 def _program(built: Built, engine: Path) -> Path:

@@ -35,8 +35,8 @@ class PlaceQuantizers(Pass):
        that is no constant, and sum up at least ``placement.smallest_inner`` products per output.
     2. Where the target says so, also what such convolutions write (behind their ReLU), and the sums of two such
        outputs, so that a residual CNN never leaves its codes. What no product reads of them has ``placement.written``.
-    3. Where the target says so, both operands of every product of two activations (attention's).
        Or only what is added to a convolution's output, where the target makes one kernel of the two.
+    3. Where the target says so, both operands of every product of two activations (attention's).
     4. What is an output of the model, or is read by a linear map that stays float, is left float by 2.
     5. Operators that normfuse does not know stay float and are named.
     6. Where scales of activations are dynamic, only the inputs of linear maps whose weights have groups are requested.
@@ -173,7 +173,7 @@ def _outputs(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
 
 
 def _skips(graph: Graph, refused: Collection[fx.Node]) -> list[_Wish]:
-    """Return what is added to a convolution's output (3) and not requested yet; of two such outputs, the second."""
+    """Return what is added to a convolution's output (2) and not requested yet; of two such outputs, the second."""
     wishes = []
     for node in graph.nodes:
         if not query.is_call(node, ops.ADD):

@@ -1,6 +1,7 @@
 """Golden files for every test; see ``docs/writing-a-pass.md``."""
 
 import os
+from collections.abc import Iterator
 from difflib import unified_diff
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("normfuse")
     if config.getoption("--update-golden") and os.environ.get("CI"):
         raise pytest.UsageError("CI never writes goldens: review them and commit them")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines are signed with a key of the tests' own, not with that of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
 
 
 @pytest.fixture

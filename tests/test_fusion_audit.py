@@ -51,10 +51,12 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
 
 
-def kernel(*sources: str, inputs: str = "", constants: str = "", outputs: str = "Float") -> EngineLayer:
+def kernel(
+    *sources: str, inputs: str = "", constants: str = "", outputs: str = "Float", kind: str = "gemm"
+) -> EngineLayer:
     return EngineLayer(
         name="made",
-        kind="any",
+        kind=kind,
         inputs=tuple(inputs.split()),
         constants=tuple(constants.split()),
         outputs=tuple(outputs.split()),
@@ -92,6 +94,20 @@ def test_a_product_with_codes_on_one_side_alone_is_none_of_codes(model: Path) ->
     """Codes that are read as floats by the product: the types of both operands count, not one of them."""
     found = audit(model, [kernel("up/MatMul", inputs="Float", constants="Float"), FLOATS])
     assert [product.layer for product, _ in found.mismatched] == [PRODUCT]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        # As TensorRT-RTX builds a product whose activations have a scale per channel, and weights one per input.
+        kernel("up/MatMul", inputs="Int8", constants="Half Int8 Half", kind="runtime_fusion"),
+        # A residual of codes behind a product of floats.
+        kernel("up/MatMul", inputs="Half Int8", constants="Half"),
+        kernel("up/MatMul", inputs="Int8 Half", constants="Half"),
+    ],
+)
+def test_a_product_that_makes_floats_of_its_codes_is_none_of_codes(model: Path, layer: EngineLayer) -> None:
+    assert [product.layer for product, _ in audit(model, [layer, FLOATS]).mismatched] == [PRODUCT]
 
 
 def test_a_product_that_no_kernel_names(model: Path) -> None:

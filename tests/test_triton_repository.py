@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 import normfuse
 from normfuse.artifact import ArtifactWriter
 from normfuse.errors import BadInput, UsageError
+from normfuse.manifest import sha256_of
 from normfuse.quant.target import Via
 from normfuse.runtime.engine_sidecar import Sidecar, sidecar_text
 from normfuse.runtime.onnx_session import AS_WRITTEN, open_onnx
@@ -79,6 +81,8 @@ def tensors(ports: Any) -> dict[str, tuple[str, list[int], bool]]:
 
 Sizes = Sequence[int | str]
 Ports = dict[str, tuple[int, Sizes]]
+Extra = Callable[[Path], dict[str, bytes]]
+"""More files, for an ONNX file."""
 
 
 def zeros(name: str, kind: int, sizes: Sizes) -> list[onnx.NodeProto]:
@@ -92,9 +96,7 @@ def zeros(name: str, kind: int, sizes: Sizes) -> list[onnx.NodeProto]:
     ]
 
 
-def artifact(
-    folder: Path, inputs: Ports, outputs: Ports, *, extra: dict[str, bytes] | None = None, **facts: object
-) -> Path:
+def artifact(folder: Path, inputs: Ports, outputs: Ports, *, extra: Extra | None = None, **facts: object) -> Path:
     """Write an artifact whose model has these ports; what it computes is of no matter."""
     nodes = [node for name, port in outputs.items() for node in zeros(name, *port)]
     return artifact_of(folder, nodes, inputs, outputs, extra=extra, **facts)
@@ -106,7 +108,7 @@ def artifact_of(
     inputs: Ports,
     outputs: Ports,
     *,
-    extra: dict[str, bytes] | None = None,
+    extra: Extra | None = None,
     **facts: object,
 ) -> Path:
     values = ([helper.make_tensor_value_info(n, *port) for n, port in ports.items()] for ports in (inputs, outputs))
@@ -116,7 +118,7 @@ def artifact_of(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), source)
     with ArtifactWriter(folder) as writer:
         writer.add_file(source, "model.onnx")
-        for name, data in (extra or {}).items():
+        for name, data in (extra(source) if extra else {}).items():
             writer.add_bytes(name, data)
         writer.finish({"verdict": {"verdict": "kept"}, **facts})
     source.unlink()
@@ -128,24 +130,27 @@ BATCHED: Final[Ports] = {"x": (F32, ["batch", 3, 5])}
 RESULT: Final[Ports] = {"y": (F32, ["batch", 7])}
 
 
-def engine(
-    flavour: str = "tensorrt", shapes: Mapping[str, Shapes] | None = None, via: Via = Via.ONNX
-) -> dict[str, bytes]:
-    sidecar = Sidecar(
-        sha256="0" * 64,
-        flavour=flavour,
-        via=via,
-        version="11.4.0.106",
-        capabilities=(),
-        onnx_sha256="0" * 64,
-        weights_sha256=None,
-        shapes=shapes or {},
-        workspace_bytes=1,
-        level=3,
-        version_compatible=False,
-        messages=(),
-    )
-    return {"model.engine": b"plan", "model.engine.json": sidecar_text(sidecar).encode()}
+def engine(flavour: str = "tensorrt", shapes: Mapping[str, Shapes] | None = None, via: Via = Via.ONNX) -> Extra:
+    """Return what makes an engine and its sidecar for an ONNX file."""
+
+    def files(onnx_file: Path) -> dict[str, bytes]:
+        sidecar = Sidecar(
+            sha256=hashlib.sha256(b"plan").hexdigest(),
+            flavour=flavour,
+            via=via,
+            version="11.4.0.106",
+            capabilities=(),
+            onnx_sha256=sha256_of(onnx_file),
+            weights_sha256=None,
+            shapes=shapes or {},
+            workspace_bytes=1,
+            level=3,
+            version_compatible=False,
+            messages=(),
+        )
+        return {"model.engine": b"plan", "model.engine.json": sidecar_text(sidecar).encode()}
+
+    return files
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -309,15 +314,15 @@ def test_a_file_that_answers_something_else_without_its_entries_is_refused(tmp_p
     ("inputs", "extra", "says"),
     [
         (BATCHED, engine("tensorrt_rtx"), "TensorRT-RTX"),
-        (BATCHED, {"model.engine": b"plan"}, "nothing says"),
-        (BATCHED, {"model.engine": b"plan", "model.engine.json": b"[3"}, "nothing says"),
+        (BATCHED, lambda _: {"model.engine": b"plan"}, "nothing says"),
+        (BATCHED, lambda _: {"model.engine": b"plan", "model.engine.json": b"[3"}, "nothing says"),
         (BATCHED, engine(via=Via.TORCH_TENSORRT), "torch-tensorrt built it, which calls outputs output0"),
         ({"x": (F64, ["batch", 3])}, engine(), "x is float64"),
         ({**BATCHED, "one": (F32, [])}, engine(), "one has no axes"),
     ],
 )
 def test_an_engine_that_triton_cannot_take_is_not_served(
-    tmp_path: Path, inputs: Ports, extra: dict[str, bytes], says: str
+    tmp_path: Path, inputs: Ports, extra: Extra, says: str
 ) -> None:
     made = artifact(tmp_path / "a", inputs, RESULT, extra=extra)
     served = write_repository(made, tmp_path / "models")
@@ -326,6 +331,32 @@ def test_an_engine_that_triton_cannot_take_is_not_served(
     assert says in note
     with pytest.raises(UsageError, match=says):
         write_repository(made, tmp_path / "models", Serving(engine=True))
+
+
+def test_an_engine_is_checked_as_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(onnx_file: Path) -> dict[str, bytes]:
+        return {**engine()(onnx_file), "model.engine": b"evil"}
+
+    made = artifact(tmp_path / "a", BATCHED, RESULT, extra=another)
+    for trust in (False, True):
+        with pytest.raises(UsageError, match="not the file that its sidecar was written for"):
+            write_repository(made, tmp_path / "models", Serving(engine=True, trust_engine=trust))
+
+    made = artifact(tmp_path / "b", BATCHED, RESULT, extra=engine())
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody else"))
+    with pytest.raises(UsageError, match="built elsewhere"):
+        write_repository(made, tmp_path / "models", Serving(engine=True))
+    served = write_repository(made, tmp_path / "models", Serving(engine=True, trust_engine=True))
+    assert contents(served.folder)["1/model.plan"] == b"plan"
+
+
+def test_profiles_that_have_no_batch_in_common(tmp_path: Path) -> None:
+    inputs: Ports = {"x": (F32, ["batch", 3]), "z": (F32, ["batch", 3])}
+    shapes: dict[str, Shapes] = {"x": ((4, 3), (4, 3), (8, 3)), "z": ((1, 3), (1, 3), (2, 3))}
+    made = artifact(tmp_path / "a", inputs, RESULT, extra=engine(shapes=shapes))
+    for asked in (None, 0):
+        served = write_repository(made, tmp_path / "models", Serving(largest_batch=asked))
+        assert config_of(served).max_batch_size == 0
 
 
 def test_an_engine_that_is_not_there_cannot_be_asked_for(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ Array = NDArray[Any]
 ERRORS: Final[dict[str, type[NormfuseError]]] = {
     kind.__name__: kind for kind in (BadInput, CheckFailed, UnsupportedModel)
 }
-MARGIN_SECONDS: Final = 300.0
-"""Beside the measuring itself: to load library and engines, and to warm up."""
+LIMIT_SECONDS: Final = 3600.0
+"""After which engines are given up. How long a run takes that must be taken so often, nobody knows before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +88,8 @@ def run_engines(
         CheckFailed: an engine does not run, or its process ended or took too long.
     """
     planned = schedule or GpuSchedule()
-    limit = MARGIN_SECONDS + 2 * len(jobs) * planned.rounds * (planned.seconds + planned.warm_up_ms / 1e3)
     with TemporaryDirectory(prefix="normfuse-run-") as folder:
-        answer = _asked(_request(jobs, backend, planned, Path(folder), trust=trust, device=device), Path(folder), limit)
+        answer = _asked(_request(jobs, backend, planned, Path(folder), trust=trust, device=device), Path(folder))
         runs = tuple(_run(each) for each in answer["engines"])
     return EngineRuns(runs=runs, device=answer["device"], states=tuple(answer["states"]))
 
@@ -130,7 +129,7 @@ def _written(feeds: Mapping[str, Array], place: Path) -> dict[str, str]:
     return files
 
 
-def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
+def _asked(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the answer of a worker."""
     asked = folder / "request.json"
     asked.write_text(json.dumps(request), encoding="utf-8")
@@ -141,13 +140,16 @@ def _asked(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=seconds,
+            timeout=LIMIT_SECONDS,
             check=False,
             env=worker_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise CheckFailed(
-            f"the engines took more than {seconds:.0f} s", where=request["module"], hint="a GPU that nobody else uses"
+            f"the engines took more than {LIMIT_SECONDS:.0f} s",
+            where=request["module"],
+            expected="engines that are loaded, run and timed within it",
+            hint="fewer engines at once, or a GPU that nobody else uses",
         ) from error
     answer = Path(request["answer"])
     if not answer.exists():

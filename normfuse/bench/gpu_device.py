@@ -64,7 +64,6 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": _version("triton"),
-        "tf32": False,
     }
     if device.type != "cuda":
         return found

@@ -31,6 +31,7 @@ from normfuse.export.wide_nodes import (
     reason_to_stay,
     scale_of,
     unfit,
+    whole_numbers,
 )
 from normfuse.quant.target import BodyType
 
@@ -62,8 +63,9 @@ def write_body(model: Path, path: Path, body: BodyType, largest: Mapping[str, fl
     """Write a float32 file with another type between its inputs and outputs, which stay float32 (ours).
 
     1. Norms, softmax, sums of many terms, roots and divisions by what is computed are float32, whatever they read.
-    2. So does what reads or writes a tensor that came near the largest number of the type (``largest``), or reads a
-       constant that the type does not hold, and what stands in a file's branches reads.
+    2. So does what reads or writes a tensor that came near the largest number of the type (``largest``), stayed where
+       it has few digits, or is computed of integers that it does not count; what reads a constant that it does not
+       hold; and what stands in a file's branches reads.
     3. A product of codes computes in float32 where the type does not hold a scale of theirs; every other quantizer has
        scales of the type of the floats beside it. Scales of activations are rounded to the body's type everywhere, so
        that codes and their values agree.
@@ -103,9 +105,10 @@ class _Typing:
         self._constants = dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
     def run(self) -> TypedBody:
+        whole = whole_numbers(self._graph, self._body, self._largest)
         computing = [node for node in self._graph if computes_floats(node)]
         for node in computing:
-            if (reason := reason_to_stay(node, self._body, self._largest, self._captured)) is not None:
+            if (reason := reason_to_stay(node, self._body, self._largest, whole, self._captured)) is not None:
                 self._reasons[node] = reason
         for node in list(self._graph):
             self._retype(node)

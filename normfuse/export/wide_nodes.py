@@ -21,6 +21,7 @@ __all__ = [
     "reason_to_stay",
     "scale_of",
     "unfit",
+    "whole_numbers",
 ]
 
 HEADROOM: Final = 4.0
@@ -44,6 +45,11 @@ MOVES: Final = frozenset(
 )
 """What computes no new numbers stays in the type of what it reads."""
 
+ARITHMETIC: Final = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Mod", "Floor", "Ceil", "Round", "Min", "Max", "Clip", "Where"}
+)
+"""What positions are computed by from others."""
+
 INTEGERS: Final = frozenset(
     {ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64}
     | {ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
@@ -60,8 +66,28 @@ def computes_floats(node: ir.Node) -> bool:
     return any(is_float(value) for value in (*node.inputs, *node.outputs))
 
 
+def whole_numbers(graph: ir.Graph, numbers: Numbers, largest: Mapping[str, float]) -> dict[ir.Value, float]:
+    """Return the tensors that are computed of more integers than a type counts, and how large these were (ours).
+
+    Positions and counts, of which rounding makes others; up to the first operator that is no arithmetic.
+    """
+    found = dict[ir.Value, float]()
+    for node in graph:
+        read = [found[value] for value in node.inputs if value in found]
+        if node.op_type == "Cast" and _dtype(node.inputs[0]) in INTEGERS:
+            seen = largest.get(node.outputs[0].name or "", 0.0)
+            read = [seen] if seen > numbers.largest_counted / HEADROOM else []
+        if read and node.op_type in ARITHMETIC | MOVES | {"Cast"}:
+            found |= {value: max(read) for value in node.outputs if value.dtype is ir.DataType.FLOAT}
+    return found
+
+
 def reason_to_stay(
-    node: ir.Node, numbers: Numbers, largest: Mapping[str, float], captured: Collection[ir.Value]
+    node: ir.Node,
+    numbers: Numbers,
+    largest: Mapping[str, float],
+    whole: Mapping[ir.Value, float],
+    captured: Collection[ir.Value],
 ) -> str | None:
     """Return why a node computes in float32; empty where its operator always does, None where it does not (ours).
 
@@ -69,6 +95,7 @@ def reason_to_stay(
         node: one that computes with floats.
         numbers: the type that it would compute in.
         largest: the largest magnitude of every float tensor by its name; others are trusted.
+        whole: as ``whole_numbers`` finds them.
         captured: what branches of the file read from outside of them.
     """
     if node.op_type in WIDE or _divides(node):
@@ -78,9 +105,13 @@ def reason_to_stay(
     for value in (*node.inputs, *node.outputs):
         if value is None or value.dtype is not ir.DataType.FLOAT or value.const_value is not None:
             continue
-        seen, is_whole = largest.get(value.name or "", 0.0), _is_of_integers(value)
-        if seen > (numbers.largest_counted if is_whole else numbers.largest) / HEADROOM:
-            return f"{'whole numbers' if is_whole else 'values'} up to {seen:.3g}"
+        seen = largest.get(value.name or "", 0.0)
+        if seen > numbers.largest / HEADROOM:
+            return f"values up to {seen:.3g}"
+        if 0 < seen < numbers.smallest_scale:
+            return f"values of at most {seen:.3g}"
+        if value in whole:
+            return f"of whole numbers up to {whole[value]:.3g}"
     return next((told for value in node.inputs if value is not None and (told := unfit(value, numbers))), None)
 
 
@@ -141,12 +172,6 @@ def _graphs(attribute: ir.Attr) -> Iterator[ir.Graph]:
         yield attribute.as_graph()
     elif attribute.type is ir.AttributeType.GRAPHS:
         yield from attribute.as_graphs()
-
-
-def _is_of_integers(value: ir.Value) -> bool:
-    """Return whether a tensor is integers cast to floats: positions and counts, of which rounding makes others."""
-    made = _unmoved(value).producer()
-    return made is not None and made.op_type == "Cast" and _dtype(made.inputs[0]) in INTEGERS
 
 
 def _divides(node: ir.Node) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from normfuse.errors import CheckFailed, MissingDependency, NormfuseError, UnsupportedModel, UsageError
+from normfuse.errors import BadInput, CheckFailed, MissingDependency, NormfuseError, UnsupportedModel, UsageError
 
 __all__ = ["ended_process", "refuse_failure"]
 
@@ -22,6 +22,7 @@ def refuse_failure(answer: Mapping[str, Any], flavour: str) -> None:
     """Return only if an engine was built; ``flavour`` is the module of the library that runs it.
 
     Raises:
+        BadInput: the timing cache is none that the library takes.
         MissingDependency: there is no driver.
         UsageError: capabilities that the library does not build for, or shapes that are missing or do not fit.
         UnsupportedModel: the library refuses nodes, has too little workspace, or gives no engine.
@@ -38,6 +39,13 @@ def refuse_failure(answer: Mapping[str, Any], flavour: str) -> None:
             )
         case "no such capability":
             raise _no_such_capability(builder, answer["known"])
+        case "no timing cache":
+            raise BadInput(
+                "the timing cache is of another version or GPU, or no timing cache",
+                where=builder,
+                expected="a file that a build by this version on this GPU has written, or a new one",
+                hint="another --timing-cache, or remove the file if it is one",
+            )
         case "refused":
             raise _refused(builder, answer["refusals"])
         case "not converted":
@@ -64,7 +72,7 @@ def ended_process(module: str, return_code: int, said: str, *, of: str = "builde
         f"the {of}'s process ended with {ended}",
         where=module,
         expected="an answer, or an error",
-        hint=f"the ONNX file is kept; the process last said: {_last(said.splitlines())}",
+        hint=f"the ONNX file is as it was; the process last said: {_last(said.splitlines())}",
     )
 
 
@@ -119,7 +127,7 @@ def _not_built(builder: str, answer: Mapping[str, Any]) -> NormfuseError:
 
 def _unloaded(said: str) -> str | None:
     """Return the error of a module that could not be loaded: a library of it is missing."""
-    lines = [line for line in said.splitlines() if line.startswith(("ImportError", "OSError", "ModuleNotFoundError"))]
+    lines = [line for line in said.splitlines() if line.startswith(("ImportError", "ModuleNotFoundError"))]
     return lines[-1].partition(": ")[2] if lines else None
 
 

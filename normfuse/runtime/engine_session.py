@@ -17,7 +17,7 @@ from normfuse.errors import BadInput, CheckFailed, UnsupportedModel
 from normfuse.runtime.engine_sidecar import check_engine
 from normfuse.runtime.tensorrt_child import recording_logger
 
-__all__ = ["EngineSession", "open_engine"]
+__all__ = ["EngineSession", "compute_capability", "open_engine"]
 
 Array = NDArray[Any]
 
@@ -63,6 +63,7 @@ class EngineSession:
                 f"the inputs given are: {', '.join(sorted(feeds)) or 'none'}",
                 where=self._where,
                 expected=", ".join(self._inputs),
+                hint="inputs by the names that the engine has",
             )
         for name in self._inputs:
             self._hold(name, self._checked(name, feeds[name]).to(self._place(name)))
@@ -77,7 +78,12 @@ class EngineSession:
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
         if not self._context.execute_async_v3(stream):
-            raise CheckFailed(f"the engine does not run: {self._said()}", where=self._where)
+            raise CheckFailed(
+                f"the engine does not run: {self._said()}",
+                where=self._where,
+                expected="an inference",
+                hint="a GPU with free memory; or build the engine again",
+            )
 
     def outputs(self) -> dict[str, Array]:
         """Return the outputs of the last inference, after it is done; those in bfloat16 as float32."""
@@ -109,7 +115,12 @@ class EngineSession:
     def _hold(self, name: str, tensor: Tensor) -> None:
         self._held[name] = tensor
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise CheckFailed(f"the engine does not take {name}: {self._said()}", where=self._where)
+            raise CheckFailed(
+                f"the engine does not take the memory of {name}: {self._said()}",
+                where=self._where,
+                expected="an address of its device",
+                hint="build the engine again",
+            )
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -152,14 +163,19 @@ def open_engine(
         BadInput: as ``check_engine``, or the library does not load the engine.
         UnsupportedModel: there is no room for its activations.
     """
-    trt = importlib.import_module(module)
-    capability = _capability(device)
+    trt = _imported(module)
+    capability = compute_capability(device)
     sidecar = check_engine(
         path, backend_module=module, backend_version=trt.__version__, capability=capability, onnx=onnx, trust=trust
     )
     plan = path.read_bytes()
     if sidecar is not None and hashlib.sha256(plan).hexdigest() != sidecar.sha256:
-        raise BadInput("the engine was replaced while it was checked", where=str(path), expected="the same file")
+        raise BadInput(
+            "the engine was replaced while it was checked",
+            where=str(path),
+            expected="the same file",
+            hint="try again when nothing writes into the folder",
+        )
     logger = recording_logger(trt)
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
@@ -172,7 +188,16 @@ def open_engine(
     return EngineSession(trt, engine, device, where=path.name, messages=logger.errors)
 
 
-def _capability(device: torch.device) -> str | None:
+def _imported(module: str) -> Any:
+    """Return the library; a library of its own that is missing is an ImportError, as the module itself."""
+    try:
+        return importlib.import_module(module)
+    except OSError as error:
+        raise ImportError(str(error)) from error
+
+
+def compute_capability(device: torch.device) -> str | None:
+    """Return a GPU's compute capability as sidecars have it (``SM89``); None of what is no GPU."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,8 +1,7 @@
 """What an engine was built from and for, written beside it, and held against it before anything loads it.
 
 An engine is native code: whoever deserializes one runs it, and TensorRT's own check of an engine finds damage but no
-tampering. The sidecar is not signed: it tells damage, mistakes and engines from elsewhere, not somebody who rewrites
-both files.
+tampering. The sidecar is signed with a key of the user's, so that engines of others are told from one's own.
 """
 
 from __future__ import annotations
@@ -18,20 +17,34 @@ from typing import Any, Final
 from normfuse.errors import BadInput, UsageError
 from normfuse.manifest import sha256_of
 from normfuse.quant.target import Via
+from normfuse.runtime.engine_key import is_signed_here, signature_of
 from normfuse.runtime.shapes import Shapes, check_shapes
 from normfuse.runtime.tensorrt_backend import TENSORRT_RTX
 from normfuse.strict_json import strict_json
 
-__all__ = ["FORMAT", "SCHEMA", "Sidecar", "check_engine", "onnx_sums", "read_sidecar", "sidecar_path", "sidecar_text"]
+__all__ = [
+    "FORMAT",
+    "SCHEMA",
+    "Sidecar",
+    "check_engine",
+    "onnx_sums",
+    "read_sidecar",
+    "runs_on",
+    "sidecar_path",
+    "sidecar_text",
+]
 
 FORMAT: Final = "normfuse engine"
 SCHEMA: Final = 1
+SIGNATURE: Final = "signature"
 LARGEST_BYTES: Final = 1 << 20
 CAPABILITY: Final = re.compile(r"SM[0-9]{2,4}")
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 NUMBERS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})*")
-AMPERE: Final = 80
-"""TensorRT-RTX builds for compute capability 8.0 and later where none is asked for."""
+RTX_DEFAULT: Final = frozenset({"SM80", "SM86", "SM89", "SM120", "SM121"})
+"""What TensorRT-RTX builds for where nothing is asked for: of the GPUs that it knows those from Ampere on."""
+
+OF_RTX: Final = "RTX GPUs from Ampere on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +97,12 @@ def check_engine(
         backend_version: of that library.
         capability: of the GPU, as ``SM89``; None: it is not compared.
         onnx: the ONNX file that the engine must have been built from; None: it is not compared.
-        trust: an engine without a sidecar is taken (None is returned). One that is not its sidecar's never is.
+        trust: an engine without a sidecar is taken (None is returned), and one whose sidecar this user's key has not
+            signed. One that is not its sidecar's never is.
 
     Raises:
-        BadInput: there is no engine or no sidecar, the sidecar is broken, the engine is another file, or it was built
-            by another library or version, for another GPU, or from another ONNX file.
+        BadInput: there is no engine or no sidecar, the sidecar is broken or somebody else's, the engine is another
+            file, or it was built by another library or version, for another GPU, or from another ONNX file.
     """
     if not engine.is_file():
         raise BadInput("there is no such engine", where=str(engine), expected="a file", hint="check the path")
@@ -102,10 +116,12 @@ def check_engine(
             expected=f"sha256 {sidecar.sha256}",
             hint="build the engine again: what was changed must not be loaded",
         )
+    if not trust:
+        _refuse_others(engine)
     _refuse_library(engine, sidecar, backend_module, backend_version)
-    if capability is not None and not _runs_on(sidecar, capability):
+    if capability is not None and not runs_on(sidecar, capability):
         raise BadInput(
-            f"the engine was built for {', '.join(sidecar.capabilities) or 'SM80 and later'}",
+            f"the engine was built for {', '.join(sidecar.capabilities) or OF_RTX}",
             where=str(engine),
             expected=f"an engine for {capability}",
             hint="build the engine for this GPU",
@@ -144,7 +160,7 @@ def read_sidecar(engine: Path) -> Sidecar:
             expected=f"schema {SCHEMA}",
             hint="use the version of normfuse that wrote it, or build the engine again",
         )
-    values = {name: value for name, value in found.items() if name not in ("format", "schema")}
+    values = {name: value for name, value in found.items() if name not in ("format", "schema", SIGNATURE)}
     if strange := sorted(set(values) ^ set(FIELDS)):
         raise _broken(place, f"it {'has an unknown' if strange[0] in values else 'lacks'} {strange[0]!r}")
     if wrong := [name for name, fits in FIELDS.items() if not fits(values[name])]:
@@ -155,8 +171,9 @@ def read_sidecar(engine: Path) -> Sidecar:
 
 
 def sidecar_text(sidecar: Sidecar) -> str:
-    """Return what ``read_sidecar`` reads."""
-    return strict_json({"format": FORMAT, "schema": SCHEMA, **asdict(sidecar), "via": sidecar.via.value})
+    """Return what ``read_sidecar`` reads, signed with the user's key where one can be kept."""
+    facts = {"format": FORMAT, "schema": SCHEMA, **asdict(sidecar), "via": sidecar.via.value}
+    return strict_json({**facts, SIGNATURE: signature_of(strict_json(facts))})
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -177,6 +194,19 @@ def onnx_sums(model: Path) -> tuple[str, str | None]:
         raise BadInput(
             f"the ONNX file cannot be read: {error.strerror or error}", where=str(model), expected="a readable file"
         ) from error
+
+
+def _refuse_others(engine: Path) -> None:
+    """Refuse a sidecar that was not written here, by this user."""
+    facts = _read_object(sidecar_path(engine))
+    signature = facts.pop(SIGNATURE, None)
+    if not is_signed_here(strict_json(facts), signature):
+        raise BadInput(
+            "the engine was built elsewhere, or by somebody else",
+            where=str(engine),
+            expected="a sidecar that your own key has signed",
+            hint="build the engine here; or --trust-engine, if you would run a program of whoever built it",
+        )
 
 
 def _refuse_library(engine: Path, sidecar: Sidecar, module: str, version: str) -> None:
@@ -205,12 +235,11 @@ def _is_later(version: str, sidecar: Sidecar) -> bool:
     return [int(part) for part in here[0].split(".")] >= [int(part) for part in built[0].split(".")]
 
 
-def _runs_on(sidecar: Sidecar, capability: str) -> bool:
+def runs_on(sidecar: Sidecar, capability: str) -> bool:
+    """Return whether an engine was built for a compute capability (``SM89``), as far as its sidecar says."""
     if sidecar.capabilities:
         return capability in sidecar.capabilities
-    if sidecar.flavour == TENSORRT_RTX.module:
-        return CAPABILITY.fullmatch(capability) is not None and int(capability[2:]) >= AMPERE
-    return True
+    return capability in RTX_DEFAULT or sidecar.flavour != TENSORRT_RTX.module
 
 
 def _read_object(place: Path) -> dict[str, Any]:
@@ -251,7 +280,7 @@ def _are_shapes(value: object) -> bool:
         return False
     sizes = _is_list_of(_is_list_of(_is_integer(1, 2**63)))
     for name, shapes in value.items():
-        if not sizes(shapes) or len(shapes) != 3:
+        if not sizes(shapes) or len(shapes) != 3 or not all(shapes):
             return False
         try:
             check_shapes(name, shapes)

@@ -23,8 +23,16 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 def main(request_file: str) -> None:
     """Do what a request says and write the answer beside it."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    answer = _built(importlib.import_module(request["module"]), request)
+    answer = _built(_imported(request["module"]), request)
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _imported(module: str) -> Any:
+    """Return the library; a library of its own that is missing is an ImportError, as the module itself."""
+    try:
+        return importlib.import_module(module)
+    except OSError as error:
+        raise ImportError(str(error)) from error
 
 
 def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +50,9 @@ def _built(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         return {**answer, "outcome": "refused", "refusals": [_refusal(each) for each in found]}
     config = _config(trt, builder, request)
-    cache = _timing_cache(trt, config, request, logger)  # lives as long as the build
+    fits, cache = _timing_cache(trt, config, request, logger)  # lives as long as the build
+    if not fits:
+        return {**answer, "outcome": "no timing cache"}
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return {**answer, "outcome": "not built"}
@@ -100,20 +110,18 @@ def _config(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     return config
 
 
-def _timing_cache(trt: Any, config: Any, request: dict[str, Any], logger: Any) -> Any:
-    """Return the timings that a build starts from and adds to; None if none are wanted or the library takes none."""
+def _timing_cache(trt: Any, config: Any, request: dict[str, Any], logger: Any) -> tuple[bool, Any]:
+    """Return whether the library takes the timings that a build starts from and adds to, and these.
+
+    None if none are wanted or it times nothing. What it does not take may be any file, and is never replaced.
+    """
     if request["timing_cache"] is None:
-        return None
+        return True, None
     if _names_capabilities(trt):
         logger.messages.append(f"the timing cache is not used: {trt.__name__} times nothing while it builds")
-        return None
-    held = Path(request["timing_cache"]).read_bytes()
-    cache = config.create_timing_cache(held)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        logger.messages.append("the timing cache is of another version or GPU, or broken: an empty one replaces it")
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+        return True, None
+    cache = config.create_timing_cache(Path(request["timing_cache"]).read_bytes())
+    return cache is not None and bool(config.set_timing_cache(cache, ignore_mismatch=False)), cache
 
 
 def _names_capabilities(trt: Any) -> bool:

@@ -9,7 +9,7 @@ from normfuse.artifact import Artifact
 from normfuse.errors import BadInput
 from normfuse.manifest import ENGINE
 from normfuse.quant.target import Via
-from normfuse.runtime.engine_sidecar import Sidecar, read_sidecar, sidecar_path
+from normfuse.runtime.engine_sidecar import Sidecar, check_engine, read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port
 from normfuse.runtime.tensorrt_backend import TENSORRT as FULL
 from normfuse.runtime.tensorrt_backend import TENSORRT_RTX as RTX
@@ -18,8 +18,11 @@ from normfuse.triton_repository.backends import TENSORRT
 __all__ = ["batches_of_engine", "reason_against_engine"]
 
 
-def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
-    """Return why Triton's tensorrt backend cannot serve the artifact's engine; empty where it can."""
+def reason_against_engine(artifact: Artifact, ports: Sequence[Port], *, trust: bool) -> str:
+    """Return why Triton's tensorrt backend shall not serve the artifact's engine; empty where it can.
+
+    It is checked as before it is loaded (``check_engine``, with ``trust``).
+    """
     if ENGINE not in artifact.files:
         return "there is none"
     sidecar = _sidecar(artifact)
@@ -27,6 +30,13 @@ def reason_against_engine(artifact: Artifact, ports: Sequence[Port]) -> str:
         is_rtx = sidecar is not None and sidecar.flavour == RTX.flavour
         built = "it is TensorRT-RTX's" if is_rtx else "nothing says that it is full TensorRT's"
         return f"{built}, and Triton runs those of full TensorRT alone"
+    engine = artifact.folder / ENGINE
+    try:
+        check_engine(
+            engine, backend_module=FULL.module, backend_version=sidecar.version, onnx=artifact.model, trust=trust
+        )
+    except BadInput as error:
+        return f"{error.what} ({error.hint})"
     if sidecar.via is Via.TORCH_TENSORRT:
         return "torch-tensorrt built it, which calls outputs output0, output1 and so on, and not by their names"
     for port in ports:

@@ -44,13 +44,14 @@ class Serving:
 
     ``name`` is the folder's, else; ``largest_batch`` where requests can be put together what the engine was built
     for, or 8, else 0; ``engine`` is whether the TensorRT engine is served (else: where there is one that Triton can
-    take).
+    take); ``trust_engine`` takes one that was built elsewhere.
     """
 
     name: str | None = None
     largest_batch: int | None = None
     instances: int = 1
     engine: bool | None = None
+    trust_engine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def write_repository(folder: str | Path, repository: str | Path, serving: Servin
     require_engine(artifact)
     target = _target(artifact, Path(repository), serving.name)
     inputs, outputs = read_ports(artifact.model)
-    backend, notes = _backend(artifact, (*inputs, *outputs), serving.engine)
+    backend, notes = _backend(artifact, (*inputs, *outputs), serving)
     taken, left = _entries(artifact, backend)
     built_for = batches_of_engine(artifact, inputs) if backend is TENSORRT else None
     config = ModelConfig(
@@ -125,9 +126,9 @@ def _target(artifact: Artifact, repository: Path, name: str | None) -> Path:
     return target
 
 
-def _backend(artifact: Artifact, ports: Sequence[Port], engine: bool | None) -> tuple[Backend, list[str]]:
+def _backend(artifact: Artifact, ports: Sequence[Port], serving: Serving) -> tuple[Backend, list[str]]:
     """Return what serves it, and why it is not the engine where there is one."""
-    against = reason_against_engine(artifact, ports)
+    engine, against = serving.engine, reason_against_engine(artifact, ports, trust=serving.trust_engine)
     if engine and against:
         raise UsageError(
             f"Triton cannot serve this artifact's engine: {against}",
@@ -180,8 +181,9 @@ def _largest_batch(ports: Sequence[Port], asked: int | None, built_for: range | 
             expected=f"{max(built_for)} or less",
             hint="compile with larger --shapes, or serve smaller batches",
         )
-    usual = BATCH if built_for is None else max(built_for)
-    return (usual if possible else 0) if asked is None else asked
+    if asked is not None:
+        return asked
+    return 0 if not possible else BATCH if built_for is None else max(built_for)
 
 
 def _limits(config: ModelConfig) -> list[str]:

@@ -113,22 +113,25 @@ def test_an_engine_that_computes_something_else_fails(
     done = compiled(run, files, tmp_path / "out", "--bits", 32)
     assert done.code == 1
     assert done.err.startswith("error: the engine's outputs differ from onnxruntime's by ")
-    assert (tmp_path / "out" / "model.engine").exists(), "what was made is kept"
-    again = run("benchmark", tmp_path / "out", "--engine", "-q")
-    assert (again.code, again.err.partition(" by ")[0]) == (1, "error: the engine's outputs differ from onnxruntime's")
+    assert "engine: none, the engine's outputs differ from onnxruntime's by " in done.out
+    assert not (tmp_path / "out" / "model.engine").exists(), "it does not ship"
+    assert run("verify", tmp_path / "out").code == 0
+    again = run("report", tmp_path / "out", "--json").found["tensorrt"]
+    assert (again["engine"], again["failure"]["expected"]) == (None, "at most 0.031")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "told"),
-    [("ends", (1, "the engine's process ended with signal 11")), ("other shapes", (0, "not in the profile"))],
+    [("ends", (1, "the engine's process ended with signal 11")), ("other shapes", (4, "not in the profile"))],
 )
-def test_an_engine_that_does_not_run_is_kept_and_told(
+def test_an_engine_that_does_not_run_does_not_ship(
     runs: str, told: tuple[int, str], run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_standin(tmp_path, monkeypatch, runtime=RUNTIME.replace('"as it should"', repr(runs), 1))
     done = compiled(run, files, tmp_path / "out", "--bits", 32)
     assert (done.code, told[1] in done.out) == (told[0], True)
+    assert not (tmp_path / "out" / "model.engine").exists()
     assert run("verify", tmp_path / "out").code == 0
 
 
@@ -168,6 +171,20 @@ def test_outputs_of_torch_tensorrt_are_compared_in_their_order(
     assert run("benchmark", out, "--engine", "-q").code == code
 
 
+@pytest.mark.slow
+def test_an_engine_of_somebody_else_is_run_where_it_is_trusted(
+    run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_standin(tmp_path, monkeypatch, runtime=RUNTIME)
+    out = tmp_path / "out"
+    assert compiled(run, files, out, "--bits", 32, "--no-benchmark").code == 0
+    assert run("benchmark", out, "--engine", "-q").code == 0
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody else"))
+    refused = run("benchmark", out, "--engine", "-q")
+    assert (refused.code, "the engine was built elsewhere" in refused.err) == (4, True)
+    assert run("benchmark", out, "--engine", "--trust-engine", "-q").code == 0
+
+
 def test_without_a_gpu_nothing_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.comparing.device_at_hand", lambda: None)
     done = run("benchmark", tmp_path, "--engine", "-q")
@@ -175,5 +192,7 @@ def test_without_a_gpu_nothing_runs(run: Run, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_says_nothing_of_engines_is_refused(run: Run, tmp_path: Path) -> None:
-    done = run("benchmark", tmp_path, "--engine", "--against", "model.pt2", "-q")
-    assert (done.code, "--against cannot stand beside --engine" in done.err) == (2, True)
+    done = run("benchmark", tmp_path, "--engine", "--against", "model.pt2", "--threads", 2, "-q")
+    assert (done.code, "--against and --threads cannot stand beside --engine" in done.err) == (2, True)
+    done = run("benchmark", tmp_path, "--trust-engine", "-q")
+    assert (done.code, "--trust-engine cannot stand without --engine" in done.err) == (2, True)

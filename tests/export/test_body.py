@@ -116,16 +116,27 @@ def test_who_reads_more_integers_than_the_type_counts_stays_wide(
     kind: str, body: BodyType, most: float, tmp_path: Path
 ) -> None:
     text = f"""g ({kind}[n,5] x) => (float[n,5] y)
-    {{ a = Cast <to=1> (x)  r = Reshape (a, sizes)  b = Mul (r, s)  c = Add (b, s)  y = Tanh (c) }}"""
+    {{ a = Cast <to=1> (x)  r = Reshape (a, sizes)  b = Mul (r, s)  c = Add (b, s)  d = Sin (c)  y = Tanh (d) }}"""
     source = written(tmp_path / "m.onnx", text, s=sample(5), sizes=np.array([-1, 5]))
     found, _ = typed(source, body, largest={"a": most, "r": most, "b": 1e4, "c": 1.0})
     assert not found.wide, "every one of them is held"
     found, path = typed(source, body, largest={"a": most + 1, "r": most + 1, "b": 1e4, "c": 1.0})
-    told = f"whole numbers up to {most + 1:.3g}"
-    assert reasons(found) == ({} if kind == "int8" else {"layers.a": told, "layers.b": told})
+    wide = [] if kind == "int8" else ["a/Cast", "b/Mul", "c/Add", "d/Sin"]
+    assert reasons(found) == {f"layers.{each[0]}": f"of whole numbers up to {most + 1:.3g}" for each in wide}
     made = makes(path)
-    wide = made["a/Cast"], made["b/Mul"], made["c/Add"]
-    assert wide == ((KINDS[body],) * 3 if kind == "int8" else (FLOAT, FLOAT, KINDS[body]))
+    assert {name for name in made if made[name] == FLOAT and name != "y/Tanh"} >= set(wide)
+    assert made["d/Sin"] == (KINDS[body] if kind == "int8" else FLOAT)
+
+
+@pytest.mark.parametrize(("seen", "is_wide"), [(3.1e-5, False), (3.0e-5, True), (1e-9, True), (0.0, False)])
+def test_who_touches_a_tensor_of_small_numbers_stays_wide(seen: float, is_wide: bool, tmp_path: Path) -> None:
+    text = "g (float[n,5] x) => (float[n,5] y) { a = Mul (x, s)  b = Mul (a, a)  c = Mul (b, s)  y = Tanh (c) }"
+    source = written(tmp_path / "m.onnx", text, s=sample(5))
+    found, _ = typed(source, largest={"a": 1.0, "b": seen, "c": 1.0})
+    told = f"values of at most {seen:.3g}"
+    assert reasons(found) == ({"layers.b": told, "layers.c": told} if is_wide else {})
+    found, _ = typed(source, BodyType.BF16, largest={"a": 1.0, "b": seen, "c": 1.0})
+    assert not found.wide, "it has the exponents of float32"
 
 
 def test_who_touches_a_tensor_near_the_largest_number_stays_wide(tmp_path: Path) -> None:

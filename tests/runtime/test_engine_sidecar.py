@@ -109,7 +109,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "schema": lambda held: held.update(schema=2),
     "schema of truth": lambda held: held.update(schema=True),
     "no schema": lambda held: held.pop("schema"),
-    "unknown field": lambda held: held.update(signature="x"),
+    "unknown field": lambda held: held.update(author="x"),
     "short sum": lambda held: held.update(sha256="12"),
     "sum in capitals": lambda held: held.update(sha256=held["sha256"].upper()),
     "no sum": lambda held: held.pop("sha256"),
@@ -239,7 +239,7 @@ def test_capabilities(
     if taken:
         assert checked(engine, module=flavour, capability=capability) == sidecar
         return
-    with pytest.raises(BadInput, match="the engine was built for SM") as refusal:
+    with pytest.raises(BadInput, match=r"the engine was built for (SM|RTX GPUs)") as refusal:
         checked(engine, module=flavour, capability=capability)
     assert refusal.value.expected == f"an engine for {capability}"
 
@@ -260,3 +260,25 @@ def test_other_weights_beside_the_same_onnx_file(tmp_path: Path) -> None:
         checked(engine, onnx=tmp_path / "model.onnx")
     with pytest.raises(BadInput, match="cannot be read"):
         checked(engine, onnx=tmp_path / "no.onnx")
+
+
+@pytest.mark.parametrize("change", ["level", "signature", "no signature", "key"])
+def test_a_sidecar_that_was_not_written_here_is_trusted_or_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = written(tmp_path)
+    place = sidecar_path(engine)
+    held = json.loads(place.read_text())
+    if change == "level":
+        held["level"] += 1
+    elif change == "signature":
+        held["signature"] = "0" * 64
+    elif change == "no signature":
+        del held["signature"]
+    else:
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody else"))
+    place.write_text(json.dumps(held))
+    with pytest.raises(BadInput, match="built elsewhere, or by somebody else") as refusal:
+        checked(engine)
+    assert "--trust-engine" in refusal.value.hint
+    assert checked(engine, trust=True) is not None

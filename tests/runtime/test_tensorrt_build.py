@@ -197,12 +197,13 @@ def test_a_timing_cache_is_begun_and_added_to(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("held", [b"broken", b"of 10.13"])
-def test_a_timing_cache_that_does_not_fit_is_replaced(held: bytes, folder: Path) -> None:
+def test_a_file_that_is_no_timing_cache_is_never_replaced(held: bytes, folder: Path) -> None:
     cache = folder / "timing.cache"
     cache.write_bytes(held)
-    said = built(folder, "builds", FULL, replace(AT_HAND, timing_cache=cache)).messages
-    assert said[0] == "the timing cache is of another version or GPU, or broken: an empty one replaces it"
-    assert cache.read_bytes() == b"+timed"
+    with pytest.raises(BadInput, match="another version or GPU, or no timing cache"):
+        built(folder, "builds", FULL, replace(AT_HAND, timing_cache=cache))
+    assert cache.read_bytes() == held
+    assert not (folder / "model.engine").exists()
 
 
 def test_a_timing_cache_of_a_build_that_fails_stays(folder: Path) -> None:
