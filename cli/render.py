@@ -357,6 +357,7 @@ def diagnosis(found: Mapping[str, Any]) -> None:
     table("packages", ("package", "installed", "at least", "only for"), rows)
     if placement := found["placement"]:
         line(f"8-bit placement: {placement['name']} ({placement['reason']})")
+    line("engines: " + ", ".join(f"{name} {value or 'none'}" for name, value in found["engines"].items()))
     for text in found["missing"]:
         line(f"missing: {text}")
     for text in found["optional_missing"]:

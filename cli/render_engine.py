@@ -12,6 +12,18 @@ __all__ = ["closeness", "products", "runs", "target"]
 
 MOST: Final = 5
 
+UNUSED_CACHE: Final = "the timing cache is not used"
+"""How the message begins of a library that times nothing; the rest of what builders say is in the report."""
+
+COMMANDS: Final = {
+    "build": "build with TensorRT 11",
+    "build_before_11": "build with TensorRT 10",
+    "build_rtx": "build with TensorRT-RTX",
+    "time": "time with TensorRT",
+    "compare": "compare with TensorRT",
+}
+"""What the commands of a report are for."""
+
 
 def products(found: Mapping[str, Any]) -> Shown | None:
     """Return a table of the types that products have, with the layers of each."""
@@ -48,17 +60,17 @@ def target(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"engine: none, {failure['what']}"
     else:
         yield "engine: none was asked for"
-    yield f"  build   {found['commands']['build']}"
-    yield f"  or      {found['commands']['build_rtx']}"
-    yield f"  time    {found['commands']['time']}"
-    if compare := found["commands"].get("compare"):
-        yield f"  compare {compare}"
+    for name, label in COMMANDS.items():
+        if command := found["commands"].get(name):
+            yield f"  {label}: {command}"
 
 
 def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
-    runs_on = ", ".join(engine["capabilities"]) or "the builder's default"
+    is_rtx = engine["flavour"] == "tensorrt_rtx"
+    runs_on = ", ".join(engine["capabilities"]) or ("RTX GPUs from Ampere on" if is_rtx else "the GPU it was built on")
     built_by = f"{engine['flavour']} {engine['version']} via {engine['via']}"
     yield f"engine: {engine['bytes']:,} bytes by {built_by} for {runs_on}"
+    yield from (f"  {text}" for text in engine["messages"] if text.startswith(UNUSED_CACHE))
     found = engine["audit"]
     if found is None:
         yield "  the builder listed no kernels: nothing is known of what it fused"

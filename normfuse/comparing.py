@@ -30,7 +30,7 @@ from normfuse.measure import Measured, compare_engines
 from normfuse.progress import Progress
 from normfuse.quant.target import Via
 from normfuse.running_engines import BuiltFile, measure_built_files
-from normfuse.runtime.engine_sidecar import read_sidecar, sidecar_path
+from normfuse.runtime.engine_sidecar import check_engine, read_sidecar, sidecar_path
 from normfuse.runtime.onnx_session import Port, open_onnx
 from normfuse.runtime.tensorrt_backend import Backend, backend_of, installed_backend
 
@@ -91,6 +91,8 @@ def compare_built_engines(
         BadInput: a folder is no artifact, has no engine, or its engine is refused (``check_engine``).
         CheckFailed: an engine does not run.
     """
+    labels = _labels(folders, taken=[])
+    files = [_built_file(folder, label, trust=trust) for folder, label in zip(folders, labels, strict=True)]
     device = device_at_hand()
     if device is None:
         raise MissingDependency(
@@ -98,12 +100,12 @@ def compare_built_engines(
             needed_for="running engines",
             install="run it on a machine with an NVIDIA GPU, with a PyTorch that is built for CUDA",
         )
-    files = [_built_file(folder, label) for folder, label in zip(folders, _labels(folders, taken=[]), strict=True)]
     with progress.task("running the engines"):
         return measure_built_files(files, _backend(files[0].engine), device=device, batch=batch, trust=trust)
 
 
-def _built_file(folder: Path, label: str) -> BuiltFile:
+def _built_file(folder: Path, label: str, *, trust: bool) -> BuiltFile:
+    """Return an artifact's engine, checked as far as that goes without a library and a GPU."""
     artifact = read_intact(folder)
     engine = folder / ENGINE
     if not engine.is_file():
@@ -113,7 +115,10 @@ def _built_file(folder: Path, label: str) -> BuiltFile:
             expected=f"{ENGINE}, as normfuse compile --target trt writes it where TensorRT is installed",
             hint="the ONNX file is measured without --engine",
         )
-    sidecar = read_sidecar(engine) if sidecar_path(engine).exists() else None
+    written = None if trust and not sidecar_path(engine).exists() else read_sidecar(engine)
+    sidecar = written and check_engine(
+        engine, backend_module=written.flavour, backend_version=written.version, onnx=artifact.model, trust=trust
+    )
     return BuiltFile(
         label=label,
         engine=engine,

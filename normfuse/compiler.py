@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from normfuse.bench.accuracy import check_labels
 from normfuse.bench.environment import default_threads
@@ -26,6 +27,8 @@ from normfuse.quantizing import Quantizing
 from normfuse.recipe import Recipe
 from normfuse.target_engine import build_options, with_target_engine
 from normfuse.typed_engine import checked_typed, typed
+
+RANDOM: Final = "what stays in float32 was decided on random inputs: --calib decides it on yours"
 
 __all__ = ["Built", "capture_model", "compile", "load", "save"]
 
@@ -81,7 +84,8 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
     options = None if recipe.target is Target.ONNX else build_options(recipe, original)
     source = stream(seen, original, limit=recipe.samples)
     used = None if samples is None else seen.first(recipe.samples or len(seen))
-    warnings = [*original.notes, *_survey(used, judged if held else None, shown)]
+    told = [RANDOM] if samples is None and recipe.chosen_body is not BodyType.FP32 else []
+    warnings = [*original.notes, *told, *_survey(used, judged if held else None, shown)]
     folder = Workspace()
     with _naming_floats_of_fewer_bits(original, recipe):
         floating = build_float(original, source, folder.model(FLOAT), threads=threads, progress=shown)
@@ -98,7 +102,7 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
         warnings += engine.notes
     elif recipe.chosen_body is not BodyType.FP32:
         with shown.task("writing the typed engine"):
-            engine = typed(replace(floating, checks=()), source, recipe.chosen_body, threads=threads)
+            engine = typed(replace(floating, checks=(), passes=()), source, recipe.chosen_body, threads=threads)
             engines[recipe.label] = checked_typed(engine, source, threads=threads)
     comparison = compare_engines(
         replace(
@@ -120,12 +124,11 @@ def compile(  # noqa: PLR0913 - the facade: what a compile needs, by name
 
 @contextmanager
 def _naming_floats_of_fewer_bits(original: Graph, recipe: Recipe) -> Iterator[None]:
-    """Say of a model for integers that its floats have fewer bits where these are what fails float32's check."""
+    """Say of a model that its floats have fewer bits where these are what fails float32's check."""
     try:
         yield
     except CheckFailed:
-        if recipe.integer_only:
-            refuse_other_floats(original)
+        refuse_other_floats(original, "integers" if recipe.integer_only else "float32")
         raise
 
 

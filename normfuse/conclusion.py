@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from normfuse.accuracy_control import Control
 from normfuse.bench.comparison import Comparison
 from normfuse.bench.environment import describe_environment
@@ -19,6 +22,7 @@ from normfuse.loading import LoadedModel
 from normfuse.precision.put_back import quantized_blocks
 from normfuse.quant.bits import MOST
 from normfuse.quant.budget import Limit, Resource
+from normfuse.quant.target import BodyType
 from normfuse.recipe import Recipe
 from normfuse.report import Reason
 
@@ -143,6 +147,15 @@ def _port(spec: Any) -> dict[str, Any]:
     return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
 
 
+def _stored(constant: Tensor, body: BodyType) -> tuple[str, int]:
+    """Return the type and the bits that a constant's numbers have in the file."""
+    if is_packed(constant):
+        return "int4", 4
+    if constant.dtype is torch.float32 and body is not BodyType.FP32:
+        return {BodyType.FP16: "float16", BodyType.BF16: "bfloat16"}[body], 16
+    return str(constant.dtype).removeprefix("torch."), 8 * constant.element_size()
+
+
 def _quantization(engine: Engine | None) -> dict[str, Any]:
     if engine is None or engine.ranges is None:
         return {}
@@ -152,9 +165,9 @@ def _quantization(engine: Engine | None) -> dict[str, Any]:
     elements: Counter[str] = Counter()
     bits = 0
     for tensor in read.values():
-        kind = "int4" if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
+        kind, size = _stored(tensor, BodyType.FP32 if engine.body is None else engine.body.body)
         elements[kind] += tensor.numel()
-        bits += tensor.numel() * (4 if kind == "int4" else 8 * tensor.element_size())
+        bits += tensor.numel() * size
     effective = round(bits / max(elements.total(), 1), 3)
     blocks = [block.as_dict() for block in engine.blocks]
     sizes = {"kinds": dict(engine.kinds), "constants_by_type": dict(elements), "effective_bits": effective}

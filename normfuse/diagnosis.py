@@ -27,6 +27,9 @@ USES: Final = {
     "zoo": "the zoo's data and training",
     "bench": "benchmarks on DeiT shapes",
 }
+BUILDERS: Final = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
+"""As their packages are called."""
+
 RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 WIDTH: Final = 16
 
@@ -71,10 +74,19 @@ def diagnose(progress: Progress | None = None) -> dict[str, Any]:
         "environment": environment.as_dict(),
         "placement": None if missing else _placement(environment.instruction_set),
         "packages": [asdict(package) for package in packages],
+        "engines": _engines(),
         "missing": missing,
         "optional_missing": [str(package) for package in packages if package.extra and not package.is_enough],
         "trial": trial,
     }
+
+
+def _engines() -> dict[str, str | None]:
+    """Return the versions of what builds engines, and the GPU that PyTorch finds; None is what is not there."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**{name: _found(name) for name in BUILDERS}, "GPU": gpu}
 
 
 def _packages() -> Iterator[Package]:

@@ -143,9 +143,9 @@ def _joins(layer: EngineLayer, kinds: Mapping[str, str]) -> bool:
 
 
 def _is_multiplied(node: ir.Node) -> bool:
-    """Return whether a product reads what a node makes, as it is, in other types or moved."""
+    """Return whether a product reads what a node makes, as it is, in other types, moved or masked."""
     readers = [reader for value in node.outputs for reader in value.consumers()]
-    passing = MOVES | {"QuantizeLinear", "DequantizeLinear"}
+    passing = MOVES | {"QuantizeLinear", "DequantizeLinear", "Where"}
     return any(each.op_type == "MatMul" or (each.op_type in passing and _is_multiplied(each)) for each in readers)
 
 

@@ -102,6 +102,13 @@ def lint_engine(path: Path, target: str) -> dict[str, Any]:
     """
     if target not in LINTED:
         raise UsageError(f"there are no rules of {target!r}", where="--lint", expected=", ".join(LINTED))
+    if not path.exists():
+        raise BadInput(
+            "there is no such file",
+            where=str(path),
+            expected="an artifact or an ONNX file",
+            hint="check the path; of a model, compile it first",
+        )
     if path.is_dir():
         read_artifact(path)
     found = lint(path / MODEL if path.is_dir() else path, LINTED[target])

@@ -47,6 +47,8 @@ LAYERS: Final = "engine_layers.json"
 VERSION: Final = "11.4.0.106"
 """The version of TensorRT that commands are written for where none is installed."""
 
+BEFORE_11: Final = "10.13"
+
 TOLERANCE: Final = 1e-2
 VALUES: Final = (-2.0, 2.0)
 """With which polygraphy compares the engine with onnxruntime: random inputs within."""
@@ -99,8 +101,7 @@ def with_target_engine(built: Built, options: BuildOptions, progress: Progress) 
         try:
             with progress.task("building the engine"):
                 made = _build(built, built.folder.model(ENGINE).with_name(ENGINE), options)
-            with progress.task("running the engine"):
-                facts |= {**made.facts, "run": _run(built, made, options)}
+            facts |= {**made.facts, "run": _run(built, made, options, progress)}
             files |= made.files
         except NormfuseError as error:  # an engine that does not run, or computes something else, does not ship either
             failure = error
@@ -163,7 +164,7 @@ def _build(built: Built, engine: Path, options: BuildOptions) -> Made:
     return Made(files={ENGINE: engine, sidecar.name: sidecar, LAYERS: listed}, facts=facts)
 
 
-def _run(built: Built, made: Made, options: BuildOptions) -> dict[str, Any]:
+def _run(built: Built, made: Made, options: BuildOptions, progress: Progress) -> dict[str, Any]:
     """Return what running the engine on the GPU at hand showed, or why it was not run.
 
     Raises:
@@ -180,7 +181,8 @@ def _run(built: Built, made: Made, options: BuildOptions) -> dict[str, Any]:
         via=built.recipe.via,
         shapes=options.shapes,
     )
-    found = measure_built_files([file], backend_of(made.facts["engine"]["flavour"]), device=device)
+    with progress.task("running the engine"):
+        found = measure_built_files([file], backend_of(made.facts["engine"]["flavour"]), device=device)
     if (differing := differing_outputs(found)) is not None:
         raise differing
     return found
@@ -215,6 +217,8 @@ def _commands(options: BuildOptions, version: str, *, is_compared: bool) -> dict
     }
     return {
         "build": trtexec_build(model, engine, options, version=version),
+        # Of a TensorRT that is not here nobody knows the version.
+        "build_before_11": trtexec_build(model, engine, options, version=BEFORE_11),
         "build_rtx": polygraphy_rtx_build(model, engine, options),
         "time": trtexec_timing(engine, usual),
         **(compare if is_compared else {}),

@@ -78,8 +78,8 @@ def refuse_whole_attention(graph: Graph) -> None:
             )
 
 
-def refuse_other_floats(graph: Graph) -> None:
-    """Refuse a graph with floats of another type than float32, from which codes are made.
+def refuse_other_floats(graph: Graph, wanted: str = "integers") -> None:
+    """Refuse a graph with floats of another type than float32, which cannot be written as what is wanted.
 
     Raises:
         UnsupportedModel: there is one; the message names the input or the layer.
@@ -89,7 +89,7 @@ def refuse_other_floats(graph: Graph) -> None:
             raise UnsupportedModel(
                 f"the model computes in {query.dtype(node)}",
                 where=query.layer_of(node) or node.name,
-                expected="torch.float32: nothing of it is left in integers",
+                expected=f"torch.float32, of which {wanted} are made",
                 hint="capture model.float() with inputs of torch.float32",
             )
 

@@ -13,7 +13,10 @@ __all__ = ["FLOAT", "LEAST", "MOST", "MOST_GROUPED", "Bits"]
 FLOAT: Final = 32
 """Bits of what stays float; 16 means the same for activations, as in ``w4a16``."""
 
-EXPECTED: Final = "8 (W8A8), 4 (4-bit weights), w4a4, w6a6, w4a16 ... (2 to 8 bits, a16: float), or 32 (folded float)"
+EXPECTED: Final = (
+    "8 (W8A8), 4 (4-bit weights), w4a4, w6a6, w4a16 ... (2 to 8 bits, a16: float), mixed, 32 (folded float), "
+    "or of --target trt fp8, fp16, bf16"
+)
 LEAST, MOST = 2, 8
 
 MOST_GROUPED: Final = 4

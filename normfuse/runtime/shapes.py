@@ -13,6 +13,9 @@ __all__ = ["Shapes", "check_shapes", "default_shapes", "parse_shapes"]
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """The smallest, the usual and the largest shape of an input."""
 
+Sizes = tuple[int, int, int]
+"""The smallest, the usual and the largest size of an axis."""
+
 EXAMPLE: Final = "image=1x3x224x224,8x3x224x224,32x3x224x224"
 FORM: Final = f"NAME=SMALLEST,USUAL,LARGEST, or NAME=SHAPE; several inputs apart by ;, as in {EXAMPLE}"
 SHAPE: Final = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*)*")
@@ -76,11 +79,14 @@ def check_shapes(name: str, shapes: Shapes) -> None:
 
 
 def default_shapes(inputs: Iterable[Input], batch: int, given: Mapping[str, Shapes] | None = None) -> dict[str, Shapes]:
-    """Return the shapes of every input with a free axis: those given, else (1, batch, max(batch, 8)) on its first axis.
+    """Return the shapes of every input with a free axis: those given, else what is known of its axes.
+
+    Axes of one name have one size, and the first axis of an input is the batch: that of the shapes given for another
+    input, else (1, batch, max(batch, 8)).
 
     Raises:
-        UsageError: the batch is less than 1; a given name is no input, or its shapes do not fit it; or an axis other
-            than the first is free and its input has no shapes.
+        UsageError: the batch is less than 1; a given name is no input, or its shapes do not fit it; two inputs give an
+            axis of one name other sizes; or an axis other than the first is free and nothing says its size.
     """
     if batch < 1:
         raise UsageError(f"the batch is {batch}", expected="1 or more")
@@ -92,8 +98,33 @@ def default_shapes(inputs: Iterable[Input], batch: int, given: Mapping[str, Shap
     for name, shapes in given.items():
         check_shapes(name, shapes)
         _refuse_misfit(known[name], shapes)
+    named = _named_sizes(given, known)
+    batches = [_sizes(shapes, 0) for name, shapes in given.items() if not isinstance(known[name].shape[0], int)]
+    first = batches[0] if batches else (1, batch, max(batch, USUAL_LARGEST_BATCH))
     free = [each for each in known.values() if not all(isinstance(size, int) for size in each.shape)]
-    return {each.name: given.get(each.name) or _of_batch(each, batch) for each in free}
+    return {each.name: given.get(each.name) or _of_axes(each, first, named) for each in free}
+
+
+def _sizes(shapes: Shapes, axis: int) -> Sizes:
+    least, usual, most = shapes
+    return least[axis], usual[axis], most[axis]
+
+
+def _named_sizes(given: Mapping[str, Shapes], known: Mapping[str, Input]) -> dict[str, Sizes]:
+    """Return the sizes of axes by their names, which inputs share."""
+    found = dict[str, tuple[str, Sizes]]()
+    for name, shapes in given.items():
+        for axis, size in enumerate(known[name].shape):
+            if not isinstance(size, str) or not size:
+                continue
+            other, sizes = found.setdefault(size, (name, _sizes(shapes, axis)))
+            if sizes != _sizes(shapes, axis):
+                raise UsageError(
+                    f"the axis {size} has other sizes in {name} than in {other}",
+                    where=f"--shapes {name}={_text(shapes)}",
+                    expected=f"{', '.join(map(str, sizes))} (smallest, usual, largest)",
+                )
+    return {axis: sizes for axis, (_, sizes) in found.items()}
 
 
 def _three(shapes: list[tuple[int, ...]], name: str, text: str) -> Shapes:
@@ -124,18 +155,24 @@ def _refuse_misfit(port: Input, shapes: Shapes) -> None:
         )
 
 
-def _of_batch(port: Input, batch: int) -> Shapes:
-    _, *rest = port.shape
-    sizes = [size for size in rest if isinstance(size, int)]
-    if len(sizes) != len(rest):
-        axis = 1 + next(index for index, size in enumerate(rest) if not isinstance(size, int))
-        raise UsageError(
-            f"axis {axis} of the input {port.name} has any size",
-            where=_open_text(port),
-            expected="the smallest, the usual and the largest shape of it",
-            hint=f"--shapes {port.name}=...,...,... (as in {EXAMPLE})",
-        )
-    return (1, *sizes), (batch, *sizes), (max(batch, USUAL_LARGEST_BATCH), *sizes)
+def _of_axes(port: Input, first: Sizes, named: Mapping[str, Sizes]) -> Shapes:
+    sizes = list[Sizes]()
+    for axis, size in enumerate(port.shape):
+        if isinstance(size, int):
+            sizes.append((size, size, size))
+        elif size is not None and size in named:
+            sizes.append(named[size])
+        elif axis == 0:
+            sizes.append(first)
+        else:
+            raise UsageError(
+                f"axis {axis} of the input {port.name} has any size",
+                where=_open_text(port),
+                expected="the smallest, the usual and the largest shape of it",
+                hint=f"--shapes {port.name}=...,...,... (as in {EXAMPLE})",
+            )
+    least, usual, most = zip(*sizes, strict=True)
+    return least, usual, most
 
 
 def _text(shapes: Shapes) -> str:

@@ -175,7 +175,7 @@ def _asked(child: str, request: Mapping[str, Any], seconds: float) -> dict[str, 
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
         raise CheckFailed(
-            f"the builder took more than {seconds:.0f} s",
+            f"the builder took more than {seconds:g} s",
             where=request["module"],
             expected="an engine within the time limit",
             hint="a longer limit, or a lower optimization level",

@@ -14,7 +14,7 @@ __all__ = ["difference_in_triton"]
 
 REFUSED: Final = 0.05
 """Of the largest output: a few codes of eight bits that round otherwise move outputs by less."""
-HINT: Final = "serve an engine of full TensorRT (--engine), or compile with --target onnx"
+HINT: Final = "compile where full TensorRT is installed and serve that engine, or compile with --target onnx"
 
 
 def difference_in_triton(artifact: Artifact) -> float | None:

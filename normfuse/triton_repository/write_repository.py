@@ -157,12 +157,9 @@ def _entries(artifact: Artifact, backend: Backend) -> tuple[dict[str, str], list
         "its answers may differ" if difference is None else f"on random inputs its answers differ by {difference:.2g}"
     )
     taken = {name: value for name, value in entries.items() if name in backend.session_entries}
-    return taken, [
-        f"Triton's onnxruntime backend has no way to set {name} = {value}, with which this engine was checked: "
-        f"{measured}, and it may be slower"
-        for name, value in entries.items()
-        if name not in taken
-    ]
+    left = ", ".join(f"{name} = {value}" for name, value in entries.items() if name not in taken)
+    told = f"Triton's onnxruntime backend has no way to set {left}, with which this engine was checked: {measured}"
+    return taken, [f"{told}, and it may be slower"] if left else []
 
 
 def _largest_batch(ports: Sequence[Port], asked: int | None, built_for: range | None) -> int:

@@ -184,11 +184,11 @@ def test_an_engine_of_somebody_else_is_run_where_it_is_trusted(
     assert (refused.code, "the engine was built elsewhere" in refused.err) == (4, True)
     assert run("benchmark", out, "--engine", "--trust-engine", "-q").code == 0
 
-
-def test_without_a_gpu_nothing_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.comparing.device_at_hand", lambda: None)
-    done = run("benchmark", tmp_path, "--engine", "-q")
-    assert (done.code, "a GPU that PyTorch can use" in done.err) == (5, True)
+    refused = run("benchmark", out, "--engine", "-q")
+    assert (refused.code, "the engine was built elsewhere" in refused.err) == (4, True), "which needs no GPU to be told"
+    without = run("benchmark", out, "--engine", "--trust-engine", "-q")
+    assert (without.code, "a GPU that PyTorch can use" in without.err) == (5, True)
 
 
 def test_what_says_nothing_of_engines_is_refused(run: Run, tmp_path: Path) -> None:

@@ -95,10 +95,10 @@ def test_everything_that_is_known_is_said() -> None:
         "  attention: 3 of 4 are one kernel",
         "  quantizers with a kernel of their own: up/QuantizeLinear",
         "  up: int8 was asked for, its kernel reads Half, Half",
-        "  build   trtexec --onnx=model.onnx",
-        "  or      polygraphy convert",
-        "  time    trtexec --loadEngine=model.engine",
-        "  compare polygraphy run",
+        "  build with TensorRT 11: trtexec --onnx=model.onnx",
+        "  build with TensorRT-RTX: polygraphy convert",
+        "  time with TensorRT: trtexec --loadEngine=model.engine",
+        "  compare with TensorRT: polygraphy run",
     ]
 
 
@@ -121,12 +121,12 @@ def test_without_an_engine_the_reason_is_said() -> None:
     failure = {"what": "tensorrt is not installed", "at": "building engines", "try": "pip install it"}
     lines = told(engine=None, failure=failure)
     assert "engine: none, tensorrt is not installed" in lines
-    assert lines[-4] == "  build   trtexec --onnx=model.onnx", "the commands build it elsewhere"
+    assert lines[-4] == "  build with TensorRT 11: trtexec --onnx=model.onnx", "the commands build it elsewhere"
 
 
 def test_a_builder_that_lists_no_kernels() -> None:
     lines = told(engine={**ENGINE, "audit": None, "capabilities": []})
-    assert "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 via onnx for the builder's default" in lines
+    assert "engine: 4,040,108 bytes by tensorrt_rtx 1.7.1.116 via onnx for RTX GPUs from Ampere on" in lines
     assert "  the builder listed no kernels: nothing is known of what it fused" in lines
 
 

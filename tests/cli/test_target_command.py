@@ -52,7 +52,12 @@ def test_without_any_tensorrt_the_file_is_written_and_linted(
     assert done.code == 5
     assert done.err.startswith("error: tensorrt is not installed")
     assert "pip install 'normfuse[tensorrt]'" in done.err
-    for text in ("lint: no findings", "engine: none, tensorrt is not installed", "  build   trtexec", "verdict: kept"):
+    for text in (
+        "lint: no findings",
+        "engine: none, tensorrt is not installed",
+        "  build with TensorRT 11: trtexec",
+        "verdict: kept",
+    ):
         assert text in done.out, text
     assert "│ int8" in done.out
     is_kept(run, out)

@@ -49,7 +49,7 @@ def test_an_engine_of_the_folded_model(run: Run, files: Path, tmp_path: Path, mo
     for text in (
         f"bytes by tensorrt {VERSION} via torch-tensorrt for SM90",
         "the builder listed no kernels",
-        "  build   trtexec --onnx=model.onnx --saveEngine=model.engine --minShapes=input:1x6",
+        "  build with TensorRT 11: trtexec --onnx=model.onnx --saveEngine=model.engine --minShapes=input:1x6",
     ):
         assert text in done.out, text
     assert run("report", out).out == done.out

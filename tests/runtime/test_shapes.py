@@ -103,3 +103,18 @@ def test_given_shapes_that_do_not_fit(given: dict[str, Shapes], what: str) -> No
 def test_a_batch_of_none() -> None:
     with pytest.raises(UsageError, match="the batch is 0"):
         default_shapes([IMAGE], 0)
+
+
+def test_inputs_share_their_batch_and_axes_of_one_name() -> None:
+    mask, ids = Port("mask", ("size_1", "length")), Port("ids", ("batch", "length"))
+    found = default_shapes([mask, ids, IMAGE], 2, {"ids": ((1, 5), (4, 9), (16, 20))})
+    assert found["mask"] == ((1, 5), (4, 9), (16, 20)), "of another name, but its batch all the same"
+    assert found["image"] == ((1, 3, 8, 7), (4, 3, 8, 7), (16, 3, 8, 7))
+
+
+def test_an_axis_that_two_inputs_give_other_sizes() -> None:
+    left, right = Port("left", ("batch", 3)), Port("right", ("batch", 5))
+    given: dict[str, Shapes] = {"left": ((1, 3), (2, 3), (4, 3)), "right": ((1, 5), (2, 5), (8, 5))}
+    with pytest.raises(UsageError, match="the axis batch has other sizes in right than in left") as refusal:
+        default_shapes([left, right], 4, given)
+    assert refusal.value.expected == "1, 2, 4 (smallest, usual, largest)"
