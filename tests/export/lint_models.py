@@ -56,7 +56,8 @@ class Draft:
             steps = np.full((rows // block, columns), 0.01)
             attributes.setdefault("axis", 0)
         else:
-            steps, attributes = np.full(columns, 0.01), {"axis": 1, **attributes}
+            attributes = {"axis": 1, **attributes}
+            steps = np.full((rows, columns)[attributes["axis"]], 0.01)
         return self.call("DequantizeLinear", self.constant(made, kind), self.constant(np.float32(steps)), **attributes)
 
 
@@ -214,6 +215,7 @@ PAIRS: Final[dict[str, tuple[Callable[[], Draft], Callable[[], Draft]]]] = {
     "unsigned-codes": (eight_bits, lambda: eight_bits(kind=T.UINT8)),
     "codes-by-hand": (eight_bits, by_hand),
     "scale-per-channel": (eight_bits, lambda: eight_bits(scale=np.full(INPUTS, 0.05), axis=1)),
+    "scale-along-inputs": (weights, lambda: weights(axis=0)),
     "computed-scale": (eight_bits, computed_scale),
     "int8-blocks": (weights, lambda: weights(block_size=128)),
     "one-sided": (weights, lambda: weights(reads_codes=False)),

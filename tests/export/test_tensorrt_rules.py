@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from lint_models import PAIRS, Draft, model
+from onnx import TensorProto as T
 
 from normfuse.errors import BadInput, CheckFailed, UnsupportedModel
 from normfuse.export.lint import TENSORRT_RULES, Level, lint
@@ -85,3 +87,32 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model at all")
     with pytest.raises(BadInput, match="cannot be read as ONNX"):
         lint(tmp_path / "model.onnx", TENSORRT_RULES)
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm", "Gemm of turned"])
+def test_the_axis_of_scales_of_weights(operator: str, axis: int, is_turned: bool, tmp_path: Path) -> None:
+    """Weights are [inputs, outputs] where a product reads them as they are; a Transpose or Gemm's own turn them."""
+    draft = Draft(inputs=(4, 64))
+    turns = is_turned != (operator == "Gemm of turned")
+    shape = (48, 64) if turns else (64, 48)
+    codes = draft.constant(np.ones(shape), T.INT8)
+    weight = draft.call("DequantizeLinear", codes, draft.constant(np.full(shape[axis], 0.01)), axis=axis)
+    weight = draft.call("Transpose", weight, perm=[1, 0]) if is_turned else weight
+    options = {"transB": 1} if operator == "Gemm of turned" else {}
+    draft.call(operator.split(maxsplit=1)[0], draft.codes("x"), weight, **options)
+    found = {each.rule.name for each in lint(written(draft, tmp_path), TENSORRT_RULES)}
+    inputs = 1 if turns else 0
+    assert ("scale-along-inputs" in found) == (axis % 2 == inputs)
+
+
+@pytest.mark.parametrize(("operator", "shape"), [("Conv", (8, 4, 3, 3)), ("ConvTranspose", (4, 8, 3, 3))])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axis_of_scales_of_filters(operator: str, shape: tuple[int, ...], axis: int, tmp_path: Path) -> None:
+    draft = Draft(inputs=(2, 4, 9, 9))
+    codes = draft.constant(np.ones(shape), T.INT8)
+    weight = draft.call("DequantizeLinear", codes, draft.constant(np.full(shape[axis], 0.01)), axis=axis)
+    draft.call(operator, draft.codes("x"), weight)
+    found = {each.rule.name for each in lint(written(draft, tmp_path), TENSORRT_RULES)}
+    assert ("scale-along-inputs" in found) == (shape[axis] == 4)

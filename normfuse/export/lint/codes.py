@@ -93,6 +93,36 @@ def _one_sided(model: ir.Model) -> Iterator[Site]:
             yield Site(node)
 
 
+def _scales_along_inputs(model: ir.Model) -> Iterator[Site]:
+    for node in nodes(model, *WEIGHTED):
+        value = input_of(node, 1)
+        made = None if value is None else value.producer()
+        is_turned = made is not None and made.op_type == "Transpose"
+        if made is not None and is_turned and made.inputs[0] is not None:
+            made = made.inputs[0].producer()
+        if made is None or made.op_type != "DequantizeLinear" or not is_of_weights(made) or block_size(made):
+            continue
+        if scales(made) > 1 and _axis(made) == _summed_axis(node, is_turned):
+            yield Site(node, f"{scales(made)} scales")
+
+
+def _axis(node: ir.Node) -> int | None:
+    """Return the axis that a quantizer's scales run along, from the last; None where the rank is not known."""
+    given, shape = node.attributes.get("axis"), node.outputs[0].shape
+    axis = 1 if given is None else given.as_int()
+    return axis if axis < 0 else None if shape is None else axis - len(shape)
+
+
+def _summed_axis(node: ir.Node, is_turned: bool) -> int | None:
+    """Return the axis of a product's weights, as they are dequantized, that it sums over, from the last."""
+    if node.op_type in ("Conv", "ConvTranspose"):
+        value = input_of(node, 1)
+        rank = None if value is None or value.shape is None else len(value.shape)
+        return None if rank is None or is_turned else (1 if node.op_type == "Conv" else 0) - rank
+    given = node.attributes.get("transB")
+    return -1 if is_turned != (given is not None and bool(given.as_int())) else -2
+
+
 CODE_RULES: Final = (
     LintRule(
         name="zero-point",
@@ -135,6 +165,13 @@ CODE_RULES: Final = (
         says="codes of activations have several scales, so what reads them computes floats",
         mend="use one scale per tensor of activations",
         find=_scales_per_channel,
+    ),
+    LintRule(
+        name="scale-along-inputs",
+        level=Level.WARNING,
+        says="8-bit weights have a scale per input, which no product of codes can use, so it computes floats",
+        mend="use one scale per output channel",
+        find=_scales_along_inputs,
     ),
     LintRule(
         name="computed-scale",
