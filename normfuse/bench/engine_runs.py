@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ from numpy.typing import NDArray
 from normfuse.bench.gpu_timing import GpuSchedule
 from normfuse.bench.worker_process import worker_environment
 from normfuse.errors import BadInput, CheckFailed, InternalError, NormfuseError, UnsupportedModel
-from normfuse.runtime.build_failures import ended_process
+from normfuse.runtime.ask_process import ask_process
 from normfuse.runtime.tensorrt_backend import Backend
 
 __all__ = ["EngineJob", "EngineRun", "EngineRuns", "run_engines"]
@@ -89,7 +86,7 @@ def run_engines(
     """
     planned = schedule or GpuSchedule()
     with TemporaryDirectory(prefix="normfuse-run-") as folder:
-        answer = _asked(_request(jobs, backend, planned, Path(folder), trust=trust, device=device), Path(folder))
+        answer = _asked(_request(jobs, backend, planned, Path(folder), trust=trust, device=device))
         runs = tuple(_run(each) for each in answer["engines"])
     return EngineRuns(runs=runs, device=answer["device"], states=tuple(answer["states"]))
 
@@ -129,32 +126,16 @@ def _written(feeds: Mapping[str, Array], place: Path) -> dict[str, str]:
     return files
 
 
-def _asked(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the answer of a worker."""
-    asked = folder / "request.json"
-    asked.write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "normfuse.bench.engine_worker", str(asked)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LIMIT_SECONDS,
-            check=False,
-            env=worker_environment(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CheckFailed(
-            f"the engines took more than {LIMIT_SECONDS:.0f} s",
-            where=request["module"],
-            expected="engines that are loaded, run and timed within it",
-            hint="fewer engines at once, or a GPU that nobody else uses",
-        ) from error
-    answer = Path(request["answer"])
-    if not answer.exists():
-        raise ended_process(request["module"], done.returncode, done.stderr, of="engine")
-    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the answer of a worker; an error that it met is raised here."""
+    found = ask_process(
+        ["-P", "-m", "normfuse.bench.engine_worker"],
+        request,
+        of="engine",
+        seconds=LIMIT_SECONDS,
+        hint="fewer engines at once, or a GPU that nobody else uses",
+        environment=worker_environment(),
+    )
     if (told := found.get("error")) is not None:
         kind = ERRORS.get(told.pop("kind"))
         raise kind(**told) if kind else InternalError(told["what"], where=told["where"])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from normfuse.atomic import write_file, write_files, writing
-from normfuse.errors import BadInput, CheckFailed, MissingDependency, UsageError
+from normfuse.errors import BadInput, MissingDependency, UsageError
 from normfuse.manifest import sha256_of
 from normfuse.quant.target import Via
 from normfuse.runtime import tensorrt_child, torch_tensorrt_child
-from normfuse.runtime.build_failures import ended_process, refuse_failure
+from normfuse.runtime.ask_process import ask_process
+from normfuse.runtime.build_failures import refuse_failure
 from normfuse.runtime.engine_sidecar import Sidecar, onnx_sums, sidecar_path, sidecar_text
 from normfuse.runtime.shapes import Shapes, check_shapes
 from normfuse.runtime.tensorrt_backend import TENSORRT, TENSORRT_RTX, TORCH_TENSORRT, Backend, installed_backend
@@ -121,7 +119,13 @@ def build_engine(
         with writing(timings):
             timings.write_bytes(held := _held_timings(options.timing_cache))
         request = _request(program or model, made, timings, backend, options)
-        answer = _asked(CHILDREN[backend.via], request, options.seconds)
+        answer = ask_process(
+            [CHILDREN[backend.via]],
+            request,
+            of="builder",
+            seconds=options.seconds,
+            hint="a longer limit (--builder-seconds), or a lower optimization level (--builder-level)",
+        )
         refuse_failure(answer, backend.flavour)
         sidecar = _sidecar(made, sums, backend, options, answer)
         files = {engine: made.read_bytes(), sidecar_path(engine): sidecar_text(sidecar).encode()}
@@ -163,27 +167,6 @@ def _request(model: Path, engine: Path, timings: Path, backend: Backend, options
         "timing_cache": None if options.timing_cache is None else str(timings),
         "version_compatible": options.version_compatible,
     }
-
-
-def _asked(child: str, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Return the answer of a child."""
-    answer = Path(request["answer"])
-    asked = answer.with_name("request.json")
-    asked.write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, child, str(asked)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise CheckFailed(
-            f"the builder took more than {seconds:g} s",
-            where=request["module"],
-            expected="an engine within the time limit",
-            hint="a longer limit, or a lower optimization level",
-        ) from error
-    if not answer.exists():
-        raise ended_process(request["module"], done.returncode, done.stderr)
-    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return found
 
 
 def _sidecar(
