@@ -224,12 +224,13 @@ def _check_builder(recipe: Recipe) -> None:
 
 
 def _check_torch_tensorrt(recipe: Recipe) -> None:
-    """Refuse what torch-tensorrt takes from no program: codes (without NVIDIA's modelopt), other floats, a GPU."""
+    """Refuse what torch-tensorrt takes from no program (codes without NVIDIA's modelopt, other floats), and files."""
     is_plain = not recipe.is_mixed and recipe.precision.is_float and recipe.chosen_body is BodyType.FP32
     reason = "32 bits: it knows no codes without NVIDIA's modelopt, and narrows no floats of a whole program"
     for holds, beside, expected in (
         (is_plain, recipe.label, reason),
         (not recipe.capability, f"capability {recipe.capability}", "the GPU at hand: TensorRT takes no capability"),
+        (not recipe.timing_cache, "a timing cache", "none: it replaces a file that is none"),
     ):
         if not holds:
             raise UsageError(

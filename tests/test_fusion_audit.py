@@ -147,18 +147,25 @@ def test_norms_that_share_a_kernel(model: Path, layer: EngineLayer, joined: int)
         ([("softmax", "scores", "scores"), ("mixed",)], 0),
     ],
 )
-def test_attention_that_is_one_kernel(tmp_path: Path, sources: list[tuple[str, ...]], joined: int) -> None:
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_that_is_one_kernel(
+    tmp_path: Path, sources: list[tuple[str, ...]], joined: int, is_masked: bool
+) -> None:
+    """Whatever is put in the place of rows that are masked as a whole, it is attention."""
+    masking = [onnx.helper.make_node("Where", ["m", "z", "p"], ["read"], name="where")]
     attention = onnx.helper.make_graph(
         [
             onnx.helper.make_node("MatMul", ["q", "k"], ["s"], name="scores"),
             onnx.helper.make_node("Softmax", ["s"], ["p"], name="softmax"),
-            onnx.helper.make_node("MatMul", ["p", "v"], ["y"], name="mixed"),
+            *(masking if is_masked else []),
+            onnx.helper.make_node("MatMul", ["read" if is_masked else "p", "v"], ["y"], name="mixed"),
         ],
         "attention",
         [
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-            for name, shape in {"q": [3, 5], "k": [5, 7], "v": [7, 2]}.items()
-        ],
+            for name, shape in {"q": [3, 5], "k": [5, 7], "v": [7, 2], "z": []}.items()
+        ]
+        + [onnx.helper.make_tensor_value_info("m", onnx.TensorProto.BOOL, [3, 1])],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 2])],
     )
     opset = [onnx.helper.make_opsetid("", 21)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from normfuse import typed_engine
 from normfuse.artifact import verify_artifact
 from normfuse.built import Built
 from normfuse.checks import Check
-from normfuse.errors import BadInput, MissingDependency, UsageError
+from normfuse.errors import BadInput, MissingDependency, UnsupportedModel, UsageError
 from normfuse.inspection import lint_engine, read_report
 from normfuse.recipe import Recipe
 from normfuse.runtime.engine_sidecar import check_engine
@@ -114,6 +115,62 @@ def test_every_kind_of_bits(bits: str, expected: dict[str, str], checks: tuple[s
     for check in checks:
         assert any(name.startswith(check) for name in names), (check, names)
     assert len(names) == 2 + len(checks), "both of the float engine, too"
+
+
+@pytest.mark.slow
+def test_constants_are_counted_as_the_file_has_them() -> None:
+    counted = deepcopy(quickly("8").report["quantization"])
+    codes, floats = counted["constants_by_type"].pop("int8"), counted["constants_by_type"].pop("float16")
+    assert codes >= 2 * 64 * 128 + 64 * 7, "weights, and zero points"
+    assert floats >= 2 * 64 + 128 + 64 + 7, "the norm and the biases, and scales"
+    assert counted["constants_by_type"] == {}
+    assert counted["effective_bits"] == pytest.approx((8 * codes + 16 * floats) / (codes + floats), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_body_of_floats_has_the_folds_of_the_float_model_once() -> None:
+    names = [(each["name"], str(each)) for each in quickly("fp16").report["passes"]]
+    assert len(set(names)) == len(names)
+    assert len(names) == len(quickly("32").report["passes"])
+
+
+@pytest.mark.slow
+def test_what_was_decided_on_random_inputs_is_told() -> None:
+    recipe = Recipe().with_options(**QUICKLY, build=False, bits="fp16")
+    warnings = normfuse.compile(network(), [tokens(2)], recipe=recipe).report["warnings"]
+    assert [text for text in warnings if "--calib" in text]
+    assert not [text for text in quickly("fp16").report["warnings"] if "--calib" in text]
+
+
+class Bits(nn.Module):
+    """Has an operator that TensorRT does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * (x.sum(-1, keepdim=True).long() & 3)
+
+
+@pytest.mark.slow
+def test_a_file_with_errors_that_no_builder_sees_is_a_failure() -> None:
+    recipe = Recipe().with_options(**QUICKLY, build=False, bits="fp16")
+    built = normfuse.compile(randomized(Bits()), calibration=torch.randn(8, 64, generator=seeded(1)), recipe=recipe)
+    assert isinstance(built.failure, UnsupportedModel)
+    assert "TensorRT does not know the operator" in built.failure.what
+    assert built.report["tensorrt"]["failure"]["try"] == built.failure.hint
+    assert [each["rule"] for each in built.report["tensorrt"]["lint"]] == ["unknown-operator"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["trt", "onnx"])
+def test_floats_of_fewer_bits_are_named(target: str) -> None:
+    model = randomized(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))).half()
+    recipe = Recipe().with_options(**{**QUICKLY, "target": target}, bits="32", build=None)
+    with pytest.raises(UnsupportedModel, match=r"computes in torch\.float16") as refusal:
+        normfuse.compile(model, [torch.randn(2, 64, generator=seeded(1)).half()], recipe=recipe)
+    assert "model.float()" in refusal.value.hint
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from normfuse import compiler, diagnosis
@@ -44,6 +45,16 @@ def test_enough_is_enough(installed: dict[str, str]) -> None:
         ("pillow", "10", "images"),
         ("matplotlib", "3.8", "zoo"),
     ]
+
+
+def test_what_builds_and_runs_engines_is_told(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed["tensorrt-rtx"] = "1.7.1.116"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = diagnose()["engines"]
+    assert found == {"tensorrt": None, "tensorrt-rtx": "1.7.1.116", "torch-tensorrt": None, "GPU": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert diagnose()["engines"]["GPU"] == "a GPU"
 
 
 @pytest.mark.parametrize(

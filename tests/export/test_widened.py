@@ -115,3 +115,10 @@ def test_bfloat16_is_told_by_constants_or_casts_alone(tmp_path: Path) -> None:
         exact = written(tmp_path / "exact.onnx", SUM)
         write_body(exact, tmp_path / f"{body.value}.onnx", body, {})
         assert is_bfloat16(tmp_path / f"{body.value}.onnx") is (body is BodyType.BF16)
+
+
+@pytest.mark.parametrize("data", [b"", b"no model"])
+def test_what_is_no_onnx_file_is_not_of_bfloat16(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(data)
+    assert not is_bfloat16(tmp_path / "m.onnx")
+    assert not is_bfloat16(tmp_path / "nothing.onnx")

@@ -61,7 +61,7 @@ def test_four_bits_are_what_the_target_runs() -> None:
         {"builder_level": 0, "builder_seconds": 1.5, "timing_cache": "/gone/since/then", "version_compatible": True},
         {"bits": "mixed", "budget": "avg-bits=6", "weight_widths": "4 16", "activation_widths": "16"},
         {"overrides": "up=4 head=32", "effort": 2},
-        {"bits": 32, "via": "torch-tensorrt", "shapes": "x=1x3", "version_compatible": True, "timing_cache": "cache"},
+        {"bits": 32, "via": "torch-tensorrt", "shapes": "x=1x3", "version_compatible": True},
     ],
 )
 def test_a_round_trip_through_toml_keeps_every_field(options: dict[str, Any], tmp_path: Path) -> None:
@@ -200,6 +200,7 @@ def test_mixed_widths_without_kernels_are_refused(options: dict[str, Any], said:
         ({"bits": 32, "body": "fp16"}, "fp16"),
         ({"bits": "mixed", "budget": "avg-bits=6"}, "mixed"),
         ({"bits": 32, "capability": "8.9"}, "capability 8.9"),
+        ({"bits": 32, "timing_cache": "cache"}, "a timing cache"),
     ],
 )
 def test_what_torch_tensorrt_does_not_take_is_refused(options: dict[str, Any], beside: str) -> None:
