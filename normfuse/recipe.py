@@ -154,6 +154,8 @@ class Recipe:
         word = str(self.bits).strip().lower()
         bits, name = TYPES.get(word, (self.bits, ""))
         if name:
+            is_known = self.target in (Target.TRT, Target.TRT.value)
+            check(is_known, "bits", word, "8, 4, w4a4, mixed, 32 ...: this type is one of --target trt")
             given, usual = shown(getattr(self, name)), {"body": BodyType.AUTO, "eight_bits": EightBits.INT8}[name]
             check(given in (word, usual.value), name, given, f"{word} beside --bits {word}")
             object.__setattr__(self, name, word)

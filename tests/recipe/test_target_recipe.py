@@ -102,9 +102,9 @@ def test_a_type_said_twice_is_the_same(bits: str, other: dict[str, str], said: s
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bits": "fp16"}, "body cannot be fp16"),
-        ({"bits": "bf16"}, "body cannot be bf16"),
-        ({"bits": "fp8"}, "eight_bits cannot be fp8"),
+        ({"bits": "fp16"}, "bits cannot be fp16"),
+        ({"bits": "bf16"}, "bits cannot be bf16"),
+        ({"bits": "fp8"}, "bits cannot be fp8"),
         ({"body": "fp16"}, "body cannot be fp16"),
         ({"eight_bits": "fp8"}, "eight_bits cannot be fp8"),
         ({"build": False}, "build cannot be False"),
@@ -122,7 +122,7 @@ def test_what_is_of_builders_is_refused_without_one(options: dict[str, Any], sai
     with pytest.raises(UsageError) as caught:
         Recipe().with_options(**options)
     assert caught.value.what.startswith(said)
-    assert caught.value.expected == "the default without --target trt"
+    assert "--target trt" in caught.value.expected
 
 
 @pytest.mark.parametrize(
