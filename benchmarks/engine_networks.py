@@ -55,6 +55,9 @@ NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
 
 WHOLE: Final[dict[str, Callable[[], nn.Module]]] = {
     "vit-s": lambda: _attending("ViT", 384, num_hidden_layers=12),
+    "deit-s": lambda: _attending("DeiT", 384, num_hidden_layers=12),
+    "swin-t": lambda: _encoder("Swin"),
+    "bert-base": lambda: _attending("Bert", 768, num_hidden_layers=12),
     "resnet-50": lambda: _encoder("ResNet"),
     "mobilenet-v2": NETWORKS["mobilenet"],
 }
@@ -65,5 +68,5 @@ def network(name: str, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """Return a network in eval mode, its norms random, and two samples of its input."""
     torch.manual_seed(seed)
     model = randomized_norms(Logits({**NETWORKS, **WHOLE}[name]()), seed=seed)
-    samples = torch.randint(0, WORDS, (2, TOKENS)) if name == "bert" else torch.randn(2, 3, 224, 224)
+    samples = torch.randint(0, WORDS, (2, TOKENS)) if name.startswith("bert") else torch.randn(2, 3, 224, 224)
     return model, samples
