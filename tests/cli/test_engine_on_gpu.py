@@ -69,6 +69,19 @@ def test_an_engine_is_run_timed_and_compared(
 
 
 @pytest.mark.slow
+def test_an_engine_that_was_just_built_needs_no_key_to_be_run(
+    run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_standin(tmp_path, monkeypatch, runtime=RUNTIME)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    assert compiled(run, files, tmp_path / "out", "--bits", 32).code == 0
+    assert "GPU compute on cpu" in run("report", tmp_path / "out").out
+    refused = run("benchmark", tmp_path / "out", "--engine", "-q")
+    assert (refused.code, "built elsewhere" in refused.err) == (4, True)
+
+
+@pytest.mark.slow
 def test_engines_side_by_side(run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_standin(tmp_path, monkeypatch, runtime=RUNTIME)
     folders = [tmp_path / name for name in ("float", "int8")]
