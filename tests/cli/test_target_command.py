@@ -161,7 +161,7 @@ def test_an_artifact_is_replaced_with_its_engine(
         (("--eight-bits", "int4"), "eight_bits cannot be 'int4'"),
         (("--bits", "w4a4"), "bits cannot be w4a4"),
         (("--bits", "fp8", "--effort", "2"), "effort cannot be 2"),
-        (("--target", "onnx"), "body cannot be fp16"),
+        (("--target", "onnx"), "bits cannot be fp16"),
         (("--target", "onnx", "--bits", "8", "--shapes", "x=1x64"), "shapes cannot be x=1x64"),
         (("--integer-only",), "integer_only cannot be True"),
     ],
