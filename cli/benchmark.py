@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.option("--preprocess", metavar="PRESET", help="For image folders.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch size (1; with --engine that of its usual shape).")
 @click.option("--engine", is_flag=True, help="Run the artifacts' TensorRT engines on a GPU, and nothing else.")
-@click.option("--trust-engine", is_flag=True, help="Run engines that were not built here: native code of whoever built them.")
+@click.option("--trust-engine", is_flag=True, help="Run engines that were built elsewhere: they are native code.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads (0: the visible cores, two at most).")
 @model_options
 @json_option
